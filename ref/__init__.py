@@ -1,0 +1,21 @@
+"""LG-ANNA-Embedding from scratch: Mistral-7B turned into a text embedder (arXiv 2506.07438).
+
+Tensors carry their shape as a suffix, one letter an axis; scalars are words with their unit.
+
+    T  tokens of a packed stream        B  texts in that stream       S  tokens of a shared prefix
+    D  model width                      H  query heads                G  key/value heads
+    K  width of one head                F  feed-forward width         V  vocabulary
+    R  rank of a LoRA adapter           Q  queries of a batch         P  passages of a batch
+    C  candidates of one query: its positive, then its hard negatives
+    N  rows that ask in attention: all T, or the B last ones          X  known texts of one query
+
+So `x_TD` is one vector of the model for each packed token and `score_QP` is a query by passage matrix.
+
+Reading order, each file one idea: config, rope, attention, model, checkpoint, lora, tokenizer, prompts,
+packing, pooling, loss, gradcache, data, runs, embedder, held_out, scoring; then run_train.py and run_eval.py.
+"""
+
+from ref.embedder import Embedder
+
+__all__ = ["Embedder"]
+__version__ = "0.1.0"

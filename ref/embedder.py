@@ -1,0 +1,152 @@
+"""Texts in, unit vectors out: the class that people call.
+
+    from ref import Embedder
+    embedder = Embedder.from_pretrained("runs/my-run")          # a run, a checkpoint folder, or a hub id
+    queries = embedder.encode(["how do magnets work"], instruction="Find a passage that answers the question.")
+    passages = embedder.encode(["Magnetism comes from …"])      # passages are bare
+    score_QP = queries @ passages.T                             # cosine similarity
+
+Nothing is computed twice: equal texts are embedded once, instruction and examples pass through the model once
+for all texts, and batches are packed from texts of nearly one length.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ref.checkpoint import load_model, locate
+from ref.config import DTYPES, checked, pick_device, read_json
+from ref.lora import load_adapter, merge
+from ref.model import Mistral
+from ref.packing import cut_by_tokens, pack
+from ref.pooling import embed
+from ref.prompts import TEMPLATES, Example, Prompter
+from ref.tokenizer import TextTokenizer
+
+TEXTS_PER_WINDOW = 50_000  # sorted by length together; bounds the memory for token ids
+SETTINGS = "embedder.json"  # template and lengths, beside a model of ours
+
+
+class Embedder:
+    """A model with its tokenizer and its prompts."""
+
+    def __init__(self, model: Mistral, prompter: Prompter, *, tokens_per_batch: int = 8192) -> None:
+        if prompter.tokenizer.vocab_size > model.arch.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {prompter.tokenizer.vocab_size} tokens and the model {model.arch.vocab_size}. "
+                "Expected are at most as many. Take both from one checkpoint.")
+        self.model, self.prompter, self.tokens_per_batch = model, prompter, tokens_per_batch
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, *, device: str | None = None, dtype: str | None = None, template: str | None = None,
+        max_text_tokens: int | None = None, tokens_per_batch: int = 8192,
+    ) -> "Embedder":
+        """Load a run folder of run_train.py, a checkpoint or adapter folder, or a hub id.
+
+        Template and lengths come from the model's embedder.json where it has one, else they are the report's.
+        `dtype` is bfloat16 or float32 (default: bfloat16 on cuda, float32 on cpu). An adapter is merged.
+        Raises ValueError that names file and tensor for anything malformed.
+        """
+        where = pick_device(device)
+        precision = DTYPES[dtype or ("bfloat16" if where.type == "cuda" else "float32")]
+        folder = _inside_run(locate(str(name)))
+        model, tokenizer = load_with_adapter(folder, device=where, dtype=precision)
+        given = {"template": template, "max_text_tokens": max_text_tokens}
+        prompter = read_prompter(folder, tokenizer, **{k: v for k, v in given.items() if v is not None})
+        return cls(model.eval(), prompter, tokens_per_batch=tokens_per_batch)
+
+    @property
+    def width(self) -> int:
+        """Numbers in a vector."""
+        return self.model.arch.width
+
+    def encode(
+        self, texts: Sequence[str], *, instruction: str | None = None, examples: Sequence[Example] = (),
+        progress: bool = False,
+    ) -> np.ndarray:
+        """Unit vectors of texts, (texts, width) float32 on the host, in the order given.
+
+        With an `instruction` the texts are queries of that task, behind `examples` where some are given; without,
+        they are passages. Raises ValueError for anything that is not a text, and for an instruction that
+        leaves no room.
+        """
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"texts is {texts!r:.60}. Expected is a sequence of str. Put a single text in a list.")
+        numbers: dict[str, int] = {}
+        unique = np.array([numbers.setdefault(text, len(numbers)) for text in texts], dtype=np.int64)
+        different = list(numbers)
+        vectors = np.empty((len(different), self.width), np.float32)
+        for start in range(0, len(different), TEXTS_PER_WINDOW):
+            window = different[start : start + TEXTS_PER_WINDOW]
+            vectors[start : start + len(window)] = self._window(window, instruction, examples)
+            if progress:
+                print(f"  {start + len(window):,} of {len(different):,} texts", flush=True)
+        return vectors[unique]
+
+    @torch.inference_mode()
+    def _window(self, texts: list[str], instruction: str | None, examples: Sequence[Example]) -> np.ndarray:
+        """Vectors of some texts that are all different, longest first through the model."""
+        device = self.model.norm.weight.device
+        prefix = self.prompter.prefix(instruction, examples)
+        ids = self.prompter.texts(texts, prefix)
+        shared = self.model.prefix(pack([prefix.ids], device=device)) if len(prefix.ids) > 1 else None
+        if shared is None:
+            ids = [[*prefix.ids, *text] for text in ids]
+        vectors = np.empty((len(texts), self.width), np.float32)
+        for rows in cut_by_tokens([len(text) for text in ids], tokens_per_batch=self.tokens_per_batch):
+            packed = pack([ids[row] for row in rows], device=device, prefix_tokens=len(prefix.ids) if shared else 0)
+            vectors[rows] = embed(self.model, packed, prefix=shared).cpu().numpy()
+        return vectors
+
+
+def _inside_run(folder: Path) -> Path:
+    """The model inside a run folder; any other folder is itself."""
+    if not (folder / "run.json").exists():
+        return folder
+    for name in ("model", "adapter"):
+        if (folder / name).is_dir():
+            return folder / name
+    raise ValueError(f"{folder} holds no model yet. Expected is model/ or adapter/, which a run writes at its end. "
+                     "Go on with it: run_train.py --resume --output that folder.")
+
+
+def load_with_adapter(
+    folder: Path, *, device: torch.device, dtype: torch.dtype | None,
+) -> tuple[Mistral, TextTokenizer]:
+    """Model and tokenizer of a checkpoint folder; an adapter folder's base is found, the adapter merged into it."""
+    if not (folder / "adapter_config.json").exists():
+        return load_model(folder, device=device, dtype=dtype), TextTokenizer.from_folder(folder)
+    what = f"{folder / 'adapter_config.json'}: base_model_name_or_path"
+    name = checked(read_json(folder / "adapter_config.json").get("base_model_name_or_path"), str, what, "a folder or hub id")
+    inside = (folder / name).resolve()
+    base = inside if name.startswith("../") and inside.is_dir() else locate(name)
+    model, tokenizer = load_with_adapter(base, device=device, dtype=dtype)
+    load_adapter(model, folder)
+    merge(model)
+    return model, tokenizer
+
+
+def read_prompter(folder: Path, tokenizer: TextTokenizer, **given: str | int) -> Prompter:
+    """The prompter that a model's embedder.json describes, under what is given."""
+    path = folder / SETTINGS
+    settings = {**(read_json(path) if path.exists() else {}), **given}
+    name = settings.pop("template", "report")
+    if name not in TEMPLATES:
+        raise ValueError(f"{path}: template {name!r:.60} is unknown. Expected is one of {', '.join(TEMPLATES)}.")
+    lengths = {"max_text_tokens", "max_prompt_tokens", "max_example_tokens"}
+    for key, value in settings.items():
+        if key not in lengths or checked(value, int, f"{path}: {key}", "a number of tokens") < 1:
+            raise ValueError(f"{path}: {key} is {value!r:.60}. Expected are {', '.join(sorted(lengths))} of at least 1.")
+    return Prompter(tokenizer, TEMPLATES[name], **settings)
+
+
+def write_prompter(folder: Path, prompter: Prompter) -> None:
+    """Note template and lengths beside a model."""
+    name = next(name for name, template in TEMPLATES.items() if template == prompter.template)
+    settings = {"template": name, "max_text_tokens": prompter.max_text_tokens,
+                "max_prompt_tokens": prompter.max_prompt_tokens, "max_example_tokens": prompter.max_example_tokens}
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=1))

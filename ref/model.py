@@ -1,0 +1,158 @@
+"""Mistral: token ids in, hidden states out. RMSNorm, attention, SwiGLU, and the block that joins them.
+
+    h = x + Attention(RMSNorm(x))          y = h + SwiGLU(RMSNorm(h))          32 times
+
+Attributes bear the names of the checkpoint's tensors, so that loading is one strict load_state_dict.
+Two things an embedder may leave out are left out here:
+
+- The last block is needed at pooled tokens only: keys and values for all tokens, everything else for the last
+  token of each text. 32 layers cost about 31.2.
+- A prefix that all texts share (instruction, few-shot examples) passes once: `prefix` returns its keys and
+  values, and `forward` lets every text see them. Backward adds up its gradient over the texts by itself.
+
+Source: Mistral 7B, arXiv 2310.06825; RMSNorm, arXiv 1910.07467; SwiGLU, arXiv 2002.05202.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ref.attention import KeyValue, attend
+from ref.config import Architecture
+from ref.packing import Packed
+from ref.rope import rotary_tables, rotate
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, the mean in fp32: in bf16 the squares lose the sum."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        x32_TD = x_TD.float()
+        scale_T1 = torch.rsqrt(x32_TD.square().mean(-1, keepdim=True) + self.eps)
+        return (x32_TD * scale_T1).to(x_TD.dtype) * self.weight.to(x_TD.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: H query heads share G key/value heads."""
+
+    def __init__(
+        self, width: int, heads: int, kv_heads: int, head_width: int, window_keys: int | None,
+    ) -> None:
+        super().__init__()
+        self.head_width, self.window_keys = head_width, window_keys
+        self.q_proj = nn.Linear(width, heads * head_width, bias=False)
+        self.k_proj = nn.Linear(width, kv_heads * head_width, bias=False)
+        self.v_proj = nn.Linear(width, kv_heads * head_width, bias=False)
+        self.o_proj = nn.Linear(heads * head_width, width, bias=False)
+
+    def key_value(self, x_TD: Tensor, rotary: tuple[Tensor, Tensor]) -> KeyValue:
+        """Rotated keys and values, (T, G, K) each."""
+        k_TGK, v_TGK = (f(x_TD).unflatten(-1, (-1, self.head_width)) for f in (self.k_proj, self.v_proj))
+        return rotate(k_TGK, *rotary), v_TGK
+
+    def forward(
+        self, x_TD: Tensor, own: KeyValue, packed: Packed, rotary: tuple[Tensor, Tensor], *,
+        prefix: KeyValue | None = None, rows: Tensor | None = None,
+    ) -> Tensor:
+        """Mixed values of the tokens that ask: all (T, D), or those that `rows` (B,) names (B, D)."""
+        cos, sin = rotary
+        if rows is not None:
+            x_TD, cos, sin = x_TD[rows], cos[rows], sin[rows]
+        q_NHK = rotate(self.q_proj(x_TD).unflatten(-1, (-1, self.head_width)), cos, sin)
+        out_NHK = attend(q_NHK, *own, packed, window_keys=self.window_keys, prefix=prefix)
+        return self.o_proj(out_NHK.flatten(-2))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)): (T, D) -> (T, F) -> (T, D)."""
+
+    def __init__(self, width: int, ffn_width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, ffn_width, bias=False)
+        self.up_proj = nn.Linear(width, ffn_width, bias=False)
+        self.down_proj = nn.Linear(ffn_width, width, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+
+
+class Block(nn.Module):
+    """One layer: attention and SwiGLU, each on a normalised copy, added to the residual stream."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(arch.width, arch.norm_eps)
+        self.self_attn = Attention(
+            arch.width, arch.heads, arch.kv_heads, arch.head_width, arch.window_keys)
+        self.post_attention_layernorm = RMSNorm(arch.width, arch.norm_eps)
+        self.mlp = SwiGLU(arch.width, arch.ffn_width)
+
+    def forward(
+        self, x_TD: Tensor, packed: Packed, rotary: tuple[Tensor, Tensor], *,
+        prefix: KeyValue | None = None, rows: Tensor | None = None,
+    ) -> tuple[Tensor, KeyValue]:
+        """The next hidden states of all tokens, or of those that `rows` names; and this layer's keys and values."""
+        normed_TD = self.input_layernorm(x_TD)
+        own = self.self_attn.key_value(normed_TD, rotary)
+        mixed = self.self_attn(normed_TD, own, packed, rotary, prefix=prefix, rows=rows)
+        x_TD = (x_TD if rows is None else x_TD[rows]) + mixed
+        return x_TD + self.mlp(self.post_attention_layernorm(x_TD)), own
+
+
+class Mistral(nn.Module):
+    """The transformer without a language-model head."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.arch = arch
+        self.embed_tokens = nn.Embedding(arch.vocab_size, arch.width)
+        self.layers = nn.ModuleList(Block(arch) for _ in range(arch.layers))
+        self.norm = RMSNorm(arch.width, arch.norm_eps)
+
+    def forward(
+        self, packed: Packed, *, prefix: Sequence[KeyValue] | None = None, every_token: bool = False,
+    ) -> Tensor:
+        """Hidden states before the final norm: (B, D) at each text's last token; (T, D) with `every_token`.
+
+        `prefix` holds one pair for each layer and has `packed.prefix_tokens` rows. The final norm belongs to
+        the pooling (pooling.py), which fuses it.
+        """
+        x_TD = self.embed_tokens(packed.ids_T)
+        rotary = self._rotary(packed.position_T)
+        for number, block in enumerate(self.layers):
+            last = number == len(self.layers) - 1 and not every_token
+            x_TD, _ = block(
+                x_TD, packed, rotary,
+                prefix=prefix[number] if prefix else None, rows=packed.last_B if last else None)
+        return x_TD
+
+    def prefix(self, packed: Packed) -> list[KeyValue]:
+        """Keys and values of one text (the shared prefix) for every layer; the last layer stops after them."""
+        x_TD = self.embed_tokens(packed.ids_T)
+        rotary = self._rotary(packed.position_T)
+        *all_but_last, last = self.layers
+        pairs = []
+        for block in all_but_last:
+            x_TD, own = block(x_TD, packed, rotary)
+            pairs.append(own)
+        return [*pairs, last.self_attn.key_value(last.input_layernorm(x_TD), rotary)]
+
+    def _rotary(self, position_T: Tensor) -> tuple[Tensor, Tensor]:
+        return rotary_tables(position_T, head_width=self.arch.head_width, base=self.arch.rope_base)
+
+
+def fresh(arch: Architecture, *, seed: int) -> Mistral:
+    """A model with random weights: normal with the published standard deviation 0.02, norms at one."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Mistral(arch)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=0.02, generator=generator)
+    return model

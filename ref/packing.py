@@ -1,0 +1,81 @@
+"""Packing: texts lie end to end in one stream of tokens, and offsets say where each one ends.
+
+    texts     [a b c] [d e]            nothing is padded: 5 tokens cost 5 tokens
+    ids_T      a b c   d e             position_T  0 1 2 0 1   (plus the length of a shared prefix)
+    offsets    0 3 5                   last_B      2 4         (the token that is pooled)
+
+Batches are cut from a list sorted by token count, so that a batch holds texts of nearly one length: the CPU's
+attention then runs over few groups of equal length. Called by embedder.py and gradcache.py.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, chain, groupby
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """B texts as one stream of T tokens. `lengths` stays on the host, so that no step waits for the device."""
+
+    ids_T: Tensor  # int64, on the model's device
+    lengths: tuple[int, ...]
+    prefix_tokens: int = 0  # length S of the prefix that all texts of the stream share
+
+    @property
+    def offsets(self) -> list[int]:
+        """Where each text starts, and at the end T: B + 1 token counts."""
+        return [0, *accumulate(self.lengths)]
+
+    @cached_property
+    def text_T(self) -> Tensor:
+        """Which text a token belongs to, (T,) int64."""
+        lengths_B = torch.tensor(self.lengths)
+        return torch.arange(len(self.lengths)).repeat_interleave(lengths_B).to(self.ids_T.device)
+
+    @cached_property
+    def position_T(self) -> Tensor:
+        """Position of each token in its text, the shared prefix counted, (T,) int64."""
+        steps = [torch.arange(self.prefix_tokens, self.prefix_tokens + n) for n in self.lengths]
+        return torch.cat(steps).to(self.ids_T.device)
+
+    @cached_property
+    def last_B(self) -> Tensor:
+        """Index of each text's last token in the stream, (B,) int64."""
+        return torch.tensor(self.offsets[1:], device=self.ids_T.device) - 1
+
+    def runs_of_equal_length(self) -> Iterator[tuple[int, int, int]]:
+        """(first text, number of texts, tokens of each) for neighbours of one length."""
+        first = 0
+        for length, texts in groupby(self.lengths):
+            count = len(list(texts))
+            yield first, count, length
+            first += count
+
+
+def pack(texts: Sequence[Sequence[int]], *, device: torch.device, prefix_tokens: int = 0) -> Packed:
+    """Lay token lists (each with at least one id) end to end."""
+    ids_T = torch.tensor(list(chain.from_iterable(texts)), dtype=torch.int64)
+    if device.type == "cuda":
+        ids_T = ids_T.pin_memory()
+    return Packed(ids_T.to(device, non_blocking=True), tuple(map(len, texts)), prefix_tokens)
+
+
+def cut_by_tokens(lengths: Sequence[int], *, tokens_per_batch: int) -> list[list[int]]:
+    """Indices of texts, longest first, cut into batches of at most `tokens_per_batch` tokens.
+
+    A text longer than the budget gets a batch of its own. Equal lengths keep their order.
+    Example: lengths [2, 5, 3], budget 5 -> [[1], [2, 0]].
+    """
+    batches: list[list[int]] = []
+    room = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or lengths[index] > room:
+            batches.append([])
+            room = tokens_per_batch
+        batches[-1].append(index)
+        room -= lengths[index]
+    return batches

@@ -1,0 +1,316 @@
+"""A run: what it starts from, and its folder.
+
+    runs/NAME/run.json        options, versions, commit, hardware, hashes of the data; complete: true at the end
+              metrics.jsonl   one line a step
+              loss.png        the curve, where matplotlib is installed
+              state/          weights, optimiser and position of the last save: what --resume reads
+              model/          --train all: a checkpoint that sentence-transformers and transformers load
+              adapter/        --train lora: PEFT's files;  base/ beside it if the base had fresh weights
+              merged/         --train lora --merge: base and adapter as one checkpoint
+
+Every file and folder appears whole or not at all: it is written under another name and renamed.
+Called by run_train.py.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ref import lora, tokenizer
+from ref.checkpoint import load_model, locate, read_tensors, save_model
+from ref.config import DTYPES, MISTRAL, TINY, Architecture, Options, read_json
+from ref.data import SoftLabels
+from ref.embedder import load_with_adapter, write_prompter
+from ref.model import Mistral, fresh
+from ref.prompts import TEMPLATES, Prompter
+from ref.tokenizer import TextTokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What training starts from: an architecture for fresh weights, or the name of a checkpoint."""
+
+    name: str
+    reason: str
+    architecture: Architecture | None = None  # None: a checkpoint
+
+
+def starting_point(name: str | None) -> Start:
+    """Read --model: tiny, a config.json, a folder or hub id; by default what the machine can carry."""
+    if name is None and torch.cuda.is_available():
+        return Start(MISTRAL, "there is a GPU; choose another with --model")
+    if name is None:
+        return Start("tiny", "there is no GPU; choose another with --model FOLDER, HUB-ID or CONFIG.json", TINY)
+    if name == "tiny":
+        return Start(name, "as --model says: built in, fresh weights", TINY)
+    if name.endswith(".json"):
+        return Start(name, "as --model says: fresh weights", Architecture.from_file(Path(name)))
+    return Start(name, "as --model says: a checkpoint")
+
+
+def build(
+    start: Start, options: Options, data: SoftLabels, *, device: torch.device,
+) -> tuple[Mistral, TextTokenizer]:
+    """The model, ready to train on `device`, and its tokenizer.
+
+    Weights that learn are fp32; a frozen base is in the dtype of the forward pass.
+    """
+    template = checked_template(options.template)
+    frozen = DTYPES[options.dtype or "float32"] if options.train == "lora" else torch.float32
+    if start.architecture is None:
+        model, tokens = load_with_adapter(locate(start.name), device=device, dtype=frozen)
+    else:
+        arch = start.architecture
+        tokens = tokenizer.train(
+            _all_texts(data), vocab_size=arch.vocab_size, lowercase=options.lowercase, markers=template.markers)
+        model = fresh(dataclasses.replace(arch, vocab_size=tokens.vocab_size, dtype="float32"), seed=options.seed)
+        model = model.to(device, frozen)
+    if options.train == "lora":
+        torch.manual_seed(options.seed)
+        lora.attach(model, rank=options.lora_rank, alpha=options.lora_alpha, dropout=options.lora_dropout,
+                    targets=options.lora_targets)
+    return model, tokens
+
+
+def checked_template(name: str) -> Any:
+    """The template of that name; ValueError if there is none."""
+    if name not in TEMPLATES:
+        raise ValueError(f"--template {name!r:.60} is unknown. Expected is one of {', '.join(TEMPLATES)}. Choose one.")
+    return TEMPLATES[name]
+
+
+def _all_texts(data: SoftLabels) -> Iterable[str]:
+    for number in range(len(data)):
+        row = data[number]
+        yield from (row.task.instruction, row.query, *row.positives, *row.negatives, "Instruct: Query: Response:")
+
+
+# ------------------------------------------------------------------------------------------------- the folder
+
+def open_folder(options: Options, start: Start) -> Path:
+    """The run's folder, made if it is new. Raises ValueError if it holds another run or cannot be written."""
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    folder = Path(options.output or f"runs/{Path(start.name).stem}-{stamp}")
+    if (folder / "run.json").exists() != options.resume:
+        raise ValueError(f"{folder} holds {'no run' if options.resume else 'a run already'}. Expected is "
+                         f"{'the folder of a stopped run' if options.resume else 'a new folder'}. Give another --output"
+                         f"{'' if options.resume else ', or go on with it: --resume'}.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written ({error.strerror}). Give another --output.") from None
+    return folder
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file or folder under another name, then put it in the place of `path`."""
+    draft = path.with_name(f".{path.name}.draft")
+    remove(draft)
+    write(draft)
+    old = path.with_name(f".{path.name}.old")
+    remove(old)
+    if path.is_dir():
+        path.rename(old)
+    os.replace(draft, path)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write one JSON object, whole."""
+    write_whole(path, lambda draft: draft.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n"))
+
+
+def facts(options: Options, start: Start, data: SoftLabels) -> dict[str, Any]:
+    """What run.json says about a run before its first step."""
+    return {
+        "complete": False, "started": now(), "model": start.name, "options": dataclasses.asdict(options),
+        "data": [{"file": path.name, "sha256": digest, "bytes": path.stat().st_size}
+                 for path, digest in zip(data.paths, data.sha256, strict=True)],
+        "lines": len(data), "lines_with_labels": data.with_labels, "commit": _commit(), "hardware": _hardware(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in (
+            "torch", "numpy", "safetensors", "tokenizers", "triton", "mteb")}},
+    }
+
+
+def now() -> str:
+    """The time, ISO 8601, UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit this code is at; None outside a checkout."""
+    try:
+        call = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True,
+                              cwd=Path(__file__).parent, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return call.stdout.strip()
+
+
+def _hardware() -> dict[str, Any]:
+    cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"cpu": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": cards}
+
+
+# ------------------------------------------------------------------------------------------------- the state
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that learn, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_state(folder: Path, model: nn.Module, optimiser: torch.optim.AdamW, position: dict[str, Any]) -> None:
+    """Write weights that learn, AdamW's moments and the position as folder/state."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in trainable(model).items():
+        tensors[name] = parameter.detach()
+        for moment, value in optimiser.state[parameter].items():
+            tensors[f"{moment}/{name}"] = value
+
+    def write(draft: Path) -> None:
+        draft.mkdir()
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, draft / "state.safetensors")
+        (draft / "position.json").write_text(json.dumps(position))
+    write_whole(folder / "state", write)
+
+
+def load_state(folder: Path, model: nn.Module, optimiser: torch.optim.AdamW) -> dict[str, Any]:
+    """Put back what `save_state` wrote; returns the position."""
+    state = folder / "state"
+    if not state.is_dir() and (folder / ".state.old").is_dir():  # stopped between the two renames
+        state = folder / ".state.old"
+    position = read_json(state / "position.json")
+    found = dict(read_tensors(state / "state.safetensors", device=torch.device("cpu")))
+    for name, parameter in trainable(model).items():
+        if name not in found or found[name].shape != parameter.shape:
+            raise ValueError(f"{state}: {name} is missing or misshapen. Expected is the state of this model. Start a new run.")
+        with torch.no_grad():
+            parameter.copy_(found[name])
+        optimiser.state[parameter] = {
+            key.partition("/")[0]: value.to(parameter.device) if value.ndim else value
+            for key, value in found.items() if key.partition("/")[2] == name}
+    return position
+
+
+# ------------------------------------------------------------------------------------------------- the result
+
+def save_result(folder: Path, model: Mistral, prompter: Prompter, options: Options, start: Start, data: SoftLabels) -> None:
+    """Write what was learnt: model/, or adapter/ (with base/ if its weights were fresh) and on request merged/."""
+    prompts = {task.name: task.instruction for task in data.tasks}
+    if options.train == "all":
+        write_whole(folder / "model", lambda draft: export(model, prompter, prompts, draft))
+        return
+    base = start.name
+    if start.architecture is not None:
+        base = "../base"
+        plain = load_plain(model)
+        write_whole(folder / "base", lambda draft: export(plain, prompter, {}, draft))
+
+    def write(draft: Path) -> None:
+        draft.mkdir()
+        lora.save_adapter(model, draft, base=base)
+        write_prompter(draft, prompter)
+    write_whole(folder / "adapter", write)
+    if options.merge:
+        layers = lora.adapters(model)
+        lora.merge(model)
+        write_whole(folder / "merged", lambda draft: export(model, prompter, prompts, draft))
+        lora.unmerge(model, layers)
+
+
+def load_plain(model: Mistral) -> Mistral:
+    """The frozen model under its adapters, sharing their weights."""
+    with torch.device("meta"):
+        plain = Mistral(model.arch)
+    state = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
+    plain.load_state_dict(state, assign=True)
+    return plain
+
+
+def export(model: Mistral, prompter: Prompter, prompts: dict[str, str], folder: Path) -> None:
+    """Write a checkpoint that transformers and sentence-transformers load and embed with as we do.
+
+    `prompts` become sentence-transformers' named prompts: encode(texts, prompt_name=TASK).
+    """
+    folder.mkdir()
+    save_model(model, folder, dtype=model.norm.weight.dtype)
+    prompter.tokenizer.save(folder)
+    write_prompter(folder, prompter)
+    before = prompter.template.query.removesuffix("{text}")
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    files = {
+        "modules.json": [{"idx": n, "name": str(n), "path": path, "type": f"sentence_transformers.models.{kind}"}
+                         for n, (path, kind) in enumerate(modules)],
+        "sentence_bert_config.json": {"max_seq_length": prompter.max_prompt_tokens, "do_lower_case": False},
+        "1_Pooling/config.json": {"word_embedding_dimension": model.arch.width, "pooling_mode_lasttoken": True,
+                                  "pooling_mode_mean_tokens": False, "include_prompt": True},
+        "config_sentence_transformers.json": {
+            "prompts": {name: before.format(instruction=text) for name, text in prompts.items()},
+            "default_prompt_name": None, "similarity_fn_name": "cosine"},
+    }
+    for name, value in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(value, indent=1))
+    (folder / "2_Normalize").mkdir()
+
+
+def plot_loss(folder: Path) -> str | None:
+    """Draw metrics.jsonl as loss.png; returns why not if matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "loss.png is left out: matplotlib is not installed (pip install -e .[plots])"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    window = max(1, len(rows) // 50)
+    for key, label in (("hard", "contrastive"), ("soft", "soft label"), ("label_entropy", "entropy of the labels")):
+        value = torch.tensor([row[key] for row in rows]).unfold(0, window, 1).mean(-1)
+        axes.plot(range(window, len(rows) + 1), value.tolist(), label=label)
+    axes.set(xlabel="step", ylabel=f"nats, mean of {window} steps", title="Training loss by term")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(folder / "loss.png", dpi=120)
+    return None
+
+
+class Clock:
+    """Seconds of training, across a resume."""
+
+    def __init__(self, before_s: float = 0.0) -> None:
+        self.start_s = time.perf_counter() - before_s
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.perf_counter() - self.start_s

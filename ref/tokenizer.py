@@ -1,0 +1,100 @@
+"""Text to token ids, and never more than text: a control token comes from us, by id, or not at all.
+
+The library is `tokenizers` and the file tokenizer.json. Every added token of the file is marked special and
+encoded as the characters it is written with, so that a user's text that contains `</s>` is five characters.
+
+For a model with fresh weights `train` learns a byte-pair vocabulary from the training texts, in the same form
+as Mistral's: a space becomes the word-start mark, and a text brings a mark of its own.
+Called by prompts.py. Source: arXiv 1508.07909 (byte-pair encoding), arXiv 1808.06226 (the word-start mark).
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from ref.config import read_json
+
+BEGIN, END, UNKNOWN = "<s>", "</s>", "<unk>"
+LONGEST_TOKEN_CHARS = 32  # a text is cut to this many characters for each token asked, before it is encoded
+
+
+class TextTokenizer:
+    """tokenizer.json with `<s>` and `</s>`."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        self.library = tokenizer
+        self.library.no_truncation()
+        self.library.no_padding()
+        self.library.encode_special_tokens = True
+        ids = [tokenizer.token_to_id(token) for token in (BEGIN, END)]
+        if None in ids:
+            raise ValueError(f"the tokenizer has no {BEGIN} or no {END}. Expected are both. Choose a Mistral tokenizer.")
+        self.begin, self.end = ids
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "TextTokenizer":
+        """Read folder/tokenizer.json; ValueError if it is missing, malformed or without `<s>` and `</s>`."""
+        path = folder / "tokenizer.json"
+        layout = read_json(path)
+        for token in layout.get("added_tokens") or []:
+            token["special"] = True
+        try:
+            return cls(tokenizers.Tokenizer.from_str(json.dumps(layout)))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"{path}: not a tokenizer ({error}). Fetch it again.") from None
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens, added ones included."""
+        return self.library.get_vocab_size()
+
+    def encode(self, texts: Sequence[str], *, max_tokens: int) -> list[list[int]]:
+        """The first `max_tokens` ids of each text, without `<s>` and `</s>`."""
+        cut = [text[: max_tokens * LONGEST_TOKEN_CHARS] for text in texts]
+        return [e.ids[:max_tokens] for e in self.library.encode_batch_fast(cut, add_special_tokens=False)]
+
+    def cut(self, text: str, *, max_tokens: int) -> str:
+        """The characters that the first `max_tokens` ids of a text stand for."""
+        encoded = self.library.encode(text[: max_tokens * LONGEST_TOKEN_CHARS], add_special_tokens=False)
+        return text if len(encoded) <= max_tokens else text[: encoded.offsets[max_tokens - 1][1]]
+
+    def continuation(self, text: str) -> list[int]:
+        """Ids of `text` where it follows other text, so without a word-start mark of its own."""
+        head, whole = self.encode(["a", "a" + text], max_tokens=2**16)
+        return whole[len(head):]
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json with a post-processor that adds `<s>` and `</s>`: the place where transformers 5 and
+        sentence-transformers look for them (add_eos_token in tokenizer_config.json is no longer read)."""
+        copy = tokenizers.Tokenizer.from_str(self.library.to_str())
+        copy.post_processor = processors.TemplateProcessing(
+            single=f"{BEGIN} $A {END}", pair=f"{BEGIN} $A {END} {BEGIN} $B {END}",
+            special_tokens=[(BEGIN, self.begin), (END, self.end)])
+        copy.save(str(folder / "tokenizer.json"))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BEGIN, "eos_token": END,
+                    "unk_token": UNKNOWN, "pad_token": END, "padding_side": "right", "clean_up_tokenization_spaces": False}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+
+
+def train(texts: Iterable[str], *, vocab_size: int, lowercase: bool, markers: Sequence[str] = ()) -> TextTokenizer:
+    """A byte-pair vocabulary of at most `vocab_size` tokens learnt from `texts`, `markers` as tokens of their own.
+
+    Words are cut before a word-start mark, around punctuation and between digits; a character that `texts` do
+    not have is `<unk>`.
+    """
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token=UNKNOWN, fuse_unk=True))
+    fold = [normalizers.NFKC(), normalizers.Lowercase()] if lowercase else [normalizers.NFC()]
+    tokenizer.normalizer = normalizers.Sequence([*fold, normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split("▁", "merged_with_next"), pre_tokenizers.Punctuation("isolated"), pre_tokenizers.Digits(True)])
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[UNKNOWN, BEGIN, END, *markers], min_frequency=2, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return TextTokenizer(tokenizer)
