@@ -17,6 +17,7 @@ import datetime
 import hashlib
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -34,19 +35,15 @@ MODEL_FILES = (".safetensors", ".json", ".model")  # what decides the vectors of
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; `--help` imports neither torch nor mteb."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--tasks", metavar="all|CATEGORY|NAME,…", help="what to score (default: everything in --data-dir)")
     add("--model", metavar="FOLDER|HUB-ID", help="run, checkpoint folder or hub id (default: the newest run)")
     add("--data-dir", metavar="DIR", type=Path, help="data sets as local folders (default: from the hub)")
     add("--output", metavar="DIR", type=Path, help="result folder (default: RUN/mteb, or results/MODEL)")
     add("--instructions", metavar="FILE", type=Path, help='JSON {"task": "instruction"} in place of mteb\'s')
-    add(
-        "--runs", metavar="DIR", type=Path, default=Path("runs"), help="where runs are (default: %(default)s)"
-    )
-    add("--max-tokens", metavar="N", type=int, default=512, help="cut longer texts (default: %(default)s)")
+    add("--runs", metavar="DIR", type=Path, default=Path("runs"), help="where runs are (default: %(default)s)")
+    add("--max-tokens", metavar="N", type=int, help="cut texts to N tokens (default: the model's, else 512)")
     return parser
 
 
@@ -61,12 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Everything is checked before the model is loaded. Raises ValueError or OSError for bad input."""
+    """Tasks and instructions are checked before the model is loaded. Raises ValueError or OSError for bad input."""
     model, data_dir = args.model or str(newest_run(args.runs)), args.data_dir
-    print(
-        f"model: {model}"
-        + ("" if args.model else f", the newest complete run in {args.runs}; or choose --model")
-    )
+    print(f"model: {model}" + ("" if args.model else f", the newest complete run in {args.runs}; or choose --model"))
     if args.tasks is None and data_dir is None:
         data_dir = SAMPLE_WORLD
         print("data: the sample world in data/held_out; or choose --tasks all (from the hub), or --data-dir")
@@ -77,16 +71,17 @@ def evaluate(args: argparse.Namespace) -> int:
     selection = tasks_from(args.tasks or "all", data_dir)
     names = [task.metadata.name for task in selection.tasks]
     overrides = read_instructions(args.instructions, names) if args.instructions else {}
+
+    from ref.embedder import Embedder
+
+    embedder = Embedder.from_pretrained(model, max_text_tokens=args.max_tokens)
     name, revision = identity(model)
     if data_dir is not None:
         revision += "-local-data"  # never among results on the hub's data
     output = args.output or default_output(model, name)
     output.mkdir(parents=True, exist_ok=True)
-
-    from ref.embedder import Embedder
-
     encoder = MtebEncoder(
-        Embedder.from_pretrained(model, max_tokens=args.max_tokens),
+        embedder,
         name=name,
         revision=revision,
         overrides=overrides,
@@ -102,9 +97,7 @@ def evaluate(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def score_all(
-    encoder: "MtebEncoder", tasks: Sequence["AbsTask"], output: Path
-) -> tuple[list["Row"], dict[str, str]]:
+def score_all(encoder: "MtebEncoder", tasks: Sequence["AbsTask"], output: Path) -> tuple[list["Row"], dict[str, str]]:
     """Rows of the tasks that ran, and task name -> error of those that failed; prints a line for each."""
     from ref.scoring import score_task
 
@@ -112,16 +105,16 @@ def score_all(
     failed: dict[str, str] = {}
     for number, task in enumerate(tasks, start=1):
         name = task.metadata.name
-        print(f"[{number}/{len(tasks)}] {name} ({task.metadata.type}): ", end="", flush=True)
+        print(f"[{number}/{len(tasks)}] {name} ({task.metadata.type})", flush=True)
         try:
             row = score_task(encoder, task, output)
         except Exception as error:  # whatever it is, the other tasks do not depend on it
             failed[name] = f"{type(error).__name__}: {error}"
-            print(f"failed, {failed[name]}")
+            print(f"  failed, {failed[name]}")
             continue
         rows.append(row)
         how = "from the result cache" if row.elapsed_s is None else f"{row.elapsed_s:.1f} s"
-        print(f"{100 * row.score:.2f} ({how})")
+        print(f"  {100 * row.score:.2f} ({how})")
     return rows, failed
 
 
@@ -176,7 +169,8 @@ def default_output(model: str, name: str) -> Path:
 
 
 def quiet() -> None:
-    """Leave the terminal to the lines printed here: no bars of `datasets`, no warnings of mteb."""
+    """Leave the terminal to the lines printed here: no bars of mteb and `datasets`, no warnings."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, by the next line
     import datasets
 
     datasets.disable_progress_bars()

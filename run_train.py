@@ -13,9 +13,11 @@ import json
 import math
 import signal
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +30,7 @@ from ref.gradcache import GradientCache, Segment
 from ref.held_out import retrieval_ndcg10
 from ref.loss import LossTerms, training_loss
 from ref.model import Mistral
-from ref.prompts import Prompter
+from ref.prompts import Prefix, Prompter
 
 
 @dataclass
@@ -69,7 +71,7 @@ class Trainer:
         passages = self._segment(self.prompter.prefix(instruction if both_sides else None), batch.passages)
         return [queries, passages], count
 
-    def _segment(self, prefix, texts: list[str]) -> Segment:  # type: ignore[no-untyped-def]
+    def _segment(self, prefix: Prefix, texts: list[str]) -> Segment:
         ids = self.prompter.texts(texts, prefix)
         if len(prefix.ids) == 1:  # `<s>` alone is cheaper in each text than as a shared prefix
             return Segment([], [[*prefix.ids, *text] for text in ids])
@@ -121,7 +123,9 @@ def train(trainer: Trainer, folder: Path) -> bool:
     """The loop. Returns False if Ctrl-C ended it early."""
     options, data = trainer.options, trainer.data
     total = options.steps or math.ceil(options.epochs * len(data.batches(0)))
-    position = runs.load_state(folder, trainer.model, trainer.optimiser) if options.resume else {"step": 0, "elapsed_s": 0.0}
+    position: dict[str, Any] = {"step": 0, "elapsed_s": 0.0}
+    if options.resume:
+        position = runs.load_state(folder, trainer.model, trainer.optimiser)
     clock = runs.Clock(position["elapsed_s"])
     keep_metrics(folder, position["step"])
     stop = StopAfterStep()
@@ -171,7 +175,7 @@ class NotFiniteError(ValueError):
                          "Look at these lines, or lower --learning-rate; the last saved state is whole.")
 
 
-class StopAfterStep(contextlib.AbstractContextManager):  # type: ignore[type-arg]
+class StopAfterStep:
     """Turns the first Ctrl-C into a wish, the second into an end."""
 
     asked = False
@@ -196,7 +200,7 @@ class Progress:
     def __init__(self, options: Options, total: int) -> None:
         self.options, self.total, self.shown_s, self.clock = options, total, -math.inf, runs.Clock()
 
-    def show(self, row: dict) -> None:  # type: ignore[type-arg]
+    def show(self, row: dict[str, Any]) -> None:
         """Print step, loss, speed and time left."""
         terminal = sys.stdout.isatty()
         if self.clock.elapsed_s - self.shown_s < (0.2 if terminal else 10):
@@ -237,8 +241,8 @@ def prepare(arguments: list[str] | None) -> tuple[Trainer, Path, runs.Start]:
     options = dataclasses.replace(options, dtype=options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     print(f"preset: {options.preset}; weights that learn: {options.train}; device: {device}, {options.dtype}")
     data = SoftLabels([Path(path) for path in options.data], options)
-    print(f"data: {len(data):,} lines, {len(data.tasks)} tasks, {data.with_labels:,} lines with soft labels"
-          + ("" if data.with_labels == len(data) else f"; the other {len(data) - data.with_labels:,} train the contrastive term alone"))
+    print(f"data: {len(data):,} lines, {len(data.tasks)} tasks, {data.with_labels:,} lines with soft labels, "
+          f"{len(data) - data.with_labels:,} for the contrastive term alone")
     folder = runs.open_folder(options, start)
     model, tokens = runs.build(start, options, data, device=device)
     weights = list(runs.trainable(model).values())
@@ -248,19 +252,20 @@ def prepare(arguments: list[str] | None) -> tuple[Trainer, Path, runs.Start]:
                         options.max_example_tokens)
     for task in data.tasks:
         prompter.prefix(task.instruction)
-    optimiser = torch.optim.AdamW(weights, lr=options.learning_rate, weight_decay=options.weight_decay)
+    optimiser = torch.optim.AdamW(weights, lr=options.learning_rate, weight_decay=options.weight_decay,
+                                  fused=True)
     print(f"run: {folder}", flush=True)
     return Trainer(options, data, model, prompter, optimiser, device), folder, start
 
 
-def resumed(given):  # type: ignore[no-untyped-def]
+def resumed(given: Namespace) -> Namespace:
     """The options of the run in --output, which --resume goes on with; others may not be given."""
     folder = Path(getattr(given, "output", None) or "")
     saved = read_json(folder / "run.json")
     other = {k: v for k, v in vars(given).items() if k not in ("resume", "output") and v != saved["options"][k]}
     if other:
         raise ValueError(f"--resume goes on with the options of {folder}; given is another {', '.join(other)}. Leave that out.")
-    return type(given)(**{**saved["options"], "resume": True, "output": str(folder)})
+    return Namespace(**{**saved["options"], "resume": True, "output": str(folder)})
 
 
 def main(arguments: list[str] | None = None) -> int:

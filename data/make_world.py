@@ -248,7 +248,7 @@ def make_row(rng, task, query, notes):
 
     positive, false_negative = rng.sample(by_grade[2], 2)
     negatives = [false_negative] if rng.random() < PLANTED else []
-    negatives += rng.sample(by_grade[1], RELATED) + rng.sample(tempting, TEMPTING)
+    negatives += rng.sample(by_grade[1], RELATED) + rng.sample(tempting, min(TEMPTING, len(tempting)))
     plain = [note for note in by_grade[0] if note not in negatives]
     negatives += rng.sample(plain, NEGATIVES - len(negatives))
 

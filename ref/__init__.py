@@ -12,10 +12,17 @@ Tensors carry their shape as a suffix, one letter an axis; scalars are words wit
 So `x_TD` is one vector of the model for each packed token and `score_QP` is a query by passage matrix.
 
 Reading order, each file one idea: config, rope, attention, model, checkpoint, lora, tokenizer, prompts,
-packing, pooling, loss, gradcache, data, runs, embedder, held_out, scoring; then run_train.py and run_eval.py.
+packing, pooling, loss, blocked, gradcache, data, runs, embedder, held_out, scoring; then run_train.py and run_eval.py.
 """
 
-from ref.embedder import Embedder
+from pathlib import Path
+
+# The Triton kernels stand beside ref/, in the folder kernels/, and are imported as ref.kernels: the plain name `kernels`
+# belongs to a package of Hugging Face that transformers looks for. The folder has no __init__.py, so an installed
+# package of that name wins, and this line lets `ref.kernels` be found in a checkout (an installed wheel has it in ref/).
+__path__ = [*__path__, str(Path(__file__).parent.parent)]
+
+from ref.embedder import Embedder  # noqa: E402
 
 __all__ = ["Embedder"]
 __version__ = "0.1.0"

@@ -22,6 +22,7 @@ Source: Mistral 7B, arXiv 2310.06825, section 2; grouped queries: arXiv 2305.132
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,22 +50,19 @@ def attend_by_length(
     window_keys: int | None, prefix: KeyValue | None = None,
 ) -> Tensor:
     """`attend` as one scaled_dot_product_attention for each run of texts of equal length."""
+    runs = packed.runs_of_equal_length()
     every_token_asks = len(q_NHK) == len(k_TGK)
-    offsets = packed.offsets
+    q_runs = q_NHK.split([count * length if every_token_asks else count for count, length in runs])
+    k_runs, v_runs = (x_TGK.split([count * length for count, length in runs]) for x_TGK in (k_TGK, v_TGK))
     outputs = []
-    for first, count, length in packed.runs_of_equal_length():
-        asking = length if every_token_asks else 1
-        row = offsets[first] if every_token_asks else first
-        tokens = slice(offsets[first], offsets[first] + count * length)
-        q = q_NHK[row : row + count * asking].unflatten(0, (count, asking)).transpose(1, 2)
-        k, v = (x_TGK[tokens].unflatten(0, (count, length)).transpose(1, 2) for x_TGK in (k_TGK, v_TGK))
+    for (count, _), *qkv in zip(runs, q_runs, k_runs, v_runs, strict=True):
+        q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in qkv)  # (texts, heads, tokens, K)
         if prefix is not None:
             k, v = (
                 torch.cat((p_SGK.transpose(0, 1).expand(count, -1, -1, -1), x), dim=2)
                 for p_SGK, x in zip(prefix, (k, v), strict=True)
             )
-        out = rectangle(q, k, v, window_keys)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
+        outputs.append(rectangle(q, k, v, window_keys).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)
 
 
@@ -94,9 +92,11 @@ def attend_flex(
     if prefix is not None:
         k_TGK, v_TGK = (torch.cat(pair) for pair in zip(prefix, (k_TGK, v_TGK), strict=True))
     block_mask = _block_mask(packed, len(q_NHK), window_keys)
-    run = _compiled(flex_attention) if q_NHK.device.type == "cuda" else flex_attention
+    attention: Any = flex_attention
+    if q_NHK.device.type == "cuda":
+        attention = _compiled(flex_attention)
     q, k, v = (x.transpose(0, 1)[None] for x in (q_NHK, k_TGK, v_TGK))
-    return run(q, k, v, block_mask=block_mask, enable_gqa=True)[0].transpose(0, 1)
+    return attention(q, k, v, block_mask=block_mask, enable_gqa=True)[0].transpose(0, 1)
 
 
 def visible_rule(
@@ -119,14 +119,14 @@ def visible_rule(
     return visible
 
 
-def _block_mask(packed: Packed, rows: int, window_keys: int | None):  # type: ignore[no-untyped-def]
+def _block_mask(packed: Packed, rows: int, window_keys: int | None) -> Any:
     """The rule as a table of blocks; all layers of a forward pass ask for the same one, so it is kept on `packed`."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    key = f"_block_mask_{rows}"
+    key = f"_block_mask_{rows}_{window_keys}"
     if key not in packed.__dict__:
         device = packed.ids_T.device
-        build = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
+        build: Callable[..., Any] = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
         keys = packed.prefix_tokens + len(packed.ids_T)
         packed.__dict__[key] = build(
             visible_rule(packed, rows, window_keys), B=None, H=None, Q_LEN=rows, KV_LEN=keys, device=device)
@@ -134,6 +134,6 @@ def _block_mask(packed: Packed, rows: int, window_keys: int | None):  # type: ig
 
 
 @cache
-def _compiled(function: Callable) -> Callable:  # type: ignore[type-arg]
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """One compiled version for all token counts."""
     return torch.compile(function, dynamic=True)

@@ -44,8 +44,8 @@ def locate(name: str) -> Path:
 
 
 def _download(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
     from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
 
     refused = f"{repository} could not be fetched from the hub"
     try:
@@ -58,8 +58,9 @@ def _download(repository: str) -> Path:
                          "HF_TOKEN to a token of that account (or run `hf auth login`).") from None
     except hub.RepositoryNotFoundError:
         raise ValueError(f"{refused}: it does not exist or is private. Check the id; for a private one set HF_TOKEN.") from None
-    except (hub.HfHubHTTPError, hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as error:
-        raise ValueError(f"{refused}: {str(error).splitlines()[0]:.200} Check the network, HF_HUB_OFFLINE and HF_TOKEN, "
+    except (hub.HTTPError, OSError) as error:  # refusals of the hub, of the proxy, of the network, no local copy
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise ValueError(f"{refused}: {reason:.200} Check the network, HF_HUB_OFFLINE and HF_TOKEN, "
                          "or give a folder that holds the model.") from None
 
 
@@ -93,7 +94,7 @@ def _index_names(path: Path) -> list[str]:
 
 
 def read_tensors(path: Path, *, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor of a safetensors file with its name, one at a time, in memory of its own.
+    """Each tensor of a safetensors file with its name, one at a time; on a CPU a view of the mapped file: copy it.
 
     Raises ValueError that names the file if it is truncated, mislabelled or malformed.
     """
@@ -113,7 +114,7 @@ def model_name(stored: str) -> str | None:
 
 
 def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype | None = None) -> Mistral:
-    """The model of a checkpoint folder on `device` in `dtype` (None: as stored).
+    """The model of a checkpoint folder on `device` in `dtype` (None: the one that config.json names).
 
     Raises ValueError that names the tensor if one is missing, unexpected, misshapen or not floating point.
     """
@@ -150,7 +151,12 @@ def _check_tensor(path: Path, stored: str, tensor: Tensor, shape: tuple[int, ...
 
 
 def save_model(model: Mistral, folder: Path, *, dtype: torch.dtype, shard_bytes: int = 5 * 10**9) -> None:
-    """Write config.json and the weights (adapters must be merged before) as transformers' MistralModel reads them."""
+    """Write config.json and the weights (adapters must be merged before) as transformers' MistralModel reads them.
+
+    An older checkpoint's index or single file in that folder is removed: it would be read instead.
+    """
+    for name in (INDEX, SINGLE):
+        (folder / name).unlink(missing_ok=True)
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     parts: list[dict[str, Tensor]] = [{}]
     for name, tensor in state.items():

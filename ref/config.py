@@ -72,7 +72,7 @@ class Architecture:
         _refuse_other_models(config, path)
 
         def number(name: str, default: int | None = None) -> int:
-            value = default if config.get(name) is None else config[name]
+            value: Any = default if config.get(name) is None else config[name]
             if checked(value, int, f"{path}: {name}", "a whole number of at least 1") < 1:
                 raise ValueError(f"{path}: {name} is {value}. Expected is at least 1. Correct it there.")
             return int(value)
@@ -267,10 +267,10 @@ class OptionParser(argparse.ArgumentParser):
     def __init__(self) -> None:
         super().__init__(description="Train an LLM text embedder from soft labels.",
                          argument_default=argparse.SUPPRESS)
-        group = self
+        group: Any = self
         for item in dataclasses.fields(Options):
             if "group" in item.metadata:
-                group = self.add_argument_group(item.metadata["group"])  # type: ignore[assignment]
+                group = self.add_argument_group(item.metadata["group"])
             group.add_argument("--" + item.name.replace("_", "-"), **_argument(item))
 
     @staticmethod
@@ -282,9 +282,9 @@ class OptionParser(argparse.ArgumentParser):
         return Options(**{**PRESETS[name], "train": "all" if fresh_weights else "lora", **vars(given), "preset": name})
 
 
-def _argument(item: dataclasses.Field) -> dict[str, Any]:  # type: ignore[type-arg]
+def _argument(item: "dataclasses.Field[Any]") -> dict[str, Any]:
     """argparse's words for one field: its type, its choices, its default in the help."""
-    default = item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[misc]
+    default = getattr(Options(), item.name)
     shown = "" if default is None else f" (default: {' '.join(default) if isinstance(default, list) else default})"
     words: dict[str, Any] = {"help": (item.metadata["help"] + shown).replace("%", "%%")}
     kinds = [k for k in (get_args(item.type) or (item.type,)) if k is not type(None)]

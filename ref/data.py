@@ -93,7 +93,9 @@ class SoftLabels:
         self.tasks: list[Task] = []
         self.sha256: list[str] = []
         self.with_labels = 0
-        offsets, files, tasks = [], [], []
+        offsets: list[int] = []
+        files: list[int] = []
+        tasks: list[int] = []
         numbers: dict[Task, int] = {}
         for file_number, path in enumerate(self.paths):
             before = len(offsets)

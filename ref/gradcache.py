@@ -15,6 +15,7 @@ Called by run_train.py. Source: Gao et al., arXiv 2101.06983, section 3.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,9 +59,8 @@ class GradientCache:
         self.parts = []
         with torch.set_grad_enabled(self.fits):
             for segment in self.segments:
-                prefix = self._first(lambda s=segment: self._prefix(s))
-                self.parts += [self._first(lambda s=segment, c=chunk, p=prefix: self._chunk(s, c, p))
-                               for chunk in segment.chunks]
+                prefix = self._first(self._prefix, segment)
+                self.parts += [self._first(self._chunk, segment, chunk, prefix) for chunk in segment.chunks]
         rows = torch.tensor(list(self._rows()), device=self.device)
         self.inverse = rows.argsort()
         self.leaf = torch.cat(self.parts).detach()[self.inverse].requires_grad_()
@@ -83,11 +83,11 @@ class GradientCache:
                 self._chunk(segment, chunk, leaves).backward(next(gradient))
             _join(prefix, leaves)
 
-    def _first(self, call: Callable):  # type: ignore[type-arg, no-untyped-def]
+    def _first(self, call: Callable[..., Any], *arguments: object) -> Any:
         """Call the model for the first time, the random state before it noted."""
         if not self.fits:
             self.random.append(_random_state(self.device))
-        return call()
+        return call(*arguments)
 
     def _prefix(self, segment: Segment) -> KeyValues:
         return self.model.prefix(pack([segment.prefix], device=self.device)) if segment.prefix else None
@@ -109,7 +109,7 @@ def _join(prefix: KeyValues, leaves: KeyValues) -> None:
     pairs = [(x, leaf.grad) for kv, kv_leaf in zip(prefix or [], leaves or [], strict=True)
              for x, leaf in zip(kv, kv_leaf, strict=True) if x.requires_grad and leaf.grad is not None]
     if pairs:
-        torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
+        torch.autograd.backward([x for x, _ in pairs], [gradient for _, gradient in pairs])
 
 
 def _random_state(device: torch.device) -> Callable[[], None]:

@@ -28,9 +28,7 @@ TASK_KEYS: dict[str, type] = {"class": str, "set": dict, "instruction": str}
 class TextEmbedder(Protocol):
     """What scoring needs of `ref.embedder.Embedder`; tests pass stand-ins."""
 
-    def encode(
-        self, texts: Sequence[str], *, instruction: str | None = None, progress: bool = False
-    ) -> np.ndarray:
+    def encode(self, texts: Sequence[str], *, instruction: str | None = None, progress: bool = False) -> np.ndarray:
         """Float32 array (texts, width), rows of unit length, in the order of `texts`."""
         ...
 
@@ -119,9 +117,7 @@ def _texts(path: Path, *, titled: bool) -> dict[str, str]:
     for place, row in read_jsonl(path):
         identifier = str(_value(row, "_id" if "_id" in row else "id", place, (str, int)))
         if identifier in texts:
-            raise ValueError(
-                f"{place}: the id {identifier!r} is given twice. Ids must be unique. Rename one."
-            )
+            raise ValueError(f"{place}: the id {identifier!r} is given twice. Ids must be unique. Rename one.")
         text = _value(row, "text", place, (str,))
         title = (row.get("title") or "") if titled else ""
         texts[identifier] = f"{title} {text}".strip() if title else text
@@ -158,9 +154,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises: ValueError if the file is missing, empty, not UTF-8, or a line is no JSON object.
     """
     if not path.is_file():
-        raise ValueError(
-            f"{path}: no such file. Expected: corpus.jsonl, queries.jsonl and qrels.jsonl. Add it."
-        )
+        raise ValueError(f"{path}: no such file. Expected: corpus.jsonl, queries.jsonl and qrels.jsonl. Add it.")
     rows = 0
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if line.strip():
@@ -197,13 +191,9 @@ def _json_object(raw: bytes, place: str) -> dict[str, Any]:
     try:
         value = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{place}: not UTF-8 ({error}). Expected: JSON in UTF-8. Convert the file."
-        ) from None
+        raise ValueError(f"{place}: not UTF-8 ({error}). Expected: JSON in UTF-8. Convert the file.") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{place}: broken JSON ({error}). Expected: one JSON object. Correct it.") from None
     if not isinstance(value, dict):
-        raise ValueError(
-            f"{place}: JSON of type {type(value).__name__}. Expected: a JSON object. Correct it."
-        )
+        raise ValueError(f"{place}: JSON of type {type(value).__name__}. Expected: a JSON object. Correct it.")
     return value

@@ -39,9 +39,9 @@ class LoRALinear(nn.Linear):
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.weight = base.weight.requires_grad_(False)
         self.register_parameter("bias", None)
-        like = {"device": base.weight.device, "dtype": torch.float32}
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **like))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, **like))
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -51,6 +51,11 @@ class LoRALinear(nn.Linear):
     def product(self) -> Tensor:
         """(alpha / R) B A, fp32, the shape of the weight."""
         return (self.lora_B @ self.lora_A) * (self.alpha / self.rank)
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that an adapter can sit on, by module name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
@@ -64,7 +69,7 @@ def attach(model: Mistral, *, rank: int, alpha: float, dropout: float, targets: 
     Raises ValueError for a target that no layer bears.
     """
     model.requires_grad_(False)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = linear_layers(model)
     known = {part for name in linears for part in (name, name.rpartition(".")[2])}
     unknown = sorted(set(targets) - known)
     if unknown or not targets:
@@ -119,7 +124,7 @@ def save_adapter(model: Mistral, folder: Path, *, base: str) -> None:
 
 def _shortest_targets(model: Mistral, adapted: set[str]) -> set[str]:
     """Last parts of the names where every layer of that name is adapted, else the full names."""
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = linear_layers(model)
     parts = {name.rpartition(".")[2] for name in adapted}
     whole = {part for part in parts if {n for n in linears if n.rpartition(".")[2] == part} <= adapted}
     return whole | {name for name in adapted if name.rpartition(".")[2] not in whole}
@@ -133,6 +138,7 @@ def load_adapter(model: Mistral, folder: Path) -> None:
     """
     config = read_json(folder / CONFIG)
     rank, alpha, dropout = _plain_lora(config, folder / CONFIG)
+    asked = _asked_for(model, config, folder / CONFIG)
     state: dict[str, Tensor] = {}
     for stored, tensor in read_tensors(folder / WEIGHTS, device=model.norm.weight.device):
         match = re.fullmatch(r"base_model\.model\.(?:model\.)?(.+)\.(lora_[AB])\.weight", stored)
@@ -140,8 +146,14 @@ def load_adapter(model: Mistral, folder: Path) -> None:
             raise ValueError(f"{folder / WEIGHTS}: tensor {stored!r:.120} is no LoRA matrix. Expected are "
                              "base_model.model.….lora_A.weight and lora_B. Save the adapter with PEFT or with us.")
         state[".".join(match.groups())] = tensor.float()
-    attach(model, rank=rank, alpha=alpha, dropout=dropout,
-           targets=sorted({name.rpartition(".")[0] for name in state}))
+    found = {name.rpartition(".")[0] for name in state}
+    unknown, missing = sorted(found - linear_layers(model).keys()), sorted(asked - found)
+    if unknown or missing:
+        raise ValueError(f"{folder / WEIGHTS}: {unknown[0]} is no linear layer of the model. "
+                         "Use the adapter with the model it was trained on." if unknown else
+                         f"{folder / WEIGHTS}: {missing[0]} has neither lora_A nor lora_B. Expected are both, by "
+                         f"target_modules in {CONFIG}. Fetch or save the adapter again.")
+    attach(model, rank=rank, alpha=alpha, dropout=dropout, targets=sorted(found))
     _fill(adapters(model), state, folder / WEIGHTS)
 
 
@@ -158,11 +170,35 @@ def _fill(layers: dict[str, LoRALinear], state: dict[str, Tensor], path: Path) -
                 parameter.copy_(found)
 
 
+def _asked_for(model: Mistral, config: dict[str, Any], path: Path) -> set[str]:
+    """The linear layers that target_modules names, as PEFT reads it: a regular expression, or names and their ends.
+
+    Empty where PEFT narrows the choice by layers_to_transform or exclude_modules: then the file alone says.
+    """
+    targets = config.get("target_modules") or []
+    if config.get("layers_to_transform") is not None or config.get("exclude_modules"):
+        return set()
+    if isinstance(targets, str):
+        try:
+            pattern = re.compile(".*" if targets == "all-linear" else f"(?:{targets})")
+        except re.error as error:
+            raise ValueError(f"{path}: target_modules is {targets!r:.80}, no regular expression ({error}). Expected are "
+                             "names of layers or a regular expression. Correct it there.") from None
+        return {name for name in linear_layers(model) if pattern.fullmatch(name) or pattern.fullmatch(f"model.{name}")}
+    for target in checked(targets, list, f"{path}: target_modules", "a list of names"):
+        checked(target, str, f"{path}: target_modules", "a list of names")
+    return {name for name in linear_layers(model) for target in targets if f".model.{name}".endswith(f".{target}")}
+
+
 def _plain_lora(config: dict[str, Any], path: Path) -> tuple[int, float, float]:
     """Rank, alpha and dropout of an adapter config; ValueError for what our forward pass does not compute."""
-    defaults = {"peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None), "use_rslora": (False, None),
-                "fan_in_fan_out": (False, None), "modules_to_save": (None, []), "rank_pattern": ({}, None),
-                "alpha_pattern": ({}, None), "lora_bias": (False, None), "trainable_token_indices": (None,)}
+    defaults: dict[str, tuple[Any, ...]] = {
+        "peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None), "use_rslora": (False, None),
+        "fan_in_fan_out": (False, None), "modules_to_save": (None, []), "rank_pattern": ({}, None),
+        "alpha_pattern": ({}, None), "lora_bias": (False, None), "trainable_token_indices": (None,),
+        "layer_replication": (None,), "alora_invocation_tokens": (None,),
+        "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # the others change the base
+    }
     for key, plain in defaults.items():
         if config.get(key, plain[0]) not in plain:
             raise ValueError(f"{path}: {key} is {config[key]!r:.80}. Expected is {plain[0]!r}: only plain LoRA is computed. "

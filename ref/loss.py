@@ -26,14 +26,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ref.blocked import Groups, Rule, TorchEpilogue, blocked_loss
 
-@dataclass(frozen=True)
-class Groups:
-    """Which passages belong to which query, and which texts are the same. Columns count the passages of the batch."""
-
-    column_QC: Tensor  # int64: the positive's column, then the hard negatives'; -1 where a query has fewer
-    text_P: Tensor  # int64: equal numbers for equal texts
-    known_QX: Tensor  # int64: numbers of the query's own text and of all its known positives; -1 where fewer
+KERNELS = ("eager", "blocked", "triton", "small")  # the plain page below; blocks in torch; Triton's two variants
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,7 @@ class LossTerms:
 def training_loss(
     query_QD: Tensor, passage_PD: Tensor, groups: Groups, teacher_QC: Tensor, *,
     temperature: float, teacher_temperature: float, hard_weight: float, soft_weight: float,
-    in_batch: bool, margin: float | None,
+    in_batch: bool, margin: float | None, kernels: str = "eager",
 ) -> LossTerms:
     """hard_weight * mean contrastive + soft_weight * mean soft label.
 
@@ -61,7 +56,8 @@ def training_loss(
     one_hot_QC[:, 0] = 1.0
     label_QC = soft_labels(teacher_QC, groups.column_QC, teacher_temperature)
     hard_Q, masked_Q = soft_contrastive(
-        query_QD, passage_PD, groups, one_hot_QC, temperature=temperature, in_batch=in_batch, margin=margin)
+        query_QD, passage_PD, groups, one_hot_QC, temperature=temperature, in_batch=in_batch, margin=margin,
+        kernels=kernels)
     soft_Q, _ = soft_contrastive(
         query_QD, passage_PD, groups, label_QC, temperature=temperature, in_batch=False, margin=None)
     rows = label_QC.any(1).sum().clamp(min=1)
@@ -78,33 +74,48 @@ def soft_labels(teacher_QC: Tensor, column_QC: Tensor, teacher_temperature: floa
 
 def soft_contrastive(
     query_QD: Tensor, passage_PD: Tensor, groups: Groups, label_QC: Tensor, *,
-    temperature: float, in_batch: bool, margin: float | None,
+    temperature: float, in_batch: bool, margin: float | None, kernels: str = "eager",
 ) -> tuple[Tensor, Tensor]:
     """The loss of each query, (Q,) fp32, and how many columns left its set, (Q,) int64.
 
     `label_QC` are non-negative weights on `groups.column_QC` that sum to one by row; a row of zeros is ignored
     and its loss is zero. `in_batch` adds the batch's other passages to A_i, less the false negatives: cosine above
-    the positive's by more than `margin` (None: never), or a text known to be right.
+    the positive's by more than `margin` (None: never), or a text known to be right. `kernels` (one of KERNELS) says
+    who computes it, with equal results; the softmax over a query's own few candidates needs no kernel.
     """
-    query_QD, passage_PD = query_QD.float(), passage_PD.float()
-    own_QC = groups.column_QC.clamp(min=0)
-    if in_batch:
-        score_QP = query_QD @ passage_PD.T / temperature
-        score_QC = score_QP.gather(1, own_QC)
-        masked_QP = false_negatives(score_QP * temperature, groups, margin)
-        masked_Q, seen = masked_QP.sum(1), score_QP.masked_fill(masked_QP, -torch.inf)
-    else:
-        score_QC = torch.einsum("qd,qcd->qc", query_QD, passage_PD[own_QC]) / temperature
-        masked_Q, seen = own_QC.new_zeros(len(own_QC)), score_QC.masked_fill(groups.column_QC < 0, -torch.inf)
-    loss_Q = seen.logsumexp(1) - (label_QC * score_QC).sum(1)
-    return loss_Q * label_QC.any(1), masked_Q
+    if not in_batch:
+        return own_loss(query_QD, passage_PD, groups, label_QC, temperature)
+    with torch.no_grad():
+        positive_Q = (query_QD.float() * passage_PD[groups.column_QC[:, 0]].float()).sum(1)
+        limit_Q = torch.full_like(positive_Q, torch.inf) if margin is None else positive_Q + margin
+    rule = Rule(groups, label_QC, limit_Q, temperature)
+    if kernels == "eager":
+        return eager_loss(query_QD, passage_PD, rule)
+    if kernels == "blocked":
+        return blocked_loss(query_QD, passage_PD, rule, TorchEpilogue())
+    from ref.kernels.soft_contrastive import TritonEpilogue, small_loss
+
+    if kernels == "small":
+        return small_loss(query_QD, passage_PD, rule)
+    return blocked_loss(query_QD, passage_PD, rule, TritonEpilogue(passage_PD.dtype))
 
 
-@torch.no_grad()
-def false_negatives(cosine_QP: Tensor, groups: Groups, margin: float | None) -> Tensor:
-    """Columns that leave A_i, (Q, P) bool: too close to be wrong, or known to be right; never a candidate."""
-    own_QC = groups.column_QC.clamp(min=0)
-    masked_QP = (groups.text_P[None, :, None] == groups.known_QX[:, None, :]).any(-1)
-    if margin is not None:
-        masked_QP |= cosine_QP > cosine_QP.gather(1, own_QC[:, :1]) + margin
-    return masked_QP.scatter(1, own_QC, False)
+def own_loss(
+    query_QD: Tensor, passage_PD: Tensor, groups: Groups, label_QC: Tensor, temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """`soft_contrastive` where A_i = C_i: (Q, C) scores, from the gathered candidates."""
+    candidate_QCD = passage_PD[groups.column_QC.clamp(min=0)].float()
+    score_QC = torch.einsum("qd,qcd->qc", query_QD.float(), candidate_QCD) / temperature
+    lse_Q = score_QC.masked_fill(groups.column_QC < 0, -torch.inf).logsumexp(1)
+    loss_Q = lse_Q - (label_QC * score_QC).sum(1)
+    return loss_Q * label_QC.any(1), torch.zeros_like(groups.column_QC[:, 0])
+
+
+def eager_loss(query_QD: Tensor, passage_PD: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """The loss over the batch, plainly: every score, the mask, a log-sum-exp. The oracle of the faster ones."""
+    score_QP = query_QD.float() @ passage_PD.float().T / rule.temperature
+    label_QP, own_QP = rule.label_block(0, len(passage_PD))
+    masked_QP = rule.false_negatives(score_QP.detach(), own_QP, 0)
+    lse_Q = score_QP.masked_fill(masked_QP, -torch.inf).logsumexp(1)
+    loss_Q = lse_Q - (label_QP * score_QP).sum(1)
+    return loss_Q * rule.label_QC.any(1), masked_QP.sum(1)

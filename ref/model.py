@@ -14,6 +14,7 @@ Source: Mistral 7B, arXiv 2310.06825; RMSNorm, arXiv 1910.07467; SwiGLU, arXiv 2
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +35,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        x32_TD = x_TD.float()
-        scale_T1 = torch.rsqrt(x32_TD.square().mean(-1, keepdim=True) + self.eps)
-        return (x32_TD * scale_T1).to(x_TD.dtype) * self.weight.to(x_TD.dtype)
+        normed_TD = F.rms_norm(x_TD.float(), self.weight.shape, eps=self.eps)
+        return normed_TD.to(x_TD.dtype) * self.weight.to(x_TD.dtype)
 
 
 class Attention(nn.Module):
@@ -137,7 +137,7 @@ class Mistral(nn.Module):
         """Keys and values of one text (the shared prefix) for every layer; the last layer stops after them."""
         x_TD = self.embed_tokens(packed.ids_T)
         rotary = self._rotary(packed.position_T)
-        *all_but_last, last = self.layers
+        *all_but_last, last = cast(list[Block], list(self.layers))
         pairs = []
         for block in all_but_last:
             x_TD, own = block(x_TD, packed, rotary)

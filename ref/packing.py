@@ -8,7 +8,7 @@ Batches are cut from a list sorted by token count, so that a batch holds texts o
 attention then runs over few groups of equal length. Called by embedder.py and gradcache.py.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain, groupby
@@ -47,13 +47,9 @@ class Packed:
         """Index of each text's last token in the stream, (B,) int64."""
         return torch.tensor(self.offsets[1:], device=self.ids_T.device) - 1
 
-    def runs_of_equal_length(self) -> Iterator[tuple[int, int, int]]:
-        """(first text, number of texts, tokens of each) for neighbours of one length."""
-        first = 0
-        for length, texts in groupby(self.lengths):
-            count = len(list(texts))
-            yield first, count, length
-            first += count
+    def runs_of_equal_length(self) -> list[tuple[int, int]]:
+        """(number of texts, tokens of each) for neighbours of one length."""
+        return [(len(list(texts)), length) for length, texts in groupby(self.lengths)]
 
 
 def pack(texts: Sequence[Sequence[int]], *, device: torch.device, prefix_tokens: int = 0) -> Packed:

@@ -14,6 +14,7 @@ Source: arXiv 2506.07438 (the template); arXiv 2409.15700 and its trainer (examp
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ref.tokenizer import TextTokenizer
 
@@ -99,33 +100,33 @@ class Prompter:
             "response": self.tokenizer.cut(e.response, max_tokens=limit)}) for e in examples]
         before_text = self.template.query.removesuffix("{text}").removesuffix(" ")
         blocks.append(self._fill(before_text, {"instruction": instruction}))
-        ids = [self.tokenizer.begin]
-        for marker, run in _runs(blocks, self.template.separator):
-            if marker:
-                ids.append(self.tokenizer.library.token_to_id(run))
-            else:
-                ids += self.tokenizer.encode([run], max_tokens=2**20)[0]
-        return tuple(ids)
+        return (self.tokenizer.begin, *self._ids(_runs(blocks, self.template.separator)))
+
+    def _ids(self, parts: Sequence[tuple[bool, str]]) -> list[int]:
+        """Ids of marker tokens and of runs of text, one after the other."""
+        ids: list[int] = []
+        for is_marker, text in parts:
+            ids += [self._marker_ids[text]] if is_marker else self.tokenizer.encode([text], max_tokens=2**20)[0]
+        return ids
 
     def _fill(self, form: str, values: dict[str, str]) -> list[tuple[bool, str]]:
         """A template's parts as (is a marker token, text): what comes from outside is never a marker."""
         parts = [(False, form)]
-        for marker in self._marker_tokens():
+        for marker in self._marker_ids:
             parts = [piece for is_marker, text in parts for piece in (
                 [(True, text)] if is_marker else _split(text, marker))]
         return [(True, text) if is_marker else (False, text.format(**values)) for is_marker, text in parts if text]
 
-    def _marker_tokens(self) -> list[str]:
-        return [m for m in self.template.markers if self.tokenizer.library.token_to_id(m) is not None]
+    @cached_property
+    def _marker_ids(self) -> dict[str, int]:
+        """The template's markers that are tokens of this vocabulary; the others are text."""
+        found = {marker: self.tokenizer.marker(marker) for marker in self.template.markers}
+        return {marker: token for marker, token in found.items() if token is not None}
 
     def _suffix(self) -> tuple[int, ...]:
-        if not self.template.suffix:
-            return ()
-        ids: list[int] = []
-        for is_marker, text in self._fill(self.template.suffix, {}):
-            token = self.tokenizer.library
-            ids += [token.token_to_id(text)] if is_marker else self.tokenizer.continuation(text)
-        return tuple(ids)
+        """Ids of what follows a query's text: no word-start mark before them."""
+        return tuple(token for is_marker, text in self._fill(self.template.suffix, {})
+                     for token in ([self._marker_ids[text]] if is_marker else self.tokenizer.continuation(text)))
 
 
 def _split(text: str, marker: str) -> list[tuple[bool, str]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 def rotary_tables(position_T: Tensor, *, head_width: int, base: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every angle, (T, K/2) fp32 each: at position 4096 bf16 would be off by whole turns."""
     exponent = torch.arange(0, head_width, 2, device=position_T.device, dtype=torch.float32) / head_width
-    angle_TK = position_T.float()[:, None] * base**-exponent
+    angle_TK = position_T.float()[:, None] * (1.0 / base**exponent)
     return angle_TK.cos(), angle_TK.sin()
 
 

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ref import lora, tokenizer
-from ref.checkpoint import load_model, locate, read_tensors, save_model
+from ref.checkpoint import locate, read_tensors, save_model
 from ref.config import DTYPES, MISTRAL, TINY, Architecture, Options, read_json
 from ref.data import SoftLabels
 from ref.embedder import load_with_adapter, write_prompter

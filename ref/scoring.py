@@ -110,13 +110,9 @@ def read_instructions(path: str | Path, known_tasks: Iterable[str]) -> dict[str,
     try:
         overrides = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path}: {error}. Expected: a readable JSON file. Correct the path or the file."
-        ) from None
+        raise ValueError(f"{path}: {error}. Expected: a readable JSON file. Correct the path or the file.") from None
     if not isinstance(overrides, dict) or not all(isinstance(text, str) for text in overrides.values()):
-        raise ValueError(
-            f'{path}: not an object of texts. Expected: {{"STS12": "Retrieve ...", ...}}. Correct it.'
-        )
+        raise ValueError(f'{path}: not an object of texts. Expected: {{"STS12": "Retrieve ...", ...}}. Correct it.')
     known = [*benchmark_tasks(), *known_tasks]
     for name in overrides:
         if name not in known:
@@ -160,23 +156,21 @@ def score_task(encoder: MtebEncoder, task: AbsTask, output: str | Path) -> Row:
     )  # fmt: skip
     if outcome.exceptions:
         raise RuntimeError(outcome.exceptions[0].exception)
-    score = float(outcome.task_results[0].get_score(splits=list(task.eval_splits)))
+    # from the file, also after a run: mteb rounds what it writes, and a resumed run must print the same table
+    result = cache.load_task_result(task.metadata.name, encoder.mteb_model_meta, raise_if_not_found=True)
+    assert result is not None
+    score = float(result.get_score(splits=list(task.eval_splits)))
     elapsed_s = None if current else time.monotonic() - start_s
-    metadata = task.metadata
-    return Row(metadata.name, str(metadata.type), metadata.main_score, score, elapsed_s)
+    return Row(task.metadata.name, str(task.metadata.type), task.metadata.main_score, score, elapsed_s)
 
 
 def _is_current(cache: mteb.ResultCache, meta: ModelMeta, task: AbsTask, how: Mapping[str, Any]) -> bool:
-    """Whether there is a whole result of this data, instruction and settings; mteb itself ignores all three."""
+    """Whether there is a whole result of this data, instruction and settings; mteb ignores all three."""
     try:
         result = cache.load_task_result(task.metadata.name, meta)
     except (ValueError, KeyError):  # damaged, say by a full disk: made again
         return False
-    if (
-        result is None
-        or result.dataset_revision != task.metadata.revision
-        or result.get_missing_evaluations(task)
-    ):
+    if result is None or result.dataset_revision != task.metadata.revision or result.get_missing_evaluations(task):
         return False
     settings = cache.get_task_result_path(task.metadata.name, meta).with_name("run_settings.jsonl")
     lines = settings.read_text(encoding="utf-8").splitlines() if settings.is_file() else []
@@ -210,9 +204,7 @@ def means(rows: Sequence[Row], required: Mapping[str, str]) -> Means:
     by_category: dict[str, float | None] = {}
     for category in dict.fromkeys(required.values()):
         members = [name for name, kind in required.items() if kind == category]
-        by_category[category] = (
-            None if set(members) & set(missing) else _mean(score[name] for name in members)
-        )
+        by_category[category] = None if set(members) & set(missing) else _mean(score[name] for name in members)
     complete = bool(required) and not missing
     return Means(
         over_run=_mean(score.values()),
@@ -237,7 +229,7 @@ def table(rows: Sequence[Row], required: Mapping[str, str], missing: Sequence[st
     counts = f"{len(result.missing)} of {len(required)} missing"
     lines += [
         "",
-        f"mean over the {len(rows)} tasks run: {_percent(result.over_run)}",
+        f"mean over the {len(rows)} tasks run: {_percent(result.over_run if rows else None, 'none')}",
         f"Mean (Task) of {BENCHMARK}: {_percent(result.task, f'not available, {counts}')}",
         f"Mean (TaskType) of {BENCHMARK}: {_percent(result.category, f'not available, {counts}')}",
     ]

@@ -164,9 +164,7 @@ def _class_of(folder: Path, official: Mapping[str, AbsTask]) -> AbsTask:
         return official[name]
     known = [task_class.metadata.name for task_class in TASK_LIST]
     if name not in known:
-        hint = (
-            'A folder with a name of its own needs a task.json: {"class": "name of the task to score it as"}.'
-        )
+        hint = 'A folder with a name of its own needs a task.json: {"class": "name of the task to score it as"}.'
         raise ValueError(f"{folder}: {unknown('mteb task', name, known)} {hint}")
     task = mteb.get_task(name, languages=["eng"])
     return task.filter_eval_splits(["test"]) if "test" in task.metadata.eval_splits else task
@@ -183,9 +181,7 @@ def _selected(selection: str, category_of: Mapping[str, str]) -> list[str]:
             raise ValueError(unknown("task or category", word, ["all", *CATEGORIES, *category_of]))
         names.update(dict.fromkeys(found))
     if not names:
-        raise ValueError(
-            f"--tasks is {selection!r}: empty. Expected: all, a category, or names. Give at least one."
-        )
+        raise ValueError(f"--tasks is {selection!r}: empty. Expected: all, a category, or names. Give at least one.")
     return list(names)
 
 

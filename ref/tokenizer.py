@@ -29,19 +29,19 @@ class TextTokenizer:
         self.library.no_truncation()
         self.library.no_padding()
         self.library.encode_special_tokens = True
-        ids = [tokenizer.token_to_id(token) for token in (BEGIN, END)]
-        if None in ids:
+        begin, end = tokenizer.token_to_id(BEGIN), tokenizer.token_to_id(END)
+        if begin is None or end is None:
             raise ValueError(f"the tokenizer has no {BEGIN} or no {END}. Expected are both. Choose a Mistral tokenizer.")
-        self.begin, self.end = ids
+        self.begin, self.end = begin, end
 
     @classmethod
     def from_folder(cls, folder: Path) -> "TextTokenizer":
         """Read folder/tokenizer.json; ValueError if it is missing, malformed or without `<s>` and `</s>`."""
         path = folder / "tokenizer.json"
         layout = read_json(path)
-        for token in layout.get("added_tokens") or []:
-            token["special"] = True
         try:
+            for token in layout.get("added_tokens") or []:
+                token["special"] = True
             return cls(tokenizers.Tokenizer.from_str(json.dumps(layout)))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
@@ -52,6 +52,10 @@ class TextTokenizer:
     def vocab_size(self) -> int:
         """Tokens, added ones included."""
         return self.library.get_vocab_size()
+
+    def marker(self, token: str) -> int | None:
+        """The id of a token of the vocabulary; None if it is not one."""
+        return self.library.token_to_id(token)
 
     def encode(self, texts: Sequence[str], *, max_tokens: int) -> list[list[int]]:
         """The first `max_tokens` ids of each text, without `<s>` and `</s>`."""
@@ -65,7 +69,7 @@ class TextTokenizer:
 
     def continuation(self, text: str) -> list[int]:
         """Ids of `text` where it follows other text, so without a word-start mark of its own."""
-        head, whole = self.encode(["a", "a" + text], max_tokens=2**16)
+        head, whole = self.encode([".", "." + text], max_tokens=2**16)  # a full stop merges with nothing after it
         return whole[len(head):]
 
     def save(self, folder: Path) -> None:
@@ -95,6 +99,7 @@ def train(texts: Iterable[str], *, vocab_size: int, lowercase: bool, markers: Se
     tokenizer.decoder = decoders.Sequence([
         decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[UNKNOWN, BEGIN, END, *markers], min_frequency=2, show_progress=False)
+        vocab_size=vocab_size, special_tokens=[UNKNOWN, BEGIN, END, *markers], min_frequency=2, show_progress=False,
+        max_token_length=LONGEST_TOKEN_CHARS)
     tokenizer.train_from_iterator(texts, trainer)
     return TextTokenizer(tokenizer)

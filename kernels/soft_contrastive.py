@@ -1,0 +1,313 @@
+"""The soft-label contrastive loss without the score matrix, twice: as small as it can be, and as fast.
+
+    L_i = logsumexp_{j in A_i} s_ij - sum_{j in C_i} y_ij s_ij,        s = Q P^T / tau
+
+A_i holds the query's own candidates C_i and the batch's other passages, less the false negatives. The mask is a rule on
+(i, j), computed in the tile where it is used: candidate columns, text numbers, and a cosine limit by row.
+
+Bytes at N = 4096, M = 32768, D = 4096, bf16 (Q 34 MB, P 268 MB): eager code writes and reads the scores, the mask,
+the probabilities and their gradient, about 537 MB for each fp32 matrix of N x M, and keeps 2.1 GB. Neither variant keeps
+anything of N x M: saved for backward is the log-sum-exp, one number a query.
+
+The smallest (`*_small`): everything in the tile.
+
+    forward     a program owns some rows, walks over the columns       running maximum and sum stay on the chip
+    backward Q  a program owns rows and a slice of D, walks over columns, scores its tiles again: dQ = g P
+    backward P  a program owns columns and a slice of D, walks over rows, scores its tiles again: dP = g^T Q
+
+The fast (`TritonEpilogue`): the products are the library's, over blocks of 1024 passages whose scores stay in the cache
+(ref/blocked.py), and one kernel here turns a block of scores into row statistics, another into g. One program owns
+a row of the block, so nothing is written twice; there are no atomics, and two runs agree bit for bit.
+
+Plain version and oracle: `ref.loss.eager_loss`. Called by ref/loss.py on CUDA. Source: arXiv 2506.07438 (the loss); the
+tiling: arXiv 2411.09009; letters: i_ program, o_ offsets, m_ mask, b_ values on the chip.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ref.blocked import RowState, Rule
+
+# rows x columns of a tile and its step along D; chosen for shared memory, not yet tuned on a GPU
+TILE = {"BLOCK_Q": 32, "BLOCK_P": 32, "BLOCK_D": 32, "num_warps": 4}
+
+
+@triton.jit
+def _load(pointer, o_r, o_d, rows, width, ACC: tl.constexpr, UPCAST: tl.constexpr):
+    """Rows o_r, columns o_d of a matrix (rows, width); zeros outside."""
+    mask = (o_r < rows)[:, None] & (o_d < width)[None, :]
+    b = tl.load(pointer + o_r.to(tl.int64)[:, None] * width + o_d[None, :], mask=mask, other=0.0)
+    if UPCAST:  # the interpreter computes bf16 wrongly: cast before anything else
+        b = b.to(ACC)
+    return b
+
+
+@triton.jit
+def _score_tile(
+    query_ptr, passage_ptr, o_q, o_p, queries, passages, width,
+    ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Cosines of a tile, (BLOCK_Q, BLOCK_P): an inner product that walks along D."""
+    b_cosine = tl.zeros((BLOCK_Q, BLOCK_P), ACC)
+    for d in range(0, width, BLOCK_D):
+        o_d = d + tl.arange(0, BLOCK_D)
+        b_q = _load(query_ptr, o_q, o_d, queries, width, ACC, UPCAST)
+        b_p = _load(passage_ptr, o_p, o_d, passages, width, ACC, UPCAST)
+        b_cosine += tl.dot(b_q, tl.trans(b_p), input_precision="ieee", out_dtype=ACC)
+    return b_cosine
+
+
+@triton.jit
+def _rule_tile(
+    b_cosine, o_q, o_p, queries, passages,
+    column_ptr,  # (Q, C) int64
+    label_ptr,  # (Q, C)
+    text_ptr,  # (P,) int64
+    known_ptr,  # (Q, X) int64
+    limit_ptr,  # (Q,)
+    candidates, knowns, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Labels of a tile and who leaves the set: the rule of ref/blocked.py, for all (i, j) at once."""
+    m_q, m_p = o_q < queries, o_p < passages
+    b_text = tl.load(text_ptr + o_p, mask=m_p, other=-2)
+    b_limit = tl.load(limit_ptr + o_q, mask=m_q, other=float("inf"))
+    b_out = b_cosine > b_limit[:, None]
+    b_label = tl.zeros((BLOCK_Q, BLOCK_P), b_cosine.dtype)
+    b_own = tl.zeros((BLOCK_Q, BLOCK_P), tl.int1)
+    for x in range(knowns):
+        b_known = tl.load(known_ptr + o_q * knowns + x, mask=m_q, other=-1)
+        b_out = b_out | (b_known[:, None] == b_text[None, :])
+    for c in range(candidates):
+        b_column = tl.load(column_ptr + o_q * candidates + c, mask=m_q, other=-1)
+        b_weight = tl.load(label_ptr + o_q * candidates + c, mask=m_q, other=0.0)
+        b_hit = b_column[:, None] == o_p[None, :]
+        b_own = b_own | b_hit
+        b_label += tl.where(b_hit, b_weight[:, None].to(b_cosine.dtype), 0.0)
+    return b_label, b_out & (b_own == 0) & m_p[None, :]
+
+
+# ------------------------------------------------------------------------------------------------- the smallest
+
+
+@triton.jit
+def _forward_small(
+    query_ptr, passage_ptr,  # (Q, D), (P, D)
+    column_ptr, label_ptr, text_ptr, known_ptr, limit_ptr,  # the rule
+    lse_ptr, target_ptr, masked_ptr,  # (Q,) out: log-sum-exp, label . score, columns that left
+    queries, passages, width, candidates, knowns, temperature,
+    ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    o_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    b_max = tl.full((BLOCK_Q,), float("-inf"), ACC)
+    b_sum = tl.zeros((BLOCK_Q,), ACC)
+    b_target = tl.zeros((BLOCK_Q,), ACC)
+    b_masked = tl.zeros((BLOCK_Q,), tl.int32)
+    for p in range(0, passages, BLOCK_P):
+        o_p = p + tl.arange(0, BLOCK_P)
+        b_cosine = _score_tile(query_ptr, passage_ptr, o_q, o_p, queries, passages, width,
+                               ACC, UPCAST, BLOCK_Q, BLOCK_P, BLOCK_D)
+        b_label, b_out = _rule_tile(b_cosine, o_q, o_p, queries, passages, column_ptr, label_ptr, text_ptr, known_ptr,
+                                    limit_ptr, candidates, knowns, BLOCK_Q, BLOCK_P)
+        b_score = b_cosine / temperature
+        b_target += tl.sum(b_label * b_score, 1)
+        b_masked += tl.sum(b_out.to(tl.int32), 1)
+        b_score = tl.where(b_out | (o_p >= passages)[None, :], float("-inf"), b_score)
+        b_new = tl.maximum(b_max, tl.max(b_score, 1))
+        b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)  # a tile may be masked as a whole
+        b_sum = b_sum * tl.exp(b_max - b_safe) + tl.sum(tl.exp(b_score - b_safe[:, None]), 1)
+        b_max = b_new
+    m_q = o_q < queries
+    tl.store(lse_ptr + o_q, b_max + tl.log(b_sum), mask=m_q)
+    tl.store(target_ptr + o_q, b_target, mask=m_q)
+    tl.store(masked_ptr + o_q, b_masked, mask=m_q)
+
+
+@triton.jit
+def _coefficient_tile(
+    query_ptr, passage_ptr, column_ptr, label_ptr, text_ptr, known_ptr, limit_ptr, lse_ptr, grad_ptr,
+    o_q, o_p, queries, passages, width, candidates, knowns, temperature,
+    ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """g = (exp(s - lse) - y) dL / tau of a tile: its scores computed again, zero outside the set."""
+    b_cosine = _score_tile(query_ptr, passage_ptr, o_q, o_p, queries, passages, width,
+                           ACC, UPCAST, BLOCK_Q, BLOCK_P, BLOCK_D)
+    b_label, b_out = _rule_tile(b_cosine, o_q, o_p, queries, passages, column_ptr, label_ptr, text_ptr, known_ptr,
+                                limit_ptr, candidates, knowns, BLOCK_Q, BLOCK_P)
+    m_q = o_q < queries
+    b_lse = tl.load(lse_ptr + o_q, mask=m_q, other=0.0)
+    b_grad = tl.load(grad_ptr + o_q, mask=m_q, other=0.0)
+    m_tile = m_q[:, None] & (o_p < passages)[None, :]
+    b_exponent = tl.where(m_tile & (b_out == 0), b_cosine / temperature - b_lse[:, None], float("-inf"))
+    return (tl.exp(b_exponent) - b_label) * (b_grad / temperature)[:, None]
+
+
+@triton.jit
+def _backward_query_small(
+    query_ptr, passage_ptr, column_ptr, label_ptr, text_ptr, known_ptr, limit_ptr,  # as in forward
+    lse_ptr, grad_ptr,  # (Q,) kept by forward; incoming gradient
+    out_ptr,  # (Q, D) out: dQ
+    queries, passages, width, candidates, knowns, temperature,
+    ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    o_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    b_dq = tl.zeros((BLOCK_Q, BLOCK_D), ACC)
+    for p in range(0, passages, BLOCK_P):
+        o_p = p + tl.arange(0, BLOCK_P)
+        b_g = _coefficient_tile(query_ptr, passage_ptr, column_ptr, label_ptr, text_ptr, known_ptr, limit_ptr, lse_ptr,
+                                grad_ptr, o_q, o_p, queries, passages, width, candidates, knowns, temperature,
+                                ACC, UPCAST, BLOCK_Q, BLOCK_P, BLOCK_D)
+        b_p = _load(passage_ptr, o_p, o_d, passages, width, ACC, True)
+        b_dq += tl.dot(b_g, b_p, input_precision="ieee", out_dtype=ACC)
+    mask = (o_q < queries)[:, None] & (o_d < width)[None, :]
+    o_out = o_q.to(tl.int64)[:, None] * width + o_d[None, :]
+    tl.store(out_ptr + o_out, b_dq.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward_passage_small(
+    query_ptr, passage_ptr, column_ptr, label_ptr, text_ptr, known_ptr, limit_ptr,  # as in forward
+    lse_ptr, grad_ptr,  # (Q,) kept by forward; incoming gradient
+    out_ptr,  # (P, D) out: dP
+    queries, passages, width, candidates, knowns, temperature,
+    ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    o_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    b_dp = tl.zeros((BLOCK_P, BLOCK_D), ACC)
+    for q in range(0, queries, BLOCK_Q):
+        o_q = q + tl.arange(0, BLOCK_Q)
+        b_g = _coefficient_tile(query_ptr, passage_ptr, column_ptr, label_ptr, text_ptr, known_ptr, limit_ptr, lse_ptr,
+                                grad_ptr, o_q, o_p, queries, passages, width, candidates, knowns, temperature,
+                                ACC, UPCAST, BLOCK_Q, BLOCK_P, BLOCK_D)
+        b_q = _load(query_ptr, o_q, o_d, queries, width, ACC, True)
+        b_dp += tl.dot(tl.trans(b_g), b_q, input_precision="ieee", out_dtype=ACC)
+    mask = (o_p < passages)[:, None] & (o_d < width)[None, :]
+    o_out = o_p.to(tl.int64)[:, None] * width + o_d[None, :]
+    tl.store(out_ptr + o_out, b_dp.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+class _Small(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query_QD: Tensor, passage_PD: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+        (queries, width), passages = query_QD.shape, len(passage_PD)
+        exact = query_QD.dtype == torch.float64
+        ctx.constants = {**TILE, "ACC": tl.float64 if exact else tl.float32, "UPCAST": interpreted()}
+        ctx.rule = (rule.groups.column_QC, rule.label_QC, rule.groups.text_P, rule.groups.known_QX, rule.limit_Q)
+        ctx.scalars = (queries, passages, width, rule.label_QC.shape[1], rule.groups.known_QX.shape[1], rule.temperature)
+        lse_Q, target_Q = (query_QD.new_empty(queries, dtype=torch.float64 if exact else torch.float32) for _ in range(2))
+        masked_Q = torch.empty(queries, dtype=torch.int32, device=query_QD.device)
+        _forward_small[(triton.cdiv(queries, TILE["BLOCK_Q"]),)](
+            query_QD, passage_PD, *ctx.rule, lse_Q, target_Q, masked_Q, *ctx.scalars, **ctx.constants)
+        ctx.save_for_backward(query_QD, passage_PD, lse_Q)
+        masked_Q = masked_Q.long()
+        ctx.mark_non_differentiable(masked_Q)
+        return (lse_Q - target_Q) * rule.label_QC.any(1), masked_Q
+
+    @staticmethod
+    def backward(ctx: Any, grad_Q: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        query_QD, passage_PD, lse_Q = ctx.saved_tensors
+        label_QC = ctx.rule[1]
+        grad_Q = (grad_Q * label_QC.any(1)).contiguous()
+        results: list[Tensor | None] = []
+        for needed, of, kernel, block in zip(
+                ctx.needs_input_grad, (query_QD, passage_PD), (_backward_query_small, _backward_passage_small),
+                (TILE["BLOCK_Q"], TILE["BLOCK_P"]), strict=False):
+            out = torch.empty_like(of) if needed else None
+            if out is not None:
+                grid = (triton.cdiv(len(of), block), triton.cdiv(of.shape[1], TILE["BLOCK_D"]))
+                kernel[grid](query_QD, passage_PD, *ctx.rule, lse_Q, grad_Q, out, *ctx.scalars, **ctx.constants)
+            results.append(out)
+        return results[0], results[1], None
+
+
+# ------------------------------------------------------------------------------------------------- the fast
+
+
+@triton.jit
+def _reduce_block(
+    score_ptr,  # (Q, count) fp32
+    column_ptr, label_ptr, text_ptr, known_ptr, limit_ptr,  # the rule
+    max_ptr, sum_ptr, target_ptr, masked_ptr,  # (Q,) in and out: the row's statistics so far
+    queries, count, first, candidates, knowns, temperature,
+    BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    o_q = tl.program_id(0) + tl.arange(0, 1)
+    o_local = tl.arange(0, BLOCK_P)
+    o_p, passages = first + o_local, first + count
+    m_p = (o_local < count)[None, :]
+    b_score = tl.load(score_ptr + o_q.to(tl.int64)[:, None] * count + o_local[None, :], mask=m_p, other=float("-inf"))
+    b_label, b_out = _rule_tile(b_score * temperature, o_q, o_p, queries, passages, column_ptr, label_ptr, text_ptr,
+                                known_ptr, limit_ptr, candidates, knowns, 1, BLOCK_P)
+    b_target = tl.load(target_ptr + o_q) + tl.sum(tl.where(m_p, b_label * b_score, 0.0), 1)
+    b_masked = tl.load(masked_ptr + o_q) + tl.sum(b_out.to(tl.int32), 1)
+    b_score = tl.where(b_out, float("-inf"), b_score)
+    b_max = tl.load(max_ptr + o_q)
+    b_new = tl.maximum(b_max, tl.max(b_score, 1))
+    b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+    b_sum = tl.load(sum_ptr + o_q) * tl.exp(b_max - b_safe) + tl.sum(tl.exp(b_score - b_safe[:, None]), 1)
+    tl.store(max_ptr + o_q, b_new)
+    tl.store(sum_ptr + o_q, b_sum)
+    tl.store(target_ptr + o_q, b_target)
+    tl.store(masked_ptr + o_q, b_masked)
+
+
+@triton.jit
+def _gradient_block(
+    score_ptr,  # (Q, count) fp32
+    column_ptr, label_ptr, text_ptr, known_ptr, limit_ptr,  # the rule
+    lse_ptr, grad_ptr,  # (Q,)
+    out_ptr,  # (Q, count) out: g, in the dtype of the vectors
+    queries, count, first, candidates, knowns, temperature,
+    BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    o_q = tl.program_id(0) + tl.arange(0, 1)
+    o_local = tl.arange(0, BLOCK_P)
+    o_p, passages = first + o_local, first + count
+    m_p = (o_local < count)[None, :]
+    o_tile = o_q.to(tl.int64)[:, None] * count + o_local[None, :]
+    b_score = tl.load(score_ptr + o_tile, mask=m_p, other=float("-inf"))
+    b_label, b_out = _rule_tile(b_score * temperature, o_q, o_p, queries, passages, column_ptr, label_ptr, text_ptr,
+                                known_ptr, limit_ptr, candidates, knowns, 1, BLOCK_P)
+    b_lse, b_grad = tl.load(lse_ptr + o_q), tl.load(grad_ptr + o_q)
+    b_probability = tl.where(b_out, 0.0, tl.exp(b_score - b_lse[:, None]))
+    b_g = (b_probability - b_label) * (b_grad / temperature)[:, None]
+    tl.store(out_ptr + o_tile, b_g.to(out_ptr.dtype.element_ty), mask=m_p)
+
+
+class TritonEpilogue:
+    """Between two products of the library: one kernel over the rows of a block of scores (ref/blocked.py)."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype  # of the vectors, which multiply the gradient
+
+    def reduce(self, score: Tensor, first: int, rule: Rule, state: RowState) -> None:
+        """Add a block (Q, count) fp32 to the row statistics, in place."""
+        self._launch(_reduce_block, score, first, rule, state.maximum, state.total, state.target, state.masked)
+
+    def gradient(self, score: Tensor, first: int, rule: Rule, lse_Q: Tensor, grad_Q: Tensor) -> Tensor:
+        """(exp(score - lse) - label) * grad / temperature, (Q, count)."""
+        out = torch.empty_like(score, dtype=self.dtype)
+        self._launch(_gradient_block, score, first, rule, lse_Q, grad_Q.contiguous(), out)
+        return out
+
+    def _launch(self, kernel: Any, score: Tensor, first: int, rule: Rule, *tensors: Tensor) -> None:
+        groups, (queries, count) = rule.groups, score.shape
+        kernel[(queries,)](
+            score, groups.column_QC, rule.label_QC, groups.text_P, groups.known_QX, rule.limit_Q, *tensors,
+            queries, count, first, rule.label_QC.shape[1], groups.known_QX.shape[1], rule.temperature,
+            BLOCK_P=triton.next_power_of_2(count), num_warps=4)
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), on the CPU."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def small_loss(query_QD: Tensor, passage_PD: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """The smallest variant: loss of each query (Q,) and columns that left its set (Q,) int64. Equals `loss.eager_loss`."""
+    return _Small.apply(query_QD, passage_PD, rule)

@@ -1,0 +1,154 @@
+"""The in-batch loss of loss.py, a block of passages at a time: the whole score matrix never exists.
+
+    forward     for each block of passages    s = Q P_b^T / tau      running maximum m and sum of exp(s - m)
+                                              lse = m + log sum      kept: lse, one number a query
+    backward    for each block again          s, then g = (exp(s - lse) - y) dL / tau      over the allowed columns
+                                              dQ += g P_b            dP_b = g^T Q
+
+The products are the library's; what happens to a block of scores between them is the epilogue: two functions,
+here in torch (`TorchEpilogue`), on CUDA one Triton kernel each (kernels/soft_contrastive.py). Memory beyond inputs and
+gradients is a few blocks. The running maximum is needed: a fixed one of 1/tau overflows below tau = 0.025.
+Called by loss.py. Source: the online softmax of arXiv 1805.02867; blocks of columns as in arXiv 2411.09009.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+PASSAGES_PER_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which passages belong to which query, and which texts are the same. Columns count the passages of the batch."""
+
+    column_QC: Tensor  # int64: the positive's column, then the hard negatives'; -1 where a query has fewer
+    text_P: Tensor  # int64: equal numbers for equal texts
+    known_QX: Tensor  # int64: numbers of the query's own text and of all its known positives; -1 where fewer
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What decides over a score: its group, its label, and the cosine above which it counts as a false negative."""
+
+    groups: Groups
+    label_QC: Tensor  # fp32, sums to one by row, or zeros: row ignored
+    limit_Q: Tensor  # fp32; inf: no limit
+    temperature: float
+
+    def label_block(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Labels, and who is a candidate, for the columns first..first+count-1: two (Q, count), fp32 and bool."""
+        column_QC = self.groups.column_QC
+        inside_QC = (column_QC >= first) & (column_QC < first + count)
+        local_QC = (column_QC - first).where(inside_QC, count)  # all others fall into a spare column
+        label = self.label_QC.new_zeros(len(column_QC), count + 1).scatter_add(1, local_QC, self.label_QC)
+        own = torch.zeros_like(label, dtype=torch.bool).scatter(1, local_QC, True)
+        return label[:, :count], own[:, :count]
+
+    def false_negatives(self, score: Tensor, own: Tensor, first: int) -> Tensor:
+        """Who leaves the set, (Q, count) bool: too close to be wrong, or a text known to be right; never a candidate."""
+        text_P = self.groups.text_P[first : first + score.shape[1]]
+        known = (text_P[None, :, None] == self.groups.known_QX[:, None, :]).any(-1)
+        return (known | (score * self.temperature > self.limit_Q[:, None])) & ~own
+
+
+@dataclass
+class RowState:
+    """What forward keeps of the columns seen so far, each (Q,): maximum, sum of exp, label . score, masked columns."""
+
+    maximum: Tensor
+    total: Tensor
+    target: Tensor
+    masked: Tensor
+
+    @classmethod
+    def empty(cls, query_QD: Tensor) -> "RowState":
+        """No column seen yet."""
+        dtype = torch.promote_types(query_QD.dtype, torch.float32)
+        zero = query_QD.new_zeros(len(query_QD), dtype=dtype)
+        return cls(torch.full_like(zero, -torch.inf), zero.clone(), zero.clone(), zero.to(torch.int64))
+
+
+class Epilogue(Protocol):
+    """What happens to a block of scores (Q, count)."""
+
+    def reduce(self, score: Tensor, first: int, rule: Rule, state: RowState) -> None:
+        """Add a block to the row statistics."""
+
+    def gradient(self, score: Tensor, first: int, rule: Rule, lse_Q: Tensor, grad_Q: Tensor) -> Tensor:
+        """(exp(score - lse) - label) * grad / temperature, zero for columns outside the set."""
+
+
+class TorchEpilogue:
+    """The epilogue in plain torch."""
+
+    def reduce(self, score: Tensor, first: int, rule: Rule, state: RowState) -> None:
+        label, own = rule.label_block(first, score.shape[1])
+        state.target += (label * score).sum(1)
+        masked = rule.false_negatives(score, own, first)
+        state.masked += masked.sum(1)
+        score = score.masked_fill(masked, -torch.inf)
+        maximum = torch.maximum(state.maximum, score.amax(1))
+        seen = maximum > -torch.inf  # a block may be masked as a whole
+        rescale = (state.maximum - maximum).exp().where(seen, 0.0)
+        state.total.mul_(rescale).add_((score - maximum[:, None]).exp().sum(1).where(seen, 0.0))
+        state.maximum = maximum
+
+    def gradient(self, score: Tensor, first: int, rule: Rule, lse_Q: Tensor, grad_Q: Tensor) -> Tensor:
+        label, own = rule.label_block(first, score.shape[1])
+        masked = rule.false_negatives(score, own, first)
+        probability = (score - lse_Q[:, None]).exp_().masked_fill_(masked, 0.0)
+        return probability.sub_(label).mul_((grad_Q / rule.temperature)[:, None])
+
+
+class _Blocked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query_QD: Tensor, passage_PD: Tensor, rule: Rule, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
+        state = RowState.empty(query_QD)
+        for first in range(0, len(passage_PD), PASSAGES_PER_BLOCK):
+            epilogue.reduce(_scores(query_QD, passage_PD, first, rule), first, rule, state)
+        lse_Q = state.maximum + state.total.log()
+        ctx.save_for_backward(query_QD, passage_PD, lse_Q)
+        ctx.rule, ctx.epilogue = rule, epilogue
+        ctx.mark_non_differentiable(state.masked)
+        return (lse_Q - state.target) * rule.label_QC.any(1), state.masked
+
+    @staticmethod
+    def backward(ctx: Any, grad_Q: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        query_QD, passage_PD, lse_Q = ctx.saved_tensors
+        needs_query, needs_passage = ctx.needs_input_grad[:2]
+        query_grad = torch.zeros_like(query_QD, dtype=lse_Q.dtype) if needs_query else None
+        passage_grad = torch.empty_like(passage_PD) if needs_passage else None
+        grad_Q = grad_Q * ctx.rule.label_QC.any(1)
+        for first in range(0, len(passage_PD), PASSAGES_PER_BLOCK):
+            block = slice(first, first + PASSAGES_PER_BLOCK)
+            score = _scores(query_QD, passage_PD, first, ctx.rule)
+            coefficient = ctx.epilogue.gradient(score, first, ctx.rule, lse_Q, grad_Q).to(passage_PD.dtype)
+            if query_grad is not None:
+                query_grad += product(coefficient, passage_PD[block])
+            if passage_grad is not None:
+                passage_grad[block] = coefficient.T @ query_QD
+        return None if query_grad is None else query_grad.to(query_QD.dtype), passage_grad, None, None
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right with an fp32 result; on CUDA the library writes it from bf16 factors without a cast."""
+    if left.dtype.itemsize >= 4:
+        return left @ right
+    if left.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
+def _scores(query_QD: Tensor, passage_PD: Tensor, first: int, rule: Rule) -> Tensor:
+    return product(query_QD, passage_PD[first : first + PASSAGES_PER_BLOCK].T).div_(rule.temperature)
+
+
+def blocked_loss(query_QD: Tensor, passage_PD: Tensor, rule: Rule, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
+    """Loss of each query (Q,) fp32, zero for ignored rows, and how many columns left its set (Q,) int64.
+
+    `query_QD` and `passage_PD` are unit vectors of one dtype. Equals `loss.eager_loss`, with its gradient.
+    """
+    return _Blocked.apply(query_QD, passage_PD, rule, epilogue)
