@@ -36,7 +36,7 @@ def locate(name: str) -> Path:
     Only the index, the files it names and the small files beside them are fetched. Raises ValueError if it is
     neither, or with what to do when the hub refuses (network, licence, token).
     """
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return Path(name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise ValueError(f"model {name!r} is no folder and no hub id. Expected is a folder with config.json, or OWNER/NAME.")

@@ -163,10 +163,14 @@ class SoftLabels:
             groups=_groups(groups, rows, passages), teacher_QC=_rectangle(teacher, math.nan, torch.float32),
             in_batch=self.in_batch(task), examples=self._examples(numbers, rows, passages, step))
 
+    def _limit(self, task: Task) -> int:
+        """How many hard negatives of a line are used."""
+        own_limit = KINDS[task.kind].negatives
+        return self.options.negatives if own_limit is None else own_limit
+
     def _group(self, row: Row, chosen: int) -> tuple[list[str], list[float]]:
         """The drawn positive and the hard negatives, with their scores (NaN: none)."""
-        own_limit = KINDS[row.task.kind].negatives
-        limit = self.options.negatives if own_limit is None else own_limit
+        limit = self._limit(row.task)
         texts = [row.positives[chosen], *row.negatives[:limit]]
         if row.positive_scores is None or row.negative_scores is None:
             return texts, [math.nan] * len(texts)
@@ -175,9 +179,12 @@ class SoftLabels:
     def _examples(
         self, numbers: np.ndarray, rows: list[Row], passages: list[str], step: int,
     ) -> list[list[Example]]:
-        """0 to max_examples solved queries of the task for the batch, or for each query: never its own texts."""
+        """0 to max_examples solved queries of the task for the batch, or for each query.
+
+        They show none of the batch's texts, and no known positive of its queries.
+        """
         draw = random.Random(f"{self.options.seed} examples {step}")
-        taken = {fold(text) for text in passages} | {fold(row.query) for row in rows}
+        taken = {fold(text) for row in rows for text in (row.query, *row.positives)} | set(map(fold, passages))
         pool = np.flatnonzero(self.task == self.task[numbers[0]])
         lists = []
         for _ in range(1 if self.options.examples_per == "batch" else len(rows)):
@@ -186,8 +193,8 @@ class SoftLabels:
             for _ in range(4 * wanted):  # a drawn line may be one of the batch's: draw again, but not for ever
                 row = self[int(pool[draw.randrange(len(pool))])]
                 example = Example(row.query, draw.choice(row.positives))
-                texts = {fold(row.query), *map(fold, row.positives)}
-                if not texts & taken and example not in examples and len(examples) < wanted:
+                shown = {fold(example.query), fold(example.response)}
+                if not shown & taken and example not in examples and len(examples) < wanted:
                     examples.append(example)
             lists.append(examples)
         return lists
@@ -206,8 +213,9 @@ class SoftLabels:
             if line.strip():
                 where = f"{path} line {number}"
                 row = parse(line, where, path.stem, self.options.instruction)
-                if not row.negatives and not self.in_batch(row.task):
-                    raise ValueError(f"{where}: neg is empty, and type {row.task.kind} has no in-batch negatives. Expected is at "
+                if not self.in_batch(row.task) and not row.negatives[: self._limit(row.task)]:
+                    why = "--negatives is 0" if row.negatives else "neg is empty"
+                    raise ValueError(f"{where}: {why}, and type {row.task.kind} has no in-batch negatives. Expected is at "
                                      "least one negative. Give some, or use --in-batch all.")
                 yield offset, row
             offset += len(line)

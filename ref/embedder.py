@@ -52,6 +52,8 @@ class Embedder:
         Raises ValueError that names file and tensor for anything malformed.
         """
         where = pick_device(device)
+        if dtype not in (None, "bfloat16", "float32"):
+            raise ValueError(f"dtype {dtype!r:.60} is not supported. Expected is bfloat16 or float32. Choose one.")
         precision = DTYPES[dtype or ("bfloat16" if where.type == "cuda" else "float32")]
         folder = _inside_run(locate(str(name)))
         model, tokenizer = load_with_adapter(folder, device=where, dtype=precision)
@@ -134,7 +136,7 @@ def read_prompter(folder: Path, tokenizer: TextTokenizer, **given: str | int) ->
     """The prompter that a model's embedder.json describes, under what is given."""
     path = folder / SETTINGS
     settings = {**(read_json(path) if path.exists() else {}), **given}
-    name = settings.pop("template", "report")
+    name = checked(settings.pop("template", "report"), str, f"{path}: template", "a template's name")
     if name not in TEMPLATES:
         raise ValueError(f"{path}: template {name!r:.60} is unknown. Expected is one of {', '.join(TEMPLATES)}.")
     lengths = {"max_text_tokens", "max_prompt_tokens", "max_example_tokens"}

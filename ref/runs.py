@@ -261,13 +261,15 @@ def load_plain(model: Mistral) -> Mistral:
 def export(model: Mistral, prompter: Prompter, prompts: dict[str, str], folder: Path) -> None:
     """Write a checkpoint that transformers and sentence-transformers load and embed with as we do.
 
-    `prompts` become sentence-transformers' named prompts: encode(texts, prompt_name=TASK).
+    `prompts` become sentence-transformers' named prompts: encode(texts, prompt_name=TASK). Not so for a template with
+    a suffix, since sentence-transformers puts nothing behind a text.
     """
     folder.mkdir()
     save_model(model, folder, dtype=model.norm.weight.dtype)
     prompter.tokenizer.save(folder)
     write_prompter(folder, prompter)
     before = prompter.template.query.removesuffix("{text}")
+    named = {} if prompter.template.suffix else prompts
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
     files = {
         "modules.json": [{"idx": n, "name": str(n), "path": path, "type": f"sentence_transformers.models.{kind}"}
@@ -276,7 +278,7 @@ def export(model: Mistral, prompter: Prompter, prompts: dict[str, str], folder: 
         "1_Pooling/config.json": {"word_embedding_dimension": model.arch.width, "pooling_mode_lasttoken": True,
                                   "pooling_mode_mean_tokens": False, "include_prompt": True},
         "config_sentence_transformers.json": {
-            "prompts": {name: before.format(instruction=text) for name, text in prompts.items()},
+            "prompts": {name: before.format(instruction=text) for name, text in named.items()},
             "default_prompt_name": None, "similarity_fn_name": "cosine"},
     }
     for name, value in files.items():

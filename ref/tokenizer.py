@@ -58,9 +58,14 @@ class TextTokenizer:
         return self.library.token_to_id(token)
 
     def encode(self, texts: Sequence[str], *, max_tokens: int) -> list[list[int]]:
-        """The first `max_tokens` ids of each text, without `<s>` and `</s>`."""
+        """The first `max_tokens` ids of each text, without `<s>` and `</s>`; ValueError for half a surrogate pair."""
         cut = [text[: max_tokens * LONGEST_TOKEN_CHARS] for text in texts]
-        return [e.ids[:max_tokens] for e in self.library.encode_batch_fast(cut, add_special_tokens=False)]
+        try:
+            encoded = self.library.encode_batch_fast(cut, add_special_tokens=False)
+        except TypeError:
+            half = next(text for text in cut if any("\ud800" <= character <= "\udfff" for character in text))
+            raise ValueError(f"text {half!r:.60} has half a surrogate pair. Expected is valid Unicode. Remove it.") from None
+        return [e.ids[:max_tokens] for e in encoded]
 
     def cut(self, text: str, *, max_tokens: int) -> str:
         """The characters that the first `max_tokens` ids of a text stand for."""

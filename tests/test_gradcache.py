@@ -53,7 +53,9 @@ def gradients(model: Mistral) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def cached(model: Mistral, parts: list[Segment], *, chunk_tokens: int, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+def cached(
+    model: Mistral, parts: list[Segment], *, chunk_tokens: int, seed: int = 0
+) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     torch.manual_seed(seed)
     cache = GradientCache(model, parts, chunk_tokens=chunk_tokens)
@@ -90,7 +92,9 @@ def model(request, small_model) -> Mistral:
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 12, 40, 10**6])
-@pytest.mark.parametrize("prefixes", [(PREFIX, []), ([], []), (PREFIX, [1, 5, 6])], ids=["queries", "none", "both sides"])
+@pytest.mark.parametrize(
+    "prefixes", [(PREFIX, []), ([], []), (PREFIX, [1, 5, 6])], ids=["queries", "none", "both sides"]
+)
 def test_chunks_give_the_gradient_of_one_graph(model, seed, chunk_tokens, prefixes):
     parts = segments(seed, prefixes=prefixes)
     truth_vectors, truth = one_graph(model, parts)

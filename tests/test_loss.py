@@ -115,8 +115,9 @@ def on_the_edge(case: Case, margin: float | None) -> bool:
 def same(mine: tuple, truth: tuple) -> bool:
     """Whether total, parts and gradients agree to fp32's accuracy on scores of up to 1 / TAU."""
     values = torch.tensor([mine[0].item(), *mine[1].values()]), torch.tensor([truth[0].item(), *truth[1].values()])
-    return (torch.allclose(*values, rtol=1e-5, atol=1e-5)
-            and all(torch.allclose(a.double(), b, rtol=1e-4, atol=1e-5) for a, b in zip(mine[2], truth[2], strict=True)))
+    return torch.allclose(*values, rtol=1e-5, atol=1e-5) and all(
+        torch.allclose(a.double(), b, rtol=1e-4, atol=1e-5) for a, b in zip(mine[2], truth[2], strict=True)
+    )
 
 
 OPTIONS = [{}, {"in_batch": False}, {"margin": None}, {"margin": 0.01}, {"hard_weight": 0.0}, {"soft_weight": 0.0},

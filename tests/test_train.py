@@ -1,0 +1,577 @@
+"""run_train.py from the command line to the exported model, on a few lines with a very small Mistral.
+
+Bit for bit: the same seed gives the same weights file, and so does a run that was stopped and resumed. Peers: what is
+exported is loaded by sentence-transformers and transformers, and embeds the same.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import run_train
+from ref import Embedder
+from ref.config import Options
+from ref.prompts import Example
+
+ROOT = Path(run_train.__file__).parent
+CONFIG = {
+    "model_type": "mistral",
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "intermediate_size": 48,
+    "rms_norm_eps": 1e-5,
+    "sliding_window": 16,
+}
+INSTRUCTIONS = {"Jobs": "Find a person with the same job.", "Towns": "Find a person who lives there."}
+WORDS = "anna bert carl dora baker smith tailor miner lisbon oslo turin ghent sings paints".split()
+STEPS = 6
+TEXTS = [
+    "anna bakes",
+    "a much longer text about carl, who paints in turin and sings in ghent",
+    "  two spaces",
+    "oslo\nturin",
+    "x",
+]
+
+
+def lines(count: int = 32) -> list[dict[str, Any]]:
+    """Lines of two tasks, made of a few words; a third have no teacher scores."""
+    draw = random.Random(5)
+
+    def text() -> str:
+        return " ".join(draw.choices(WORDS, k=draw.randrange(3, 9)))
+    made = []
+    for i in range(count):
+        task = ("Jobs", "Towns")[i % 2]
+        row = {"query": text(), "pos": [text(), text()], "neg": [text() for _ in range(3)], "prompt": INSTRUCTIONS[task], "task": task}
+        if i % 3:
+            row |= {"pos_scores": [0.9, 0.8], "neg_scores": [0.6, 0.3, 0.1]}
+        made.append(row)
+    return made
+
+
+def write_data(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> SimpleNamespace:
+    """Data, configuration, and `train(name, *options)` -> exit status."""
+    folder = tmp_path_factory.mktemp("train")
+    data = write_data(folder / "some.jsonl", lines())
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+
+    def arguments(name: str, *options: object) -> list[str]:
+        given = [str(x) for x in options]
+        standard = {"--data": data, "--model": folder / "config.json", "--steps": STEPS, "--queries": 5, "--device": "cpu",
+                    "--max-text-tokens": 40, "--max-examples": 2, "--output": folder / name}
+        return given + [str(x) for key, value in standard.items() if key not in given for x in (key, value)]
+    return SimpleNamespace(folder=folder, data=data, arguments=arguments,
+                           train=lambda name, *options: run_train.main(arguments(name, *options)))
+
+
+@pytest.fixture(scope="module")
+def whole(place) -> Path:
+    """An undisturbed run of all weights."""
+    assert place.train("whole") == 0
+    return place.folder / "whole"
+
+
+@pytest.fixture(scope="module")
+def adapter(place, whole) -> Path:
+    """An adapter on the checkpoint of `whole`, merged too; B is far from zero."""
+    assert place.train("adapter", "--model", whole / "model", "--merge", "--lora-rank", 4, "--learning-rate", "0.05") == 0
+    return place.folder / "adapter"
+
+
+@pytest.fixture(scope="module")
+def fresh_adapter(place) -> Path:
+    """An adapter on fresh weights."""
+    assert place.train("fresh", "--train", "lora", "--lora-rank", 4, "--merge", "--learning-rate", "0.05") == 0
+    return place.folder / "fresh"
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run.json").read_text())
+
+
+def weights(folder: Path) -> bytes:
+    return next(iter((folder / name).read_bytes() for name in ("model/model.safetensors", "adapter/adapter_model.safetensors")
+                     if (folder / name).exists()))
+
+
+def untimed(folder: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "elapsed_s")} for row in rows_of(folder)]
+
+
+@contextlib.contextmanager
+def ctrl_c_at(step: int):
+    """Ctrl-C while that step runs: a real signal, sent from where the progress line is printed."""
+    original = run_train.Progress.show
+
+    def show(self, row):
+        original(self, row)
+        if row["step"] == step:
+            signal.raise_signal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_train.Progress, "show", show)
+        yield
+
+
+# ------------------------------------------------------------------------------------------------- what a run leaves
+
+def test_run_json_says_what_was_done(place, whole):
+    run = facts(whole)
+    assert run["complete"] is True
+    assert run["started"] <= run["finished"]
+    assert set(run["options"]) == set(Options.__dataclass_fields__)
+    assert (run["options"]["seed"], run["options"]["train"], run["options"]["preset"]) == (0, "all", "small")
+    assert run["options"]["dtype"] == "float32"
+    assert {"torch", "python", "tokenizers", "safetensors"} <= {k for k, v in run["versions"].items() if v}
+    assert run["hardware"]["cores"] >= 1
+    assert (run["lines"], run["lines_with_labels"]) == (32, 21)
+    (data,) = run["data"]
+    assert (data["file"], data["bytes"], len(data["sha256"])) == ("some.jsonl", place.data.stat().st_size, 64)
+    assert "commit" in run
+
+
+def test_metrics_are_complete(whole):
+    rows = rows_of(whole)
+    assert [row["step"] for row in rows] == list(range(STEPS))
+    for row in rows:
+        assert {"loss", "hard", "soft", "learning_rate", "gradient_norm", "tokens_per_s", "useful_token_share", "examples", "masked",
+                "label_entropy", "epoch", "task", "tokens", "elapsed_s"} <= set(row)
+        assert all(math.isfinite(value) for value in row.values() if not isinstance(value, str))
+        assert row["loss"] == pytest.approx(row["hard"] + row["soft"], rel=1e-5)
+        assert row["soft"] >= row["label_entropy"] > 0
+        assert 0 < row["useful_token_share"] <= 1
+        assert row["task"] in INSTRUCTIONS
+        assert row["gradient_norm"] > 0 < row["tokens_per_s"]
+    assert max(row["examples"] for row in rows) > 0
+    assert sorted({row["learning_rate"] for row in rows}) != [rows[0]["learning_rate"]]
+    assert [row["elapsed_s"] for row in rows] == sorted(row["elapsed_s"] for row in rows)
+
+
+def test_loss_goes_down(place):
+    assert place.train("long", "--steps", 60, "--queries", 8, "--max-examples", 0, "--learning-rate", "0.01") == 0
+    hard = [row["hard"] for row in rows_of(place.folder / "long")]
+    assert sum(hard[-8:]) < 0.7 * sum(hard[:8])
+
+
+@pytest.mark.parametrize(("schedule", "middle"), [("linear", 0.5), ("cosine", 0.5)])
+def test_learning_rate(schedule, middle):
+    options = Options(learning_rate=2.0, warmup=0.2, schedule=schedule)
+    rate = [run_train.learning_rate(options, share) for share in (0, 0.1, 0.2, 0.6, 1.0, 1.5)]
+    assert rate == pytest.approx([0, 1, 2, 2 * middle, 0, 0])
+    quarter = run_train.learning_rate(options, 0.4)
+    assert quarter == pytest.approx(1.5 if schedule == "linear" else 1 + math.cos(math.pi / 4))
+
+
+# ------------------------------------------------------------------------------------------------- bit for bit
+
+def test_same_seed_same_result_and_another_seed_another(place, whole):
+    assert place.train("again") == 0
+    assert weights(place.folder / "again") == weights(whole)
+    assert untimed(place.folder / "again") == untimed(whole)
+    assert place.train("other", "--seed", 1) == 0
+    assert weights(place.folder / "other") != weights(whole)
+
+
+def test_chunks_change_only_rounding(place, whole):
+    assert place.train("chunked", "--chunk-tokens", 64) == 0
+    for one, other in zip(untimed(whole), untimed(place.folder / "chunked"), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3)
+        assert other["tokens"] == one["tokens"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--train", "lora", "--lora-dropout", "0.2", "--lora-rank", 4, "--chunk-tokens", 64]],
+    ids=["all", "lora with dropout"],
+)
+def test_a_stopped_run_goes_on_as_if_undisturbed(place, options, capsys):
+    name = f"stop{len(options)}"
+    assert place.train(f"{name}-not", *options) == 0
+    with ctrl_c_at(2):
+        assert place.train(name, *options) == 130
+    folder = place.folder / name
+    assert f"--resume --output {folder}" in capsys.readouterr().out
+    assert facts(folder)["complete"] is False
+    assert len(rows_of(folder)) == 3
+    started = facts(folder)["started"]
+    half = weights(folder)
+    assert run_train.main(["--resume", "--output", str(folder)]) == 0
+    assert weights(folder) == weights(place.folder / f"{name}-not") != half
+    assert untimed(folder) == untimed(place.folder / f"{name}-not")
+    assert facts(folder)["complete"] is True
+    assert facts(folder)["started"] == started
+
+
+def test_a_run_that_crashed_goes_on_from_its_last_saved_step(place, whole, monkeypatch, capsys):
+    """Steps 4 and 5 are done again, from the state saved before step 4."""
+    original = run_train.Trainer.update
+    calls = itertools.count()
+
+    def update(self, rate):
+        if next(calls) == 5:
+            raise RuntimeError("power cut")
+        return original(self, rate)
+    monkeypatch.setattr(run_train.Trainer, "update", update)
+    with pytest.raises(RuntimeError, match="power cut"):
+        place.train("crash", "--save-every", 2)
+    monkeypatch.undo()
+    folder = place.folder / "crash"
+    with pytest.raises(ValueError, match=r"no model yet.*--resume"):
+        Embedder.from_pretrained(folder)
+    assert run_train.main(["--resume", "--output", str(folder)]) == 0
+    assert weights(folder) == weights(whole)
+    assert untimed(folder) == untimed(whole)
+
+
+def test_sigint_in_a_process_of_its_own(place):
+    folder = place.folder / "process"
+    command = [sys.executable, "run_train.py", *place.arguments("process", "--steps", 2000)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None and not (
+            (folder / "metrics.jsonl").exists() and len((folder / "metrics.jsonl").read_text().splitlines()) >= 3):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "ending after this step" in output
+    position = json.loads((folder / "state" / "position.json").read_text())
+    assert position["step"] == len(rows_of(folder)) >= 3
+    assert not [path for path in folder.rglob("*") if path.name.startswith(".")]  # nothing half-written
+    assert Embedder.from_pretrained(folder).encode(["anna"]).shape == (1, 32)
+
+
+def test_resume_refuses_what_would_be_another_run(place, whole, tmp_path, capsys):
+    def error(*arguments: str) -> str:
+        assert run_train.main(["--resume", *arguments]) == 2
+        return capsys.readouterr().err
+    assert "run.json does not exist" in error("--output", str(tmp_path))
+    assert "another learning_rate" in error("--output", str(whole), "--learning-rate", "1")
+    data = write_data(tmp_path / "mine.jsonl", lines())
+    with ctrl_c_at(1):
+        assert place.train("changed", "--data", data) == 130
+    write_data(data, lines()[:-1])
+    assert "the data of" in error("--output", str(place.folder / "changed"))
+
+
+# ------------------------------------------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--output", "whole"], r"holds a run already.*--resume"),
+    (["--output", "some.jsonl/x"], r"cannot be written.*--output"),
+    (["--data", "none.jsonl"], r"none\.jsonl cannot be read.*data/soft_labels\.jsonl"),
+    (["--device", "mps"], r"'mps' is not supported.*--device cpu"),
+    (["--model", "nowhere"], r"'nowhere' is no folder and no hub id"),
+    (["--model", "none.json"], r"none\.json does not exist"),
+    (["--model", "own/er/name"], r"no folder and no hub id"),
+    (["--preset", "huge"], r"--preset 'huge' is unknown. Expected is one of report, small"),
+    (["--template", "mine"], r"--template 'mine' is unknown"),
+    (["--learning-rate", "-1"], r"--learning-rate is -1"),
+    (["--learning-rate", "nan"], r"--learning-rate is nan"),
+    (["--hard-weight", "0", "--soft-weight", "0"], r"both 0"),
+    (["--max-prompt-tokens", "8"], r"leaves no room for the text.*--max-prompt-tokens"),
+    (["--train", "lora", "--lora-targets", "x_proj"], r"x_proj is no layer"),
+    (["--held-out", "."], r"holds no set"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_bad_input_is_one_clear_error(place, whole, capsys, monkeypatch, options, message):
+    monkeypatch.chdir(place.folder)
+    before = weights(whole)
+    assert place.train("bad", *options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert re.search(message, error)
+    assert not (place.folder / "bad" / "run.json").exists()
+    assert weights(whole) == before
+
+
+@pytest.mark.parametrize(
+    "options", [["--learning-rate", "fast"], ["--in-batch", "some"], ["--no-such-option"]], ids=" ".join
+)
+def test_argparse_refuses_the_rest(place, options):
+    with pytest.raises(SystemExit) as end:
+        place.train("bad", *options)
+    assert end.value.code == 2
+
+
+def test_a_long_prompt_in_the_data_is_an_error(place, tmp_path, capsys):
+    data = write_data(tmp_path / "long.jsonl", [*lines(4), {**lines(1)[0], "prompt": "very " * 3000}])
+    assert place.train("bad", "--data", data) == 2
+    assert "very very" in (error := capsys.readouterr().err)
+    assert "leaves no room" in error
+
+
+def test_a_loss_that_is_not_finite_names_the_lines(place, capsys, monkeypatch):
+    original = run_train.Trainer.loss
+
+    def loss(self, batch, vectors):
+        terms = original(self, batch, vectors)
+        return run_train.dataclasses.replace(terms, total=terms.total * math.nan) if self.broken else terms
+    monkeypatch.setattr(run_train.Trainer, "loss", loss)
+    monkeypatch.setattr(run_train.Trainer, "broken", property(lambda self: (place.folder / "nan/state").exists()), raising=False)
+    assert place.train("nan", "--save-every", 2, "--queries", 3) == 2
+    error = capsys.readouterr().err
+    assert "step 2: loss nan" in error
+    named = [part.split(",")[0].rstrip(". ") for part in error.split("some.jsonl:")[1:]]
+    assert len(named) == 3
+    tasks = {lines()[int(part.split()[0].rstrip(".")) - 1]["task"] for part in named}
+    assert len(tasks) == 1
+    saved = run_train.runs.read_tensors(place.folder / "nan/state/state.safetensors", device=torch.device("cpu"))
+    assert all(torch.isfinite(tensor).all() for _, tensor in saved)
+
+
+def test_a_huge_learning_rate_ends_with_the_same_error(place, capsys):
+    assert place.train("huge", "--learning-rate", "1e30", "--warmup", 0) == 2
+    assert "lower --learning-rate" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------- options
+
+def test_without_a_gpu_the_default_is_tiny_and_says_so(place, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    options = [x for x in place.arguments("tiny", "--steps", 1) if x != str(place.folder / "config.json")]
+    options.remove("--model")
+    assert run_train.main(options) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("model: tiny (there is no GPU")
+    assert "--model" in first
+
+
+@pytest.mark.parametrize("options", [[], ["--train", "lora", "--lora-rank", 4]], ids=["all", "lora"])
+def test_bf16(place, options):
+    name = f"bf16{len(options)}"
+    assert place.train(name, "--dtype", "bfloat16", "--steps", 3, *options) == 0
+    folder = place.folder / name
+    assert facts(folder)["options"]["dtype"] == "bfloat16"
+    assert all(math.isfinite(row["loss"]) for row in rows_of(folder))
+    if not options:
+        assert b'"BF16"' not in weights(folder)  # what learns is fp32
+        assert [r["loss"] for r in rows_of(folder)] != [r["loss"] for r in rows_of(place.folder / "whole")][:3]
+
+
+def test_minutes(place):
+    assert place.train("minutes", "--minutes", "0.01") == 0
+    rows = rows_of(place.folder / "minutes")
+    assert len(rows) > 1
+    assert 0.6 <= rows[-1]["elapsed_s"] + 0.3
+    assert rows[-1]["elapsed_s"] < 5
+    assert rows[-1]["learning_rate"] < max(row["learning_rate"] for row in rows) / 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--examples-per", "query"],
+        ["--template", "bge-en-icl"],
+        ["--in-batch", "none"],
+        ["--soft-weight", 0],
+        ["--hard-weight", 0],
+        ["--no-lowercase"],
+        ["--false-negative-margin", "none"],
+        ["--queries", 1],
+    ],
+    ids=lambda o: " ".join(map(str, o)),
+)
+def test_every_option_trains(place, whole, options):
+    name = options[0].strip("-")
+    assert place.train(name, *options) == 0
+    rows = rows_of(place.folder / name)
+    assert len(rows) == STEPS
+    assert weights(place.folder / name) != weights(whole)
+    if "--template" in options:
+        embedder = Embedder.from_pretrained(place.folder / name)
+        assert embedder.prompter.template.markers
+        assert all(embedder.prompter.tokenizer.marker(m) for m in embedder.prompter.template.markers)
+    if "--hard-weight" in options:
+        assert all(row["loss"] == pytest.approx(row["soft"]) for row in rows)
+
+
+def test_held_out_sets_are_scored_before_and_after(place, tmp_path, capsys):
+    folder = tmp_path / "held" / "Set"
+    folder.mkdir(parents=True)
+    (folder / "task.json").write_text(json.dumps({"class": "ArguAna", "instruction": INSTRUCTIONS["Jobs"]}))
+    for name, rows in (
+        ("corpus", [{"_id": f"d{i}", "text": word} for i, word in enumerate(WORDS)]),
+        ("queries", [{"_id": "q", "text": "anna"}]),
+        ("qrels", [{"query-id": "q", "corpus-id": "d0", "score": 1}]),
+    ):
+        write_data(folder / f"{name}.jsonl", rows)
+    assert place.train("held", "--held-out", tmp_path / "held") == 0
+    output = capsys.readouterr().out
+    run = facts(place.folder / "held")
+    for when in ("before", "after"):
+        assert f"held-out nDCG@10 {when} training: {run[f'held_out_{when}']:.3f}" in output
+        assert 0 <= run[f"held_out_{when}"] <= 1
+
+
+# ------------------------------------------------------------------------------------------------- what is exported
+
+def peer_vectors(folder: Path, texts: list[str]) -> np.ndarray:
+    """transformers: the last token's hidden state, unit length, one text at a time."""
+    transformers = pytest.importorskip("transformers")
+    model, tokenizer = transformers.AutoModel.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    with torch.inference_mode():
+        rows = [model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, -1] for text in texts]
+    return torch.nn.functional.normalize(torch.stack(rows).float(), dim=-1).numpy()
+
+
+def cosine(one: np.ndarray, other: np.ndarray) -> float:
+    """The smallest cosine of any row of one with the same row of the other."""
+    return float((one * other).sum(-1).min() / max(1, np.linalg.norm(other, axis=-1).max()))
+
+
+@pytest.mark.parametrize("which", ["whole/model", "adapter/merged", "fresh/merged"])
+def test_peers_load_the_model_and_embed_the_same(place, whole, adapter, fresh_adapter, which):
+    library = pytest.importorskip("sentence_transformers")
+    folder = place.folder / which
+    ours = Embedder.from_pretrained(folder)
+    peer = library.SentenceTransformer(str(folder), device="cpu")
+    passages = ours.encode(TEXTS)
+    assert cosine(passages, peer.encode(TEXTS)) >= 0.99999
+    assert cosine(passages, peer_vectors(folder, TEXTS)) >= 0.99999
+    for task, instruction in INSTRUCTIONS.items():
+        queries = ours.encode(TEXTS, instruction=instruction)
+        assert cosine(queries, peer.encode(TEXTS, prompt_name=task)) >= 0.99999
+        assert cosine(queries, peer_vectors(folder, [f"Instruct: {instruction}\nQuery: {text}" for text in TEXTS])) >= 0.99999
+        assert cosine(queries, passages) < 0.999  # control: the instruction shows
+    ids = peer.tokenizer(TEXTS[0])["input_ids"]
+    assert (ids[0], ids[-1]) == (ours.prompter.tokenizer.begin, ours.prompter.tokenizer.end)
+    without_end = peer_vectors_without_end(folder, TEXTS)
+    assert cosine(passages, without_end) < 0.999  # control: the end token shows
+
+
+def peer_vectors_without_end(folder: Path, texts: list[str]) -> np.ndarray:
+    transformers = pytest.importorskip("transformers")
+    model, tokenizer = transformers.AutoModel.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    with torch.inference_mode():
+        rows = [model(torch.tensor([tokenizer(text)["input_ids"][:-1]])).last_hidden_state[0, -1] for text in texts]
+    return torch.nn.functional.normalize(torch.stack(rows), dim=-1).numpy()
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("whole", "whole/model"),
+        ("adapter", "adapter/adapter"),
+        ("adapter", "adapter/merged"),
+        ("fresh", "fresh/adapter"),
+        ("fresh", "fresh/merged"),
+    ],
+)
+def test_every_folder_of_a_run_is_an_embedder(place, whole, adapter, fresh_adapter, one, other):
+    vectors = [Embedder.from_pretrained(place.folder / name).encode(TEXTS, instruction="Find it.") for name in (one, other)]
+    assert vectors[0].dtype == np.float32
+    assert vectors[0].shape == (len(TEXTS), CONFIG["hidden_size"])
+    np.testing.assert_allclose(np.linalg.norm(vectors[0], axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(*vectors, atol=2e-6)
+
+
+@pytest.mark.parametrize(("base", "learnt"), [("whole/model", "adapter"), ("fresh/base", "fresh")])
+def test_control_an_adapter_is_not_its_base(place, whole, adapter, fresh_adapter, base, learnt):
+    one, other = (Embedder.from_pretrained(place.folder / name).encode(TEXTS) for name in (base, learnt))
+    assert np.abs(one - other).max() > 1e-3
+
+
+def test_a_fresh_adapter_finds_its_base_where_the_run_was_moved_to(fresh_adapter, tmp_path):
+    shutil.copytree(fresh_adapter, tmp_path / "moved")
+    one, other = (Embedder.from_pretrained(folder).encode(TEXTS) for folder in (fresh_adapter, tmp_path / "moved"))
+    np.testing.assert_array_equal(one, other)
+
+
+def test_a_plain_transformers_folder_is_an_embedder(whole, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    transformers.AutoModel.from_pretrained(whole / "model").save_pretrained(tmp_path / "plain")
+    transformers.AutoTokenizer.from_pretrained(whole / "model").save_pretrained(tmp_path / "plain")
+    plain = Embedder.from_pretrained(tmp_path / "plain")
+    np.testing.assert_allclose(plain.encode(TEXTS), Embedder.from_pretrained(whole).encode(TEXTS), atol=2e-6)
+
+
+def test_template_and_lengths_travel_with_the_model(place):
+    assert place.train("travel", "--template", "bge-en-icl", "--max-text-tokens", 7, "--steps", 1) == 0
+    embedder = Embedder.from_pretrained(place.folder / "travel")
+    assert (embedder.prompter.max_text_tokens, embedder.prompter.template.suffix) == (7, "\n<response>")
+    exported = json.loads((place.folder / "travel/model/config_sentence_transformers.json").read_text())
+    assert exported["prompts"] == {}  # a prompt that lacks the suffix would be another one
+    given = Embedder.from_pretrained(place.folder / "travel", template="report", max_text_tokens=9)
+    assert (given.prompter.max_text_tokens, given.prompter.template.suffix) == (9, "")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"template": "mine"}, "template 'mine' is unknown"),
+        ({"template": ["report"]}, "template"),
+        ({"max_text_tokens": 0}, "max_text_tokens is 0"),
+        ({"max_text_tokens": "9"}, "max_text_tokens is '9'"),
+        ({"other": 1}, "other is 1"),
+    ],
+)
+def test_a_bad_settings_file_is_named(whole, tmp_path, settings, message):
+    shutil.copytree(whole / "model", tmp_path / "model")
+    (tmp_path / "model" / "embedder.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=rf"embedder\.json.*{message}"):
+        Embedder.from_pretrained(tmp_path / "model")
+
+
+# ------------------------------------------------------------------------------------------------- the embedder
+
+def test_encode_in_any_batch_and_order_gives_the_same_rows(whole):
+    embedder = Embedder.from_pretrained(whole)
+    small = Embedder.from_pretrained(whole, tokens_per_batch=16)
+    texts = [*TEXTS, *TEXTS[::-1], "", " "]
+    examples = [Example("anna", "bert"), Example("oslo", "turin")]
+    for given in ({}, {"instruction": INSTRUCTIONS["Jobs"]}, {"instruction": INSTRUCTIONS["Jobs"], "examples": examples}):
+        rows = embedder.encode(texts, **given)
+        np.testing.assert_allclose(rows, np.concatenate([small.encode([text], **given) for text in texts]), atol=2e-6)
+        np.testing.assert_array_equal(rows[0], rows[9])  # a text that comes twice is embedded once
+    assert np.abs(embedder.encode(texts, instruction="") - embedder.encode(texts)).max() > 1e-3
+    assert embedder.encode([]).shape == (0, 32)
+
+
+@pytest.mark.parametrize("texts", ["a text", [3], [None], ["fine", "half \ud83d pair"]], ids=repr)
+def test_encode_refuses_what_is_no_text(whole, texts):
+    with pytest.raises(ValueError, match="Expected is"):
+        Embedder.from_pretrained(whole).encode(texts)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float64"}, "dtype 'float64'"),
+        ({"device": "mps"}, "'mps' is not supported"),
+        ({"template": "mine"}, "template 'mine'"),
+        ({"max_text_tokens": 0}, "max_text_tokens is 0"),
+    ],
+)
+def test_from_pretrained_refuses_unknown_options(whole, options, message):
+    with pytest.raises(ValueError, match=message):
+        Embedder.from_pretrained(whole, **options)
