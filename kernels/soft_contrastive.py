@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ref.blocked import RowState, Rule
+from ref.blocked import RowState, Rule, blocked_loss
 
 # rows x columns of a tile and its step along D; chosen for shared memory, not yet tuned on a GPU
 TILE = {"BLOCK_Q": 32, "BLOCK_P": 32, "BLOCK_D": 32, "num_warps": 4}
@@ -200,11 +200,10 @@ class _Small(torch.autograd.Function):
         ctx.rule = (rule.groups.column_QC, rule.label_QC, rule.groups.text_P, rule.groups.known_QX, rule.limit_Q)
         ctx.scalars = (queries, passages, width, rule.label_QC.shape[1], rule.groups.known_QX.shape[1], rule.temperature)
         lse_Q, target_Q = (query_QD.new_empty(queries, dtype=torch.float64 if exact else torch.float32) for _ in range(2))
-        masked_Q = torch.empty(queries, dtype=torch.int32, device=query_QD.device)
+        masked_Q = torch.empty(queries, dtype=torch.int64, device=query_QD.device)
         _forward_small[(triton.cdiv(queries, TILE["BLOCK_Q"]),)](
             query_QD, passage_PD, *ctx.rule, lse_Q, target_Q, masked_Q, *ctx.scalars, **ctx.constants)
         ctx.save_for_backward(query_QD, passage_PD, lse_Q)
-        masked_Q = masked_Q.long()
         ctx.mark_non_differentiable(masked_Q)
         return (lse_Q - target_Q) * rule.label_QC.any(1), masked_Q
 
@@ -308,6 +307,61 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def small_loss(query_QD: Tensor, passage_PD: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+def small_loss(
+    query_QD: Tensor, passage_PD: Tensor, rule: Rule, *, check_values: bool = False,
+) -> tuple[Tensor, Tensor]:
     """The smallest variant: loss of each query (Q,) and columns that left its set (Q,) int64. Equals `loss.eager_loss`."""
-    return _Small.apply(query_QD, passage_PD, rule)
+    check(query_QD, passage_PD, rule, values=check_values)
+    return _Small.apply(query_QD.contiguous(), passage_PD.contiguous(), rule)
+
+
+def triton_loss(
+    query_QD: Tensor, passage_PD: Tensor, rule: Rule, *, check_values: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The fast variant, with the same results: loss of each query (Q,) and columns that left its set (Q,) int64."""
+    check(query_QD, passage_PD, rule, values=check_values)
+    return blocked_loss(query_QD, passage_PD, rule, TritonEpilogue(passage_PD.dtype))
+
+
+def check(query_QD: Tensor, passage_PD: Tensor, rule: Rule, *, values: bool) -> None:
+    """ValueError for what the kernels would read wrongly. Shapes, dtypes and devices are looked at always and cost no wait;
+    with `values` also the numbers, which waits for the device once: data.py builds them right, other callers may not."""
+    groups, floats = rule.groups, (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    expected = "Expected are (Q, D) and (P, D) of one float type on one device"
+    if query_QD.ndim != 2 or query_QD.dtype not in floats:
+        raise ValueError(f"queries are {tuple(query_QD.shape)} {query_QD.dtype}. {expected}. Convert them.")
+    if passage_PD.shape[1:] != query_QD.shape[1:] or passage_PD.dtype != query_QD.dtype:
+        raise ValueError(f"passages are {tuple(passage_PD.shape)} {passage_PD.dtype}, queries {tuple(query_QD.shape)} "
+                         f"{query_QD.dtype}. {expected}. Convert them.")
+    shape = rule.label_QC.shape
+    if len(shape) != 2 or len(query_QD) != shape[0]:
+        raise ValueError(f"labels are {tuple(shape)} for {len(query_QD)} queries. Expected is (Q, C). Give one row a query.")
+    if groups.column_QC.shape != shape or groups.column_QC.dtype != torch.int64:
+        raise ValueError(f"columns are {tuple(groups.column_QC.shape)} {groups.column_QC.dtype}. Expected is {tuple(shape)} int64.")
+    if groups.text_P.shape != passage_PD.shape[:1] or groups.known_QX.shape[:1] != shape[:1]:
+        raise ValueError(f"texts are {tuple(groups.text_P.shape)} and known texts {tuple(groups.known_QX.shape)}. Expected are "
+                         f"({len(passage_PD)},) and ({shape[0]}, X). Give one number a passage and one row a query.")
+    if not 0 < rule.temperature < float("inf"):
+        raise ValueError(f"temperature is {rule.temperature}. Expected is a finite number above 0. Give another.")
+    devices = {x.device for x in (query_QD, passage_PD, rule.label_QC, rule.limit_Q, *vars(groups).values())}
+    if len(devices) > 1:
+        raise ValueError(f"tensors lie on {', '.join(map(str, devices))}. Expected is one device. Move them.")
+    if values:
+        _check_values(rule, len(passage_PD))
+
+
+def _check_values(rule: Rule, passages: int) -> None:
+    column_QC, label_QC = rule.groups.column_QC, rule.label_QC
+    sums_Q, sorted_QC = label_QC.sum(1), column_QC.sort(1).values
+    faults = {
+        "columns lie outside 0..P-1": (column_QC >= passages) | (column_QC < -1),
+        "a query has no positive in its first column": column_QC[:, :1] < 0,
+        "a column stands twice in a row": (sorted_QC[:, 1:] == sorted_QC[:, :-1]) & (sorted_QC[:, 1:] >= 0),
+        "labels are negative": label_QC < 0,
+        "a weight stands where there is no column": (label_QC > 0) & (column_QC < 0),
+        "labels do not sum to 1, or all to 0, by row": ((sums_Q - 1).abs() > 1e-3) & (sums_Q != 0),
+    }
+    found = torch.stack([fault.any() for fault in faults.values()]).tolist()  # the one wait
+    for fault, is_there in zip(faults, found, strict=True):
+        if is_there:
+            raise ValueError(f"{fault}. Expected are valid groups and soft labels, as ref/data.py builds them. Correct them.")

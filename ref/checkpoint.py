@@ -39,7 +39,8 @@ def locate(name: str) -> Path:
     if name and Path(name).is_dir():
         return Path(name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise ValueError(f"model {name!r} is no folder and no hub id. Expected is a folder with config.json, or OWNER/NAME.")
+        raise ValueError(f"model {name!r} is no folder and no hub id. Expected is a folder with config.json, "
+                         "or OWNER/NAME.")
     return _download(name)
 
 
@@ -57,7 +58,8 @@ def _download(repository: str) -> Path:
         raise ValueError(f"{refused}: its licence must be accepted first. Accept it on the model's page, then set "
                          "HF_TOKEN to a token of that account (or run `hf auth login`).") from None
     except hub.RepositoryNotFoundError:
-        raise ValueError(f"{refused}: it does not exist or is private. Check the id; for a private one set HF_TOKEN.") from None
+        raise ValueError(f"{refused}: it does not exist or is private. Check the id; "
+                         "for a private one set HF_TOKEN.") from None
     except (hub.HTTPError, OSError) as error:  # refusals of the hub, of the proxy, of the network, no local copy
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise ValueError(f"{refused}: {reason:.200} Check the network, HF_HUB_OFFLINE and HF_TOKEN, "
@@ -69,10 +71,7 @@ def shards(folder: Path, *, must_exist: bool = True) -> list[str]:
 
     Raises ValueError if a name leaves the folder, a file is missing, or there are only pickles.
     """
-    if (folder / INDEX).exists():
-        names = _index_names(folder / INDEX)
-    else:
-        names = [SINGLE]
+    names = _index_names(folder / INDEX) if (folder / INDEX).exists() else [SINGLE]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing and must_exist:
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
@@ -140,11 +139,11 @@ def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype | None 
 
 def _check_tensor(path: Path, stored: str, tensor: Tensor, shape: tuple[int, ...] | None, *, seen: bool) -> None:
     if shape is None or seen:
-        raise ValueError(f"{path}: tensor {stored} is {'there twice' if seen else 'unexpected'}. Expected are the tensors of "
-                         "a plain MistralModel or MistralForCausalLM. Choose another checkpoint.")
+        raise ValueError(f"{path}: tensor {stored} is {'there twice' if seen else 'unexpected'}. Expected are the "
+                         "tensors of a plain MistralModel or MistralForCausalLM. Choose another checkpoint.")
     if tuple(tensor.shape) != shape:
-        raise ValueError(f"{path}: tensor {stored} has shape {tuple(tensor.shape)}. Expected is {shape} by config.json. "
-                         "Fetch config.json and weights from one place.")
+        raise ValueError(f"{path}: tensor {stored} has shape {tuple(tensor.shape)}. Expected is {shape}, by "
+                         "config.json. Fetch config.json and weights from one place.")
     if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
         raise ValueError(f"{path}: tensor {stored} is {tensor.dtype}. Expected is float32, float16 or bfloat16. "
                          "Choose a checkpoint that is not quantised.")

@@ -165,8 +165,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # What a small model with fresh weights wants: a larger rate, smaller batches, softer temperatures.
     "small": {
         "queries": 96, "queries_symmetric": 96, "negatives": 2, "in_batch": "all", "temperature": 0.05,
-        "teacher_temperature": 0.05, "learning_rate": 2e-3, "schedule": "cosine", "warmup": 0.05, "max_examples": 2,
-        "max_text_tokens": 128, "max_example_tokens": 32, "epochs": 20,
+        "teacher_temperature": 0.05, "learning_rate": 1e-3, "schedule": "cosine", "warmup": 0.05, "max_examples": 0,
+        "max_text_tokens": 128, "epochs": 20,
     },
 }
 

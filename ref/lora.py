@@ -74,8 +74,8 @@ def attach(model: Mistral, *, rank: int, alpha: float, dropout: float, targets: 
     unknown = sorted(set(targets) - known)
     if unknown or not targets:
         last_parts = sorted({name.rpartition(".")[2] for name in linears})
-        raise ValueError(f"LoRA target {unknown[0] if unknown else 'list'} {'is no layer of the model' if unknown else 'is empty'}. "
-                         f"Expected are some of {', '.join(last_parts)}.")
+        what = f"target {unknown[0]} is no layer of the model" if unknown else "target list is empty"
+        raise ValueError(f"LoRA {what}. Expected are some of {', '.join(last_parts)}.")
     for name, module in linears.items():
         if name in targets or name.rpartition(".")[2] in targets:
             _replace(model, name, LoRALinear(module, rank=rank, alpha=alpha, dropout=dropout))
@@ -164,8 +164,8 @@ def _fill(layers: dict[str, LoRALinear], state: dict[str, Tensor], path: Path) -
             found = state.get(f"{name}.{matrix}")
             if found is None or found.shape != parameter.shape:
                 shape = "missing" if found is None else f"of shape {tuple(found.shape)}"
-                raise ValueError(f"{path}: {name}.{matrix} is {shape}. Expected is {tuple(parameter.shape)}: rank by its "
-                                 "config, width by the model. Use the adapter with the model it was trained on.")
+                raise ValueError(f"{path}: {name}.{matrix} is {shape}. Expected is {tuple(parameter.shape)}: rank by "
+                                 "its config, width by the model. Use the adapter with the model it was trained on.")
             with torch.no_grad():
                 parameter.copy_(found)
 
@@ -182,8 +182,8 @@ def _asked_for(model: Mistral, config: dict[str, Any], path: Path) -> set[str]:
         try:
             pattern = re.compile(".*" if targets == "all-linear" else f"(?:{targets})")
         except re.error as error:
-            raise ValueError(f"{path}: target_modules is {targets!r:.80}, no regular expression ({error}). Expected are "
-                             "names of layers or a regular expression. Correct it there.") from None
+            raise ValueError(f"{path}: target_modules is {targets!r:.80}, no regular expression ({error}). Expected "
+                             "are names of layers or a regular expression. Correct it there.") from None
         return {name for name in linear_layers(model) if pattern.fullmatch(name) or pattern.fullmatch(f"model.{name}")}
     for target in checked(targets, list, f"{path}: target_modules", "a list of names"):
         checked(target, str, f"{path}: target_modules", "a list of names")
@@ -201,12 +201,12 @@ def _plain_lora(config: dict[str, Any], path: Path) -> tuple[int, float, float]:
     }
     for key, plain in defaults.items():
         if config.get(key, plain[0]) not in plain:
-            raise ValueError(f"{path}: {key} is {config[key]!r:.80}. Expected is {plain[0]!r}: only plain LoRA is computed. "
-                             "Merge that adapter with PEFT and load the merged model.")
+            raise ValueError(f"{path}: {key} is {config[key]!r:.80}. Expected is {plain[0]!r}: only plain LoRA is "
+                             "computed. Merge that adapter with PEFT and load the merged model.")
     rank = checked(config.get("r"), int, f"{path}: r", "a whole number of at least 1")
     alpha = checked(config.get("lora_alpha"), (int, float), f"{path}: lora_alpha", "a number")
     dropout = checked(config.get("lora_dropout", 0.0), (int, float), f"{path}: lora_dropout", "a number from 0 to 1")
     if rank < 1 or not 0 <= dropout < 1 or not math.isfinite(alpha):
-        raise ValueError(f"{path}: r {rank}, lora_alpha {alpha}, lora_dropout {dropout}. Expected are r >= 1, a finite alpha, "
-                         "a dropout from 0 to below 1. Correct it there.")
+        raise ValueError(f"{path}: r {rank}, lora_alpha {alpha}, lora_dropout {dropout}. Expected are r >= 1, a "
+                         "finite alpha, a dropout from 0 to below 1. Correct it there.")
     return rank, float(alpha), float(dropout)

@@ -93,11 +93,9 @@ def soft_contrastive(
         return eager_loss(query_QD, passage_PD, rule)
     if kernels == "blocked":
         return blocked_loss(query_QD, passage_PD, rule, TorchEpilogue())
-    from ref.kernels.soft_contrastive import TritonEpilogue, small_loss
+    from ref.kernels.soft_contrastive import small_loss, triton_loss
 
-    if kernels == "small":
-        return small_loss(query_QD, passage_PD, rule)
-    return blocked_loss(query_QD, passage_PD, rule, TritonEpilogue(passage_PD.dtype))
+    return (small_loss if kernels == "small" else triton_loss)(query_QD, passage_PD, rule)
 
 
 def own_loss(

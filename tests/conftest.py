@@ -1,4 +1,4 @@
-"""What all tests share: a fresh seed each run (printed, replayed with --seed N), tiny checkpoints, the real data's folder.
+"""What all tests share: a fresh seed each run (printed, replayed with --seed N), tiny checkpoints, the real data.
 
     python -m pytest                 a new seed; the header says which
     python -m pytest --seed 12345    the same run again
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidiactl") else "1")  # read when triton is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read by huggingface_hub when it is imported
 
 import hypothesis
@@ -69,19 +70,22 @@ SMALL = Architecture(vocab_size=61, width=32, layers=2, heads=4, kv_heads=2, hea
 @pytest.fixture
 def small_model() -> Callable[..., Mistral]:
     """`small_model(window_keys=None, …)`: SMALL with these changes, weights large enough that attention is not flat."""
-    def build(**changes: Any) -> Mistral:
+    def build(*, spread: float = 1.0, **changes: Any) -> Mistral:
         model = fresh(Architecture(**{**SMALL.__dict__, **changes}), seed=torch.initial_seed())
-        scatter_weights(model)
+        scatter_weights(model, spread=spread)
         return model
     return build
 
 
-def scatter_weights(model: torch.nn.Module) -> None:
-    """Random weights, in place, such that every part of the model shows in its output: no flat softmax, no norm at one."""
+def scatter_weights(model: torch.nn.Module, *, spread: float = 1.0) -> None:
+    """Random weights, in place, such that every part of the model shows in its output: no flat softmax, no norm at one.
+
+    A smaller `spread` makes the model gentler, and its rounding errors smaller.
+    """
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
-                parameter.normal_(std=parameter.shape[1] ** -0.5)
+                parameter.normal_(std=spread * parameter.shape[1] ** -0.5)
             else:
                 parameter.uniform_(0.5, 1.5)
 

@@ -1,8 +1,8 @@
-"""Mistral's own tokenizer, for tests: tokenizer.model.v1 (in mistral-common) as sentencepiece reads it, and as tokenizer.json.
+"""Mistral's own tokenizer, for tests: tokenizer.model.v1 (in mistral-common), by sentencepiece and as tokenizer.json.
 
-Its pieces and scores become merges through transformers' converter. tokenizer.json comes in two forms, and both are on the
-hub. `prepend` (Mistral-7B-v0.1 and its descendants) puts the word-start mark before every text, as sentencepiece does.
-`metaspace` (what transformers 5 writes) leaves it out where a text begins with a space.
+Its pieces and scores become merges through transformers' converter. tokenizer.json comes in two forms. `prepend`
+(Mistral-7B-v0.1 and its descendants) puts the word-start mark before every text, as sentencepiece does. `metaspace`
+(what transformers 5 writes) leaves it out where a text begins with a space.
 """
 
 import json
@@ -49,7 +49,7 @@ def layout(form: str = "prepend") -> str:
 
 @cache
 def mistral(form: str = "prepend", *, markers: tuple[str, ...] = ()) -> TextTokenizer:
-    """Our reading of the file (one for all tests, so leave it as it is); with `markers` as tokens of their own, as in bge-en-icl."""
+    """Our reading of the file, with `markers` as tokens of their own. One for all tests: leave it as it is."""
     tokenizer = Tokenizer.from_str(layout(form))
     tokenizer.add_special_tokens([AddedToken(marker, normalized=False) for marker in markers])
     with tempfile.TemporaryDirectory() as folder:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -90,7 +91,7 @@ def test_only_files_of_the_index_are_read(tiny_checkpoint: Checkpoint) -> None:
     assert not same_tensors(load_model(folder, device=CPU), truth)  # now the single file is the checkpoint
 
 
-@pytest.mark.parametrize("first, second", [(10**9, 20_000), (20_000, 10**9)])
+@pytest.mark.parametrize(("first", "second"), [(10**9, 20_000), (20_000, 10**9)])
 def test_an_older_checkpoint_in_the_folder_is_not_read(
     first: int, second: int, tmp_path: Path, small_model: Callable[..., Mistral],
 ) -> None:
@@ -139,7 +140,8 @@ NORM, UP, Q = "norm.weight", "layers.1.mlp.up_proj.weight", "layers.0.self_attn.
 TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], tuple[str, ...]]] = {
     "missing": (lambda state: state.pop(UP), ("1 tensors are missing", UP)),
     "all missing": (lambda state: state.clear(), ("embed_tokens.weight",)),
-    "unexpected": (lambda state: state.update({"layers.0.mlp.bias": torch.ones(2)}), ("layers.0.mlp.bias", "unexpected")),
+    "unexpected": (lambda state: state.update({"layers.0.mlp.bias": torch.ones(2)}),
+                   ("layers.0.mlp.bias", "unexpected")),
     "a layer too many": (lambda state: state.update({"layers.2.mlp.up_proj.weight": state[UP].clone()}),
                          ("layers.2.mlp.up_proj.weight", "unexpected")),
     "an adapter's": (lambda state: state.update({"layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 2)}),
@@ -274,16 +276,19 @@ def test_a_folder_without_weights(tiny_checkpoint: Checkpoint) -> None:
 class Answer:
     """As much of an HTTP response as the hub's errors look at."""
 
-    headers: dict[str, str] = {}
+    headers = MappingProxyType[str, str]({})
     request, status_code, text, content = None, 500, "", b""
 
 
 HUB: dict[str, tuple[Callable[[], Exception], tuple[str, ...]]] = {
     "gated": (lambda: hub.GatedRepoError("403", response=Answer()), ("licence", "HF_TOKEN")),
-    "not there": (lambda: hub.RepositoryNotFoundError("404", response=Answer()), ("does not exist or is private", "HF_TOKEN")),
+    "not there": (lambda: hub.RepositoryNotFoundError("404", response=Answer()),
+                  ("does not exist or is private", "HF_TOKEN")),
     "no revision": (lambda: hub.RevisionNotFoundError("404 main", response=Answer()), ("404 main",)),
-    "server error": (lambda: hub.HfHubHTTPError("502 Bad Gateway\nid 7", response=Answer()), ("502 Bad Gateway", "network")),
-    "no network, no copy": (lambda: hub.LocalEntryNotFoundError("cannot find the snapshot"), ("cannot find", "network")),
+    "server error": (lambda: hub.HfHubHTTPError("502 Bad Gateway\nid 7", response=Answer()),
+                     ("502 Bad Gateway", "network")),
+    "no network, no copy": (lambda: hub.LocalEntryNotFoundError("cannot find the snapshot"),
+                            ("cannot find", "network")),
     "offline": (lambda: hub.OfflineModeIsEnabled("offline mode is enabled"), ("offline mode", "HF_HUB_OFFLINE")),
     "no answer": (lambda: ConnectionError(), ("ConnectionError", "network")),
     "proxy or transport": (lambda: hub.HTTPError("proxy refused"), ("proxy refused", "network")),
@@ -327,7 +332,8 @@ def test_only_the_files_that_are_read_are_fetched(tiny_checkpoint: Checkpoint, m
     assert all("*" not in pattern and not pattern.endswith((".bin", ".pth", ".py")) for pattern in asked[1])
 
 
-@pytest.mark.parametrize("name", ["", "nowhere", "a/b/c", "../a/b", "./nowhere", "/nowhere/at/all", "owner/", "a b/c", ".a/b"])
+@pytest.mark.parametrize(
+    "name", ["", "nowhere", "a/b/c", "../a/b", "./nowhere", "/nowhere/at/all", "owner/", "a b/c", ".a/b"])
 def test_neither_folder_nor_hub_id(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     monkeypatch.chdir(tmp_path)
@@ -375,7 +381,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-@pytest.mark.parametrize("dtype, hoard", [("float32", ""), ("bfloat16", ""), ("float32", "hoard")])
+@pytest.mark.parametrize(("dtype", "hoard"), [("float32", ""), ("bfloat16", ""), ("float32", "hoard")])
 def test_peak_memory(dtype: str, hoard: str, sharded: tuple[Path, int], tiny_checkpoint: Checkpoint) -> None:
     """Beyond the model: at most 1.1 of the largest shard, and 4 MB that the interpreter may have taken meanwhile."""
     folder, largest_shard = sharded

@@ -1,7 +1,7 @@
 """soft_labels.jsonl: every line is checked and named when it is wrong, and batches hold what they should.
 
-Lines are made from one that is good, with one thing changed. Fuzzing: whatever the bytes, `parse` gives a checked Row or a
-ValueError that says where.
+Lines are made from one that is good, with one thing changed. Fuzzing: whatever the bytes, `parse` gives a checked Row
+or a ValueError that says where.
 """
 
 import json
@@ -190,7 +190,8 @@ def passages(batch, i: int) -> list[str]:
 
 
 def test_every_line_once_an_epoch_and_one_task_a_batch(tmp_path):
-    data = load(tmp_path, rows_of({"A": 23, "B": 8, "C": 1}), queries=5)
+    lines = rows_of({"A": 23, "B": 8, "C": 1})
+    data = load(tmp_path, lines, queries=5)
     orders = []
     for epoch in range(3):
         batches = data.batches(epoch)
@@ -200,7 +201,7 @@ def test_every_line_once_an_epoch_and_one_task_a_batch(tmp_path):
         orders.append([batch.tolist() for batch in batches])
     assert orders[0] != orders[1] != orders[2]
     assert orders[0] == [batch.tolist() for batch in data.batches(0)]
-    assert orders[0] != [b.tolist() for b in load(tmp_path, rows_of({"A": 23, "B": 8, "C": 1}), queries=5, seed=1).batches(0)]
+    assert orders[0] != [batch.tolist() for batch in load(tmp_path, lines, queries=5, seed=1).batches(0)]
 
 
 @pytest.mark.parametrize("other", [{"prompt": "Another."}, {"type": "only_1neg"}, {"task": "B"}], ids=str)
@@ -214,7 +215,7 @@ def test_sizes_and_order_by_type(tmp_path):
     data = load(tmp_path, lines, queries=6, queries_symmetric=4, order="sts-first")
     kinds = [[data.tasks[data.task[b[0]]].kind, len(b)] for b in data.batches(0)]
     assert [kind for kind, _ in kinds[:3]] == ["symmetric_sts"] * 3
-    assert {kind: size for kind, size in kinds} == {
+    assert dict(kinds) == {
         "normal": 6, "only_1neg": 6, "symmetric_sts": 4, "symmetric_clustering": 4, "symmetric_class": 4}
 
 
@@ -265,7 +266,8 @@ def test_known_positives_and_same_texts_are_numbered(tmp_path):
     number = dict(zip(map(fold, batch.passages), batch.groups.text_P.tolist(), strict=True))
     assert len(set(batch.groups.text_P.tolist())) == len(number)  # equal numbers for equal texts, white space folded
     known = [{n for n in row if n >= 0} for row in batch.groups.known_QX.tolist()]
-    assert known == [{number[t] for t in texts if t in number} for texts in (["q0", "a", "b"], ["q1", "b"], ["q2", "c"])]
+    right = (["q0", "a", "b"], ["q1", "b"], ["q2", "c"])
+    assert known == [{number[text] for text in texts if text in number} for texts in right]
     assert number["q0"] in known[0]
 
 
@@ -291,14 +293,16 @@ def test_examples_are_of_the_task_and_never_of_the_batch(tmp_path, per):
                 assert not own & {example.query, example.response}
                 assert example.query.startswith(batch.task.name)
     assert set(counts) == {0, 1, 2, 3, 4, 5}
-    again = load(tmp_path, lines, queries=4, max_examples=5, examples_per=per).batch(data.batches(0)[1], epoch=0, step=7)
-    assert again.examples == data.batch(data.batches(0)[1], epoch=0, step=7).examples
+    again = load(tmp_path, lines, queries=4, max_examples=5, examples_per=per)
+    one, other = (source.batch(data.batches(0)[1], epoch=0, step=7) for source in (data, again))
+    assert one.examples == other.examples
 
 
 def test_the_number_of_examples_is_uniform(tmp_path):
     """P(k) = 1/6 each: 600 draws, every count within five standard deviations."""
     data = load(tmp_path, rows_of({"A": 60}), queries=2)
-    counts = np.bincount([len(data.batch(np.array([0, 1]), epoch=0, step=step).examples[0]) for step in range(600)], minlength=6)
+    drawn = [data.batch(np.array([0, 1]), epoch=0, step=step).examples[0] for step in range(600)]
+    counts = np.bincount(list(map(len, drawn)), minlength=6)
     assert abs(counts - 100).max() < 5 * math.sqrt(600 / 6 * 5 / 6)
 
 
@@ -342,8 +346,8 @@ def fuzz(text: bytes) -> None:
     try:
         row = parse(text, "here", "file", None)
     except ValueError as error:
-        assert type(error) is ValueError  # not a JSON or Unicode error that slipped through
-        assert str(error).startswith("here: ")
+        if type(error) is not ValueError or not str(error).startswith("here: "):
+            raise AssertionError("a JSON or Unicode error slipped through") from error
     else:
         assert is_checked(row)
 

@@ -53,7 +53,7 @@ def stir(model: Mistral, seed: int = 0) -> None:
             layer.lora_B.normal_(std=0.1, generator=generator)
 
 
-def adapted(model: Mistral, *, rank: int = 4, alpha: float = 6.0, dropout: float = 0.0,
+def adapted(model: Mistral, *, rank: int = 4, alpha: float = 2.0, dropout: float = 0.0,
             targets: Sequence[str] = ALL) -> Mistral:
     attach(model, rank=rank, alpha=alpha, dropout=dropout, targets=targets)
     stir(model)
@@ -64,7 +64,7 @@ def theirs(folder: Path, kind: type = MistralModel, **config: Any) -> PeftModel:
     """PEFT's adapter with random A and B on transformers' model of a checkpoint folder."""
     base = kind.from_pretrained(folder, attn_implementation="eager")
     return get_peft_model(base, LoraConfig(**{
-        "r": 4, "lora_alpha": 6.0, "target_modules": ALL, "init_lora_weights": False, **config})).eval()
+        "r": 4, "lora_alpha": 2.0, "target_modules": ALL, "init_lora_weights": False, **config})).eval()
 
 
 # ---------------------------------------------------------------------------------------------- against PEFT
@@ -78,7 +78,7 @@ def test_we_load_what_peft_saves(
     kind: type, targets: list[str] | str, tiny_checkpoint: Checkpoint, tmp_path: Path,
 ) -> None:
     """Keys of MistralModel and of MistralForCausalLM, names, ends of names, and a regular expression."""
-    folder = tiny_checkpoint()
+    folder = tiny_checkpoint(spread=0.5)
     peft = theirs(folder, kind, target_modules=targets, lora_dropout=0.1)
     peft.save_pretrained(tmp_path / "adapter")
     ours = load_model(folder, device=CPU)
@@ -93,13 +93,13 @@ def test_we_load_what_peft_saves(
 @pytest.mark.parametrize("targets", [ALL, ["k_proj", "up_proj"], ["layers.0.mlp.up_proj", "q_proj"]])
 @torch.no_grad()
 def test_peft_loads_what_we_save(targets: list[str], tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    folder = tiny_checkpoint()
+    folder = tiny_checkpoint(spread=0.5)
     ours = adapted(load_model(folder, device=CPU), targets=targets, dropout=0.25)
     save_adapter(ours, tmp_path, base=str(folder))
     peft = PeftModel.from_pretrained(MistralModel.from_pretrained(folder, attn_implementation="eager"), tmp_path).eval()
     assert_equal(hidden(ours.eval()), hidden_by_peft(peft))
     config = peft.peft_config["default"]
-    assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 6.0, 0.25)
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 2.0, 0.25)
     held = {name.removeprefix("base_model.model.").removesuffix(".lora_A.default")
             for name, _ in peft.named_modules() if name.endswith("lora_A.default")}
     assert held == set(adapters(ours))
@@ -107,7 +107,7 @@ def test_peft_loads_what_we_save(targets: list[str], tiny_checkpoint: Checkpoint
 
 @torch.no_grad()
 def test_round_trip_is_exact(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    folder = tiny_checkpoint()
+    folder = tiny_checkpoint(spread=0.5)
     ours = adapted(load_model(folder, device=CPU))
     save_adapter(ours, tmp_path, base="x")
     again = load_model(folder, device=CPU)
@@ -116,7 +116,7 @@ def test_round_trip_is_exact(tiny_checkpoint: Checkpoint, tmp_path: Path) -> Non
 
 
 def test_gradients_equal_those_of_peft(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    folder = tiny_checkpoint()
+    folder = tiny_checkpoint(spread=0.5)
     peft = theirs(folder)
     peft.save_pretrained(tmp_path / "adapter")
     ours = load_model(folder, device=CPU)
@@ -165,7 +165,7 @@ def test_merged_equals_unmerged_and_unmerge_restores(small_model: Callable[..., 
 
 @torch.no_grad()
 def test_merge_equals_that_of_peft(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    folder = tiny_checkpoint()
+    folder = tiny_checkpoint(spread=0.5)
     peft = theirs(folder)
     peft.save_pretrained(tmp_path / "adapter")
     ours = load_model(folder, device=CPU)
@@ -200,7 +200,7 @@ def test_fp32_adapter_on_a_bf16_base(small_model: Callable[..., Mistral]) -> Non
     assert ((hidden(model).float() - out).square().mean() / out.float().square().mean()).sqrt() < 0.03
 
 
-@pytest.mark.parametrize("targets, count", [(ALL, 14), (["q_proj"], 2), (["layers.1.mlp.up_proj"], 1),
+@pytest.mark.parametrize(("targets", "count"), [(ALL, 14), (["q_proj"], 2), (["layers.1.mlp.up_proj"], 1),
                                             (["k_proj", "layers.0.self_attn.q_proj"], 3)])
 def test_targets(targets: list[str], count: int, small_model: Callable[..., Mistral]) -> None:
     model = small_model()
@@ -212,7 +212,8 @@ def test_targets(targets: list[str], count: int, small_model: Callable[..., Mist
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("targets, named", [(["q_proj", "lm_head"], "lm_head"), ([], "empty"), (["layers.9.mlp.up_proj"], "9")])
+@pytest.mark.parametrize(("targets", "named"), [
+    (["q_proj", "lm_head"], "lm_head"), ([], "empty"), (["layers.9.mlp.up_proj"], "9")])
 def test_unknown_targets(targets: list[str], named: str, small_model: Callable[..., Mistral]) -> None:
     with pytest.raises(ValueError, match=rf"{named}(.|\n)*gate_proj, k_proj"):
         attach(small_model(), rank=2, alpha=1.0, dropout=0.0, targets=targets)
@@ -232,7 +233,8 @@ def test_dropout_in_training_only(small_model: Callable[..., Mistral]) -> None:
     assert torch.equal(hidden(model), first) and not torch.equal(first, second)
     assert not torch.equal(first, truth)
     layer, x_TD = next(iter(adapters(model).values())), torch.randn(1, SMALL.width)
-    mean = torch.stack([layer(x_TD) for _ in range(4000)]).mean(0)  # of the right size on average: what is kept is scaled
+    # of the right size on average: what is kept is scaled
+    mean = torch.stack([layer(x_TD) for _ in range(4000)]).mean(0)
     delta = layer.eval()(x_TD) - x_TD @ layer.weight.T
     assert (mean - layer(x_TD)).norm() < 0.3 * delta.norm()
 
@@ -245,7 +247,8 @@ def adapter(tiny_checkpoint: Checkpoint, tmp_path: Path) -> tuple[Path, Mistral]
     """A whole adapter folder of two targets, and the model it fits."""
     folder = tiny_checkpoint("base")
     (tmp_path / "adapter").mkdir()
-    save_adapter(adapted(load_model(folder, device=CPU), targets=["q_proj", "up_proj"]), tmp_path / "adapter", base="base")
+    whole = adapted(load_model(folder, device=CPU), targets=["q_proj", "up_proj"])
+    save_adapter(whole, tmp_path / "adapter", base="base")
     return tmp_path / "adapter", load_model(folder, device=CPU)
 
 
@@ -257,7 +260,8 @@ def refused(folder: Path, model: Mistral, *parts: str) -> None:
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
-    "use_dora": {"use_dora": True}, "use_rslora": {"use_rslora": True}, "modules_to_save": {"modules_to_save": ["norm"]},
+    "use_dora": {"use_dora": True}, "use_rslora": {"use_rslora": True},
+    "modules_to_save": {"modules_to_save": ["norm"]},
     "peft_type": {"peft_type": "IA3"}, "bias": {"bias": "all"}, "rank_pattern": {"rank_pattern": {"q_proj": 8}},
     "alpha_pattern": {"alpha_pattern": {"q_proj": 8}}, "lora_bias": {"lora_bias": True},
     "fan_in_fan_out": {"fan_in_fan_out": True}, "trainable_token_indices": {"trainable_token_indices": [5]},
@@ -284,11 +288,14 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], tuple[str, ...]]] =
     "without a B": (lambda state: state.pop(B), ("layers.1.self_attn.q_proj.lora_B", "missing")),
     "without both": (lambda state: (state.pop(A), state.pop(B)), ("layers.1.self_attn.q_proj", "target_modules")),
     "empty": (lambda state: state.clear(), ("layers.0",)),
-    "another width": (lambda state: state.update({A: torch.ones(4, 48)}), ("layers.1.self_attn.q_proj.lora_A", "(4, 48)", "(4, 32)")),
-    "another rank": (lambda state: state.update({A: torch.ones(3, 32), B: torch.ones(40, 3)}), ("q_proj.lora_A", "(3, 32)")),
-    "a layer more": (lambda state: state.update({A.replace("1", "7"): torch.ones(4, 32), B.replace("1", "7"): torch.ones(40, 4)}),
+    "another width": (lambda state: state.update({A: torch.ones(4, 48)}),
+                      ("layers.1.self_attn.q_proj.lora_A", "(4, 48)", "(4, 32)")),
+    "another rank": (lambda state: state.update({A: torch.ones(3, 32), B: torch.ones(40, 3)}),
+                     ("q_proj.lora_A", "(3, 32)")),
+    "a layer more": (lambda state: state.update({A.replace("1", "7"): torch.ones(4, 32)}),
                      ("layers.7.self_attn.q_proj",)),
-    "the head": (lambda state: state.update({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 32)}), ("lm_head",)),
+    "the head": (lambda state: state.update({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 32)}),
+                 ("lm_head",)),
     "whole weights": (lambda state: state.update({"base_model.model.norm.weight": torch.ones(32)}), ("norm.weight",)),
     "a magnitude": (lambda state: state.update({A.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(40)}),
                     ("lora_magnitude_vector",)),

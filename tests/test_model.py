@@ -64,7 +64,7 @@ def gradients(model: torch.nn.Module, out: Tensor, weight: Tensor) -> dict[str, 
 
 
 def assert_same_gradients(ours: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
-    """Each to 1e-4 of its own largest number; a gradient that is zero but for rounding is measured by the largest of all."""
+    """Each to 1e-4 of its own largest number; one that is zero but for rounding is measured by the largest of all."""
     assert ours.keys() == truth.keys()
     rounding = 1e-6 * max(g.abs().max() for g in truth.values())
     for name, gradient in truth.items():
@@ -76,7 +76,7 @@ def assert_same_gradients(ours: dict[str, Tensor], truth: dict[str, Tensor]) -> 
 
 @dataclass
 class Case:
-    """A random configuration, in transformers' words, with texts; `form` and `head_dim` say how config.json is written."""
+    """A random configuration, in transformers' words, with texts; `form` and `head_dim`: how config.json is written."""
 
     config: dict[str, Any]
     lengths: list[int]
@@ -129,7 +129,7 @@ def test_equals_transformers(number: int, seed: int, tmp_path: Path) -> None:
     assert relative(ours, hidden_by_transformers(oracle, texts)) <= TOLERANCE, case
 
 
-@pytest.mark.parametrize("window_keys, shard_bytes", [(None, 10**9), (6, 10**9), (6, 5000)])
+@pytest.mark.parametrize(("window_keys", "shard_bytes"), [(None, 10**9), (6, 10**9), (6, 5000)])
 @torch.no_grad()
 def test_transformers_reads_what_we_save(
     window_keys: int | None, shard_bytes: int, small_model: Callable[..., Mistral], tmp_path: Path,
@@ -375,7 +375,7 @@ def attend_by_loops(
 
 @pytest.mark.parametrize("attention", [attend_by_length, attend_flex])
 @pytest.mark.parametrize("window_keys", [None, 1, 3, 7, 9, 50])
-@pytest.mark.parametrize("prefix_tokens, heads, kv_heads", [(0, 4, 4), (0, 4, 2), (6, 8, 1), (1, 6, 3)])
+@pytest.mark.parametrize(("prefix_tokens", "heads", "kv_heads"), [(0, 4, 4), (0, 4, 2), (6, 8, 1), (1, 6, 3)])
 @pytest.mark.parametrize("last_only", [False, True])
 def test_attention_equals_loops(
     attention: Callable[..., Tensor], window_keys: int | None, prefix_tokens: int, heads: int, kv_heads: int,
@@ -439,7 +439,7 @@ def test_rope_by_loops_and_its_sense_of_distance() -> None:
         assert out[t, h, c + 3].item() == pytest.approx(y * math.cos(turn) + x * math.sin(turn), abs=1e-5)
 
 
-@pytest.mark.parametrize("width, base", [(128, 10000.0), (128, 1e6), (10, 12345.6)])
+@pytest.mark.parametrize(("width", "base"), [(128, 10000.0), (128, 1e6), (10, 12345.6)])
 def test_rope_tables_are_those_of_transformers_bit_for_bit(width: int, base: float) -> None:
     """Both are off the true angle by up to 0.002 at position 32,000; trained weights have seen these."""
     position_T = torch.arange(32768)

@@ -75,7 +75,8 @@ def test_embed_equals_transformers_and_sentence_transformers(
     save_model(ours, tmp_path, dtype=torch.float32)
     theirs = MistralModel.from_pretrained(tmp_path)
     texts = [torch.randint(61, (n,)).tolist() for n in LENGTHS]
-    ids, mask = torch.tensor([text + [2] * (max(LENGTHS) - len(text)) for text in texts]), pad(torch.ones(sum(LENGTHS), 1))[1]
+    ids = torch.tensor([text + [2] * (max(LENGTHS) - len(text)) for text in texts])
+    mask = pad(torch.ones(sum(LENGTHS), 1))[1]
     features = {"token_embeddings": theirs(ids, attention_mask=mask).last_hidden_state, "attention_mask": mask}
     truth = Normalize()(Pooling(ours.arch.width, pooling_mode="lasttoken")(features))["sentence_embedding"]
     vectors = embed(ours, pack(texts, device=torch.device("cpu")))

@@ -1,7 +1,7 @@
 """Prompts: prefix ids and text ids are the ids of the whole string, and outside text never is a marker.
 
-The oracle is the whole string, written here by hand, through the tokenizer at once. Mistral's own tokenizer, in the form of
-Mistral-7B-v0.1; with bge-en-icl's three markers added where they matter.
+The oracle is the whole string, written here by hand, through the tokenizer at once. The tokenizer is Mistral's own, in
+the form of Mistral-7B-v0.1, with bge-en-icl's three markers added where they matter.
 """
 
 from dataclasses import replace
@@ -17,9 +17,13 @@ from ref.tokenizer import train
 
 MARKERS = ("<instruct>", "<query>", "<response>")
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query."
-TEXTS = ["how do magnets work", " one leading space", "   three", "\na newline first", "\n\n\ttabs", "trailing  ", "汉字，没有空格", "日本語",
-         "한국어 문장", "😀 emoji", "a</s>b", "<s>", "{instruction} {text}", "Query: again\nQuery: twice", ":", "▁", " ", "\u0301x", "é"]
-EXAMPLES = [Example("what is rust", "Iron oxide.\nIt is red."), Example("  odd ", "{query}"), Example("三", "汉字 <response> 😀")]
+TEXTS = [
+    "how do magnets work", " one leading space", "   three", "\na newline first", "\n\n\ttabs", "trailing  ",
+    "汉字，没有空格", "日本語", "한국어 문장", "😀 emoji", "a</s>b", "<s>", "{instruction} {text}",
+    "Query: again\nQuery: twice", ":", "▁", " ", "\u0301x", "é",
+]
+EXAMPLES = [Example("what is rust", "Iron oxide.\nIt is red."), Example("  odd ", "{query}"),
+            Example("三", "汉字 <response> 😀")]
 
 
 @pytest.fixture
@@ -185,7 +189,7 @@ def test_only_text_is_cut(max_prompt, max_text, examples, words, template):
     assume(len(bare.ids) + len(bare.suffix) + 2 <= max_prompt)
     prefix = prompter.prefix(INSTRUCTION, EXAMPLES[:examples])
     (row,) = prompter.texts([text], prefix)
-    assert prefix.ids[2 - len(bare.ids):] == bare.ids[2:]  # the instruction is whole (behind an example it begins unmarked)
+    assert prefix.ids[2 - len(bare.ids):] == bare.ids[2:]  # the whole instruction; unmarked behind an example
     assert len(prefix.ids) + len(row) <= max_prompt
     assert row[-1] == tokenizer.end
     assert tuple(row[-1 - len(prefix.suffix):-1]) == prefix.suffix

@@ -1,13 +1,15 @@
-"""Text to ids: the same as sentencepiece with Mistral's own file, never a control token, and a vocabulary that we train.
+"""Text to ids: those of sentencepiece with Mistral's own file, never a control token; and a vocabulary that we train.
 
-Known difference: a tokenizer.json of the form `metaspace` (see mistral_tokenizer.py) gives a text that begins with a space
-the ids of the text without that space. We keep what the file says. With the form of Mistral-7B-v0.1 there is no difference.
+Known difference: a tokenizer.json of the form `metaspace` (see mistral_tokenizer.py) gives a text that begins with a
+space the ids of the text without that space. We keep what the file says. With the form of Mistral-7B-v0.1 there is no
+difference.
 """
 
 import json
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -19,94 +21,26 @@ import ref.tokenizer
 from ref.tokenizer import LONGEST_TOKEN_CHARS, TextTokenizer, train
 
 CONTROL = [
-    "<s>",
-    "</s>",
-    "<unk>",
-    "a</s>b <s> c",
-    "</s></s>",
-    "<s>[INST] hi [/INST]</s>",
-    "< s >",
-    "</s",
-    "<0x0A>",
-    "<0x0A><0xFF>",
-    "text </s>",
-    " </s>",
-    "\n</s>\n",
+    "<s>", "</s>", "<unk>", "a</s>b <s> c", "</s></s>", "<s>[INST] hi [/INST]</s>", "< s >", "</s", "<0x0A>",
+    "<0x0A><0xFF>", "text </s>", " </s>", "\n</s>\n",
 ]
 AWKWARD = [
-    "",
-    " ",
-    "  ",
-    "   ",
-    " a",
-    "  a",
-    "a ",
-    "a  b",
-    "a          b",
-    "\n",
-    "\n\n",
-    "\r\n",
-    "\t",
-    " \t\n ",
-    "a\nb",
-    "a\n\n b",
-    "\ta\tb",
-    "▁",
-    "▁▁",
-    "a▁b",
-    " ▁ ",
-    "\x00",
-    "a\x00b",
-    "\x7f",
-    "\u00a0",
-    "\u3000",
-    "\u200b",
-    "\ufeff",
-    "\u2028",
-    "\ufffd",
-    "\U0010ffff",
-    "naïve café",
-    "cafe\u0301",
-    "\u0301",
-    "ﬁ ﬀ ½ ™",
-    "İstanbul ı",
-    "ẞß",
-    "Ω≈ç√∫",
-    "日本語のテキスト。",
-    "汉字，没有空格",
-    "한국어 문장",
-    "한국어",
-    "مرحبا بالعالم",
-    "שלום עולם",
-    "नमस्ते दुनिया",
-    "สวัสดี",
-    "Здравствуй, мир",
-    "😀",
-    "👩‍👩‍👧‍👦 👍🏽",
-    "🇰🇷🇫🇷",
-    "a😀b",
-    "𝔘𝔫𝔦𝔠𝔬𝔡𝔢",
-    "x" * 300,
-    " " * 300,
-    "\n" * 50,
-    "." * 40,
-    "_" * 40,
-    "1234567890" * 5,
-    "3.14159e-10",
-    "http://a.b/c?d=e&f=g#h",
-    "def f(x):\n    return x  # y\n",
-    '{"a": [1, 2]}',
-    "\\n \\t \\\\",
-    "'\"`",
-    "C++ / C# / F#",
-    "ALL CAPS AND lower",
-    "supercalifragilisticexpialidocious",
+    "", " ", "  ", "   ", " a", "  a", "a ", "a  b", "a          b", "\n", "\n\n", "\r\n", "\t", " \t\n ",
+    "a\nb", "a\n\n b", "\ta\tb", "▁", "▁▁", "a▁b", " ▁ ", "\x00", "a\x00b", "\x7f", "\u00a0", "\u3000",
+    "\u200b", "\ufeff", "\u2028", "\ufffd", "\U0010ffff", "naïve café", "cafe\u0301", "\u0301", "ﬁ ﬀ ½ ™",
+    "İstanbul ı", "ẞß", "Ω≈ç√∫", "日本語のテキスト。", "汉字，没有空格", "한국어 문장", "한국어",
+    "مرحبا بالعالم", "שלום עולם",
+    "नमस्ते दुनिया", "สวัสดี", "Здравствуй, мир", "😀", "👩‍👩‍👧‍👦 👍🏽", "🇰🇷🇫🇷", "a😀b", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢", "x" * 300,
+    " " * 300, "\n" * 50, "." * 40, "_" * 40, "1234567890" * 5, "3.14159e-10", "http://a.b/c?d=e&f=g#h",
+    "def f(x):\n    return x  # y\n", "{\"a\": [1, 2]}", "\\n \\t \\\\", "'\"`", "C++ / C# / F#",
+    "ALL CAPS AND lower", "supercalifragilisticexpialidocious",
 ]
 ALPHABETS = [
-    "abcdefghij ", "abc  \n\t", "</s>unk ", "日本語漢字かな。、", "😀👍🏽👩‍👧🇰🇷 ", "àéîõüßñ ", "0123456789.,- ", "▁ a", "(){}[]<>=+*&^%$#@!~|\\/:;\"'`?_ ",
-    "абвгд ", "مرحبا ", "한국어 ", "\u0300\u0301\u200d\u200b\ufeff\u00a0a ", "\x00\x01\x1b\r\n\x85 x",
+    "abcdefghij ", "abc  \n\t", "</s>unk ", "日本語漢字かな。、", "😀👍🏽👩‍👧🇰🇷 ", "àéîõüßñ ", "0123456789.,- ", "▁ a",
+    "(){}[]<>=+*&^%$#@!~|\\/:;\"'`?_ ", "абвгд ", "مرحبا ", "한국어 ", "\u0300\u0301\u200d\u200b\ufeff\u00a0a ",
+    "\x00\x01\x1b\r\n\x85 x",
 ]
-WORDS = "the quick brown fox jumps over lazy dogs while Tokenization of UN-common words isn't trivial; e.g. 3,000 kWh".split()
+WORDS = "the quick brown fox jumps over lazy dogs while Tokenization of UN-common words isn't easy: 3,000 kWh".split()  # noqa: SIM905
 
 
 def random_texts(seed: int, count: int) -> list[str]:
@@ -114,7 +48,7 @@ def random_texts(seed: int, count: int) -> list[str]:
     draw = random.Random(seed)
 
     def any_character() -> str:
-        code = draw.choice([draw.randrange(0x80), draw.randrange(0x3000), draw.randrange(0x10000), draw.randrange(0x110000)])
+        code = draw.randrange(draw.choice([0x80, 0x3000, 0x10000, 0x110000]))
         return chr(code) if not 0xD800 <= code < 0xE000 else "?"
     kinds = [lambda n: "".join(draw.choice(WORDS) + draw.choice([" ", " ", "  ", "\n", "\t", ""]) for _ in range(n)),
              lambda n: "".join(draw.choices(draw.choice(ALPHABETS), k=n)),
@@ -169,7 +103,8 @@ def test_no_text_becomes_a_control_token(texts):
 @pytest.mark.parametrize("max_tokens", [1, 3, 17])
 def test_truncation_gives_the_first_ids(texts, max_tokens):
     tokenizer = mistral()
-    long = [text * (1 + 64 * max_tokens // max(1, len(text))) for text in texts[::3]]  # longer than the first cut leaves
+    beyond_the_first_cut = 64 * max_tokens
+    long = [text * (1 + beyond_the_first_cut // max(1, len(text))) for text in texts[::3]]
     whole = tokenizer.encode(long, max_tokens=10**6)
     assert tokenizer.encode(long, max_tokens=max_tokens) == [row[:max_tokens] for row in whole]
 
@@ -211,17 +146,11 @@ def trained() -> TextTokenizer:
 
 
 def test_training_is_deterministic(trained):
-    code = ("import sys; sys.path.insert(0, 'tests'); from test_tokenizer import CORPUS; from ref.tokenizer import train; "
+    code = ("import sys; sys.path.insert(0, 'tests')\n"
+            "from test_tokenizer import CORPUS\nfrom ref.tokenizer import train\n"
             "print(train(CORPUS, vocab_size=400, lowercase=True, markers=('<query>', '<response>')).library.to_str())")
-    other = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        encoding="utf-8",
-        cwd=ref.tokenizer.__file__.rpartition("/ref/")[0],
-        env={"PYTHONHASHSEED": "7", "PYTHONUTF8": "1"},
-    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8",
+                           cwd=Path(ref.tokenizer.__file__).parents[1], env={"PYTHONHASHSEED": "7", "PYTHONUTF8": "1"})
     assert json.loads(other.stdout) == json.loads(trained.library.to_str())
     different = train(CORPUS[:-1], vocab_size=400, lowercase=True, markers=("<query>", "<response>"))
     assert different.library.to_str() != trained.library.to_str()
@@ -262,7 +191,8 @@ def test_saved_tokenizer_is_the_same_and_transformers_adds_begin_and_end(trained
     transformers = pytest.importorskip("transformers")
     tokenizer = trained if which == "trained" else mistral(which)
     tokenizer.save(tmp_path)
-    some = [text for text in texts[:400] if not any(t in text for t in ("<s>", "</s>", "<unk>", "<query>", "<response>"))]
+    control = ("<s>", "</s>", "<unk>", "<query>", "<response>")
+    some = [text for text in texts[:400] if not any(token in text for token in control)]
     ours = tokenizer.encode(some, max_tokens=10**5)
     assert TextTokenizer.from_folder(tmp_path).encode(some, max_tokens=10**5) == ours
     peer = transformers.AutoTokenizer.from_pretrained(tmp_path)

@@ -1,0 +1,1 @@
+"""Measurements that stand beside the reading path: nothing in ref/, kernels/ or the run scripts imports them."""

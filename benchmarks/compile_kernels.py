@@ -1,0 +1,84 @@
+"""Compile every kernel for an NVIDIA architecture without a GPU: `python -m benchmarks.compile_kernels 90`.
+
+Prints JSON: kernel -> registers, stack bytes, local bytes, shared bytes, by the cuobjdump that Triton brings. A spill shows as
+stack or local above 0. TRITON_INTERPRET must not be set.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ref.kernels import last_token_pool, soft_contrastive
+
+POINTERS = {
+    "hidden_ptr": "*bf16", "weight_ptr": "*bf16", "last_ptr": "*i64", "query_ptr": "*bf16", "passage_ptr": "*bf16",
+    "column_ptr": "*i64", "text_ptr": "*i64", "known_ptr": "*i64", "masked_ptr": "*i64",
+}
+SCALARS = {"eps": "fp32", "temperature": "fp32"}
+
+
+def signature(kernel: Any, out: str) -> dict[str, str]:
+    """A type for each argument: pointers by name (else fp32), scalars i32 or fp32, constants."""
+    types = {}
+    for parameter in kernel.params:
+        if parameter.is_constexpr:
+            types[parameter.name] = "constexpr"
+        elif parameter.name.endswith("_ptr"):
+            types[parameter.name] = out if parameter.name == "out_ptr" else POINTERS.get(parameter.name, "*fp32")
+        else:
+            types[parameter.name] = SCALARS.get(parameter.name, "i32")
+    return types
+
+
+def variants() -> dict[str, tuple[Any, str, dict[str, Any], int]]:
+    """Name -> kernel, type of its output, constants, warps: as the launchers choose them."""
+    fp32, pool, loss = triton.language.float32, last_token_pool, soft_contrastive
+    tile = {k: v for k, v in loss.TILE.items() if k.startswith("BLOCK")}
+    small = {**tile, "ACC": fp32, "UPCAST": False}
+    found: dict[str, tuple[Any, str, dict[str, Any], int]] = {
+        "loss forward, small": (loss._forward_small, "*fp32", small, 4),
+        "loss backward query, small": (loss._backward_query_small, "*bf16", small, 4),
+        "loss backward passage, small": (loss._backward_passage_small, "*bf16", small, 4),
+        "loss reduce block": (loss._reduce_block, "*fp32", {"BLOCK_P": 1024}, 4),
+        "loss gradient block": (loss._gradient_block, "*bf16", {"BLOCK_P": 1024}, 4),
+        "pool backward weight": (pool._backward_weight, "*bf16", {"ACC": fp32, "BLOCK_D": 128}, 4),
+    }
+    for width in (4096, 8192):
+        sizes = {"ACC": fp32, "BLOCK_D": width}
+        found[f"pool forward {width}"] = (pool._forward, "*fp32", sizes, 8)
+        found[f"pool backward rows {width}"] = (pool._backward_rows, "*bf16", sizes, 8)
+    return found
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, stack, shared and local bytes of a compiled kernel."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    names = {"REG": "registers", "STACK": "stack", "SHARED": "shared", "LOCAL": "local"}
+    return {names[key]: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+def main() -> None:
+    """Compile, and print the table as JSON."""
+    target = GPUTarget("cuda", int(sys.argv[1]), 32)
+    report = {}
+    for name, (kernel, out, constants, warps) in variants().items():
+        source = ASTSource(kernel, signature(kernel, out), constexprs=constants)
+        compiled = triton.compile(source, target=target, options={"num_warps": warps})
+        report[name] = {**resources(compiled.asm["cubin"]), "shared": compiled.metadata.shared}
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
