@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from ref import runs
-from ref.config import OptionParser, Options, parse_options, pick_device, read_json
+from ref.config import OptionParser, Options, parse_options, pick_device, pick_kernels, read_json
 from ref.data import KINDS, Batch, SoftLabels
 from ref.embedder import Embedder
 from ref.gradcache import GradientCache, Segment
@@ -47,7 +47,8 @@ class Trainer:
     def step(self, batch: Batch) -> tuple[LossTerms, dict[str, float]]:
         """Leave the gradient of a batch's loss in the weights; returns the loss and counts of what was read."""
         segments, examples = self.segments(batch)
-        cache = GradientCache(self.model, segments, chunk_tokens=self.options.chunk_tokens)
+        kernels = self.options.kernels or "eager"
+        cache = GradientCache(self.model, segments, chunk_tokens=self.options.chunk_tokens, kernels=kernels)
         low = self.options.train == "all" and self.options.dtype == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16) if low else contextlib.nullcontext():
             vectors_ND = cache.vectors()
@@ -86,7 +87,8 @@ class Trainer:
         return training_loss(
             query_QD, passage_PD, groups, batch.teacher_QC.to(self.device), temperature=options.temperature,
             teacher_temperature=options.teacher_temperature, hard_weight=options.hard_weight,
-            soft_weight=options.soft_weight, in_batch=batch.in_batch, margin=options.false_negative_margin)
+            soft_weight=options.soft_weight, in_batch=batch.in_batch, margin=options.false_negative_margin,
+            kernels=options.kernels or "eager")
 
     def update(self, rate: float) -> float:
         """Clip the gradient and take AdamW's step; returns the gradient's norm before clipping."""
@@ -238,8 +240,11 @@ def prepare(arguments: list[str] | None) -> tuple[Trainer, Path, runs.Start]:
     print(f"model: {start.name} ({start.reason})")
     options = OptionParser.options(given, fresh_weights=start.architecture is not None)
     device = pick_device(options.device)
-    options = dataclasses.replace(options, dtype=options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    print(f"preset: {options.preset}; weights that learn: {options.train}; device: {device}, {options.dtype}")
+    options = dataclasses.replace(
+        options, dtype=options.dtype or ("bfloat16" if device.type == "cuda" else "float32"),
+        kernels=pick_kernels(options.kernels, device))
+    print(f"preset: {options.preset}; weights that learn: {options.train}; device: {device}, {options.dtype}; "
+          f"pooling and loss: {options.kernels}")
     data = SoftLabels([Path(path) for path in options.data], options)
     print(f"data: {len(data):,} lines, {len(data.tasks)} tasks, {data.with_labels:,} lines with soft labels, "
           f"{len(data) - data.with_labels:,} for the contrastive term alone")
@@ -265,7 +270,7 @@ def resumed(given: Namespace) -> Namespace:
     other = {k: v for k, v in vars(given).items() if k not in ("resume", "output") and v != saved["options"][k]}
     if other:
         raise ValueError(f"--resume goes on with the options of {folder}; given is another {', '.join(other)}. Leave that out.")
-    return Namespace(**{**saved["options"], "resume": True, "output": str(folder)})
+    return Namespace(**{**saved["options"], "model": saved["model"], "resume": True, "output": str(folder)})
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -8,6 +8,7 @@ whether it is published, taken from the lineage, or our own choice.
 import argparse
 import dataclasses
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -78,14 +79,14 @@ class Architecture:
             return int(value)
 
         heads, width = number("num_attention_heads"), number("hidden_size")
-        window = config.get("sliding_window")
+        window = config.get("sliding_window", 4096)  # where a key is absent, transformers' default counts; null is none
         arch = cls(
             vocab_size=number("vocab_size"), width=width, layers=number("num_hidden_layers"), heads=heads,
-            kv_heads=number("num_key_value_heads", heads), head_width=number("head_dim", max(1, width // heads)),
+            kv_heads=number("num_key_value_heads", heads if "num_key_value_heads" in config else 8), head_width=number("head_dim", max(1, width // heads)),
             ffn_width=number("intermediate_size"),
             norm_eps=_positive(config.get("rms_norm_eps", 1e-6), f"{path}: rms_norm_eps"),
             rope_base=_rope_base(config, path),
-            window_keys=None if window is None else number("sliding_window"),
+            window_keys=None if window is None else number("sliding_window", 4096),
             dtype=_stored_dtype(config, path),
         )
         if arch.heads % arch.kv_heads or arch.head_width % 2:
@@ -145,6 +146,13 @@ def _stored_dtype(config: dict[str, Any], path: Path) -> str:
     if not isinstance(name, str) or name not in DTYPES:
         raise ValueError(f"{path}: dtype is {name!r:.80}. Expected is one of {', '.join(DTYPES)}. Choose another checkpoint.")
     return name
+
+
+def pick_kernels(name: str | None, device: torch.device) -> str:
+    """Who computes pooling and loss: the one named, else triton on cuda and blocked on cpu. Never another in silence."""
+    if name == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("--kernels triton needs an NVIDIA GPU, or TRITON_INTERPRET=1 for its interpreter. Use --kernels blocked.")
+    return name or ("triton" if device.type == "cuda" else "blocked")
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -235,6 +243,9 @@ class Options:
     device: str | None = _option(None, "cpu or cuda (default: cuda where there is one)")
     dtype: Literal["bfloat16", "float32"] | None = _option(
         None, "precision of the forward pass (default: bfloat16 on cuda, float32 on cpu)")
+    kernels: Literal["eager", "blocked", "triton"] | None = _option(
+        None, "who computes pooling and loss: the plain pages, blocks in torch, or Triton "
+        "(default: triton on cuda, blocked on cpu)")
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ref.checkpoint import load_model, locate
-from ref.config import DTYPES, checked, pick_device, read_json
+from ref.config import DTYPES, checked, pick_device, pick_kernels, read_json
 from ref.lora import load_adapter, merge
 from ref.model import Mistral
 from ref.packing import cut_by_tokens, pack
@@ -39,6 +39,7 @@ class Embedder:
                 f"the tokenizer has {prompter.tokenizer.vocab_size} tokens and the model {model.arch.vocab_size}. "
                 "Expected are at most as many. Take both from one checkpoint.")
         self.model, self.prompter, self.tokens_per_batch = model, prompter, tokens_per_batch
+        self.kernels = pick_kernels(None, model.norm.weight.device)
 
     @classmethod
     def from_pretrained(
@@ -101,7 +102,7 @@ class Embedder:
         vectors = np.empty((len(texts), self.width), np.float32)
         for rows in cut_by_tokens([len(text) for text in ids], tokens_per_batch=self.tokens_per_batch):
             packed = pack([ids[row] for row in rows], device=device, prefix_tokens=len(prefix.ids) if shared else 0)
-            vectors[rows] = embed(self.model, packed, prefix=shared).cpu().numpy()
+            vectors[rows] = embed(self.model, packed, prefix=shared, kernels=self.kernels).cpu().numpy()
         return vectors
 
 

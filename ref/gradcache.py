@@ -45,8 +45,8 @@ class Segment:
 class GradientCache:
     """The vectors of some segments, in their order: `vectors()`, then the loss on them, then `backward()`."""
 
-    def __init__(self, model: Mistral, segments: Sequence[Segment], *, chunk_tokens: int) -> None:
-        self.model, self.segments = model, [s for s in segments if s.texts]
+    def __init__(self, model: Mistral, segments: Sequence[Segment], *, chunk_tokens: int, kernels: str = "eager") -> None:
+        self.model, self.segments, self.kernels = model, [s for s in segments if s.texts], kernels
         self.device = model.norm.weight.device
         self.fits = sum(s.tokens for s in segments) <= chunk_tokens
         for segment in self.segments:
@@ -94,7 +94,7 @@ class GradientCache:
 
     def _chunk(self, segment: Segment, chunk: list[int], prefix: KeyValues) -> Tensor:
         packed = pack([segment.texts[i] for i in chunk], device=self.device, prefix_tokens=len(segment.prefix))
-        return embed(self.model, packed, prefix=prefix)
+        return embed(self.model, packed, prefix=prefix, kernels=self.kernels)
 
     def _rows(self) -> Iterator[int]:
         """Where each vector of `parts` stands among all texts."""

@@ -149,10 +149,13 @@ class Mistral(nn.Module):
 
 
 def fresh(arch: Architecture, *, seed: int) -> Mistral:
-    """A model with random weights: normal with the published standard deviation 0.02, norms at one."""
+    """A model with random weights: embeddings and matrices normal with deviation 1/sqrt(inputs), norms at one.
+
+    The usual 0.02 fits a width of a few thousand; at width 128 it starts with attention that sees nothing.
+    """
     generator = torch.Generator().manual_seed(seed)
     model = Mistral(arch)
     for parameter in model.parameters():
         if parameter.ndim == 2:
-            nn.init.normal_(parameter, std=0.02, generator=generator)
+            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5, generator=generator)
     return model

@@ -18,12 +18,18 @@ from ref.model import Mistral
 from ref.packing import Packed
 
 
-def last_token_pool(hidden_TD: Tensor, last_B: Tensor, norm_weight_D: Tensor, *, eps: float) -> Tensor:
+def last_token_pool(
+    hidden_TD: Tensor, last_B: Tensor, norm_weight_D: Tensor, *, eps: float, kernels: str = "eager",
+) -> Tensor:
     """Unit vectors (B, D) fp32 from hidden states (T, D) of any float type at the rows `last_B` (B,) int64.
 
     Norms are taken in fp32, since cosine similarities near one differ in digits that bf16 does not have.
-    A zero hidden state gives a zero vector, and a zero gradient.
+    A zero hidden state gives a zero vector, and a zero gradient. `kernels` "triton" does the same in one launch.
     """
+    if kernels == "triton":
+        from ref.kernels.last_token_pool import last_token_pool as fused
+
+        return fused(hidden_TD, last_B, norm_weight_D, eps=eps)
     hidden_BD = hidden_TD[last_B].float()
     normed_BD = hidden_BD * torch.rsqrt(hidden_BD.square().mean(-1, keepdim=True) + eps) * norm_weight_D.float()
     squared_B1 = normed_BD.square().sum(-1, keepdim=True)
@@ -31,8 +37,10 @@ def last_token_pool(hidden_TD: Tensor, last_B: Tensor, norm_weight_D: Tensor, *,
     return normed_BD * torch.rsqrt(squared_B1 + zero_B1).masked_fill(zero_B1, 0.0)
 
 
-def embed(model: Mistral, packed: Packed, *, prefix: Sequence[KeyValue] | None = None) -> Tensor:
+def embed(
+    model: Mistral, packed: Packed, *, prefix: Sequence[KeyValue] | None = None, kernels: str = "eager",
+) -> Tensor:
     """Unit vectors (B, D) fp32 of packed texts: the forward pass and the pooling of its last tokens."""
     hidden_BD = model(packed, prefix=prefix)
     row_B = torch.arange(len(hidden_BD), device=hidden_BD.device)
-    return last_token_pool(hidden_BD, row_B, model.norm.weight, eps=model.norm.eps)
+    return last_token_pool(hidden_BD, row_B, model.norm.weight, eps=model.norm.eps, kernels=kernels)
