@@ -1,7 +1,7 @@
 """Compile every kernel for an NVIDIA architecture without a GPU: `python -m benchmarks.compile_kernels 90`.
 
-Prints JSON: kernel -> registers, stack bytes, local bytes, shared bytes, by the cuobjdump that Triton brings. A spill shows as
-stack or local above 0. TRITON_INTERPRET must not be set.
+Prints JSON: kernel -> registers, stack bytes, local bytes, shared bytes, by the cuobjdump that Triton brings. A spill
+shows as stack or local above 0. TRITON_INTERPRET must not be set.
 """
 
 import json
@@ -64,7 +64,8 @@ def resources(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        call = [tool, "--dump-resource-usage", file.name]
+        text = subprocess.run(call, capture_output=True, text=True, check=True).stdout
     names = {"REG": "registers", "STACK": "stack", "SHARED": "shared", "LOCAL": "local"}
     return {names[key]: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
 

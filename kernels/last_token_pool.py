@@ -151,12 +151,14 @@ def last_token_pool(hidden_TD: Tensor, last_B: Tensor, norm_weight_D: Tensor, *,
     Source: `ref.pooling.last_token_pool`, which this equals.
     """
     floats = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-    if hidden_TD.ndim != 2 or hidden_TD.dtype not in floats or hidden_TD.stride(1) != 1 or hidden_TD.shape[1] > MAX_WIDTH:
-        raise ValueError(f"hidden is {tuple(hidden_TD.shape)} {hidden_TD.dtype}. Expected is (T, D) of bf16, fp16 or fp32, rows "
-                         f"contiguous, D at most {MAX_WIDTH}. Use the plain function of ref/pooling.py.")
+    if (hidden_TD.ndim != 2 or hidden_TD.dtype not in floats or hidden_TD.stride(1) != 1
+            or hidden_TD.shape[1] > MAX_WIDTH):
+        raise ValueError(f"hidden is {tuple(hidden_TD.shape)} {hidden_TD.dtype}. Expected is (T, D) of bf16, fp16 or "
+                         f"fp32, rows contiguous, D at most {MAX_WIDTH}. Use the plain function of ref/pooling.py.")
     if last_B.ndim != 1 or last_B.dtype != torch.int64 or len(last_B) > len(hidden_TD):
-        raise ValueError(f"last is {tuple(last_B.shape)} {last_B.dtype} for {len(hidden_TD)} rows. Expected is (B,) int64, B <= T.")
+        raise ValueError(f"last is {tuple(last_B.shape)} {last_B.dtype} for {len(hidden_TD)} rows. "
+                         "Expected is (B,) int64, B <= T.")
     if norm_weight_D.shape != hidden_TD.shape[1:] or {last_B.device, norm_weight_D.device} != {hidden_TD.device}:
-        raise ValueError(f"weight is {tuple(norm_weight_D.shape)} on {norm_weight_D.device}, last on {last_B.device}. Expected are "
-                         f"({hidden_TD.shape[1]},) and one device, {hidden_TD.device}.")
+        raise ValueError(f"weight is {tuple(norm_weight_D.shape)} on {norm_weight_D.device}, last on {last_B.device}. "
+                         f"Expected are ({hidden_TD.shape[1]},) and one device, {hidden_TD.device}.")
     return _LastTokenPool.apply(hidden_TD, last_B.contiguous(), norm_weight_D.contiguous(), eps)

@@ -2,12 +2,12 @@
 
     L_i = logsumexp_{j in A_i} s_ij - sum_{j in C_i} y_ij s_ij,        s = Q P^T / tau
 
-A_i holds the query's own candidates C_i and the batch's other passages, less the false negatives. The mask is a rule on
-(i, j), computed in the tile where it is used: candidate columns, text numbers, and a cosine limit by row.
+A_i holds the query's own candidates C_i and the batch's other passages, less the false negatives. The mask is a rule
+on (i, j), computed in the tile where it is used: candidate columns, text numbers, and a cosine limit by row.
 
-Bytes at N = 4096, M = 32768, D = 4096, bf16 (Q 34 MB, P 268 MB): eager code writes and reads the scores, the mask,
-the probabilities and their gradient, about 537 MB for each fp32 matrix of N x M, and keeps 2.1 GB. Neither variant keeps
-anything of N x M: saved for backward is the log-sum-exp, one number a query.
+Bytes at 4096 queries, 32768 passages, D = 4096, bf16 (vectors 34 and 268 MB): eager code writes and reads the scores,
+the mask, the probabilities and their gradient, about 537 MB for each fp32 matrix (Q, P), and keeps 2.1 GB. Neither
+variant keeps anything of (Q, P): saved for backward is the log-sum-exp, one number a query.
 
 The smallest (`*_small`): everything in the tile.
 
@@ -19,8 +19,8 @@ The fast (`TritonEpilogue`): the products are the library's, over blocks of 1024
 (ref/blocked.py), and one kernel here turns a block of scores into row statistics, another into g. One program owns
 a row of the block, so nothing is written twice; there are no atomics, and two runs agree bit for bit.
 
-Plain version and oracle: `ref.loss.eager_loss`. Called by ref/loss.py on CUDA. Source: arXiv 2506.07438 (the loss); the
-tiling: arXiv 2411.09009; letters: i_ program, o_ offsets, m_ mask, b_ values on the chip.
+Plain version and oracle: `ref.loss.eager_loss`. Called by ref/loss.py on CUDA. Source: arXiv 2506.07438 (the loss);
+the tiling: arXiv 2411.09009. Letters: i_ program, o_ offsets, m_ mask, b_ values on the chip.
 """
 
 from typing import Any
@@ -198,8 +198,10 @@ class _Small(torch.autograd.Function):
         exact = query_QD.dtype == torch.float64
         ctx.constants = {**TILE, "ACC": tl.float64 if exact else tl.float32, "UPCAST": interpreted()}
         ctx.rule = (rule.groups.column_QC, rule.label_QC, rule.groups.text_P, rule.groups.known_QX, rule.limit_Q)
-        ctx.scalars = (queries, passages, width, rule.label_QC.shape[1], rule.groups.known_QX.shape[1], rule.temperature)
-        lse_Q, target_Q = (query_QD.new_empty(queries, dtype=torch.float64 if exact else torch.float32) for _ in range(2))
+        candidates, knowns = rule.label_QC.shape[1], rule.groups.known_QX.shape[1]
+        ctx.scalars = (queries, passages, width, candidates, knowns, rule.temperature)
+        dtype = torch.float64 if exact else torch.float32
+        lse_Q, target_Q = (query_QD.new_empty(queries, dtype=dtype) for _ in range(2))
         masked_Q = torch.empty(queries, dtype=torch.int64, device=query_QD.device)
         _forward_small[(triton.cdiv(queries, TILE["BLOCK_Q"]),)](
             query_QD, passage_PD, *ctx.rule, lse_Q, target_Q, masked_Q, *ctx.scalars, **ctx.constants)
@@ -310,7 +312,10 @@ def interpreted() -> bool:
 def small_loss(
     query_QD: Tensor, passage_PD: Tensor, rule: Rule, *, check_values: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The smallest variant: loss of each query (Q,) and columns that left its set (Q,) int64. Equals `loss.eager_loss`."""
+    """The smallest variant: loss of each query (Q,) and columns that left its set (Q,) int64, as `loss.eager_loss`.
+
+    Raises ValueError for bad input, with `check_values` also for bad numbers (see `check`).
+    """
     check(query_QD, passage_PD, rule, values=check_values)
     return _Small.apply(query_QD.contiguous(), passage_PD.contiguous(), rule)
 
@@ -318,14 +323,20 @@ def small_loss(
 def triton_loss(
     query_QD: Tensor, passage_PD: Tensor, rule: Rule, *, check_values: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The fast variant, with the same results: loss of each query (Q,) and columns that left its set (Q,) int64."""
+    """The fast variant, with the same results: loss of each query (Q,) and columns that left its set (Q,) int64.
+
+    Raises ValueError for bad input, with `check_values` also for bad numbers (see `check`).
+    """
     check(query_QD, passage_PD, rule, values=check_values)
     return blocked_loss(query_QD, passage_PD, rule, TritonEpilogue(passage_PD.dtype))
 
 
 def check(query_QD: Tensor, passage_PD: Tensor, rule: Rule, *, values: bool) -> None:
-    """ValueError for what the kernels would read wrongly. Shapes, dtypes and devices are looked at always and cost no wait;
-    with `values` also the numbers, which waits for the device once: data.py builds them right, other callers may not."""
+    """ValueError for what the kernels would read wrongly.
+
+    Shapes, dtypes and devices are looked at always and cost no wait; with `values` also the numbers, which waits for
+    the device once: data.py builds them right, other callers may not.
+    """
     groups, floats = rule.groups, (torch.bfloat16, torch.float16, torch.float32, torch.float64)
     expected = "Expected are (Q, D) and (P, D) of one float type on one device"
     if query_QD.ndim != 2 or query_QD.dtype not in floats:
@@ -335,12 +346,15 @@ def check(query_QD: Tensor, passage_PD: Tensor, rule: Rule, *, values: bool) -> 
                          f"{query_QD.dtype}. {expected}. Convert them.")
     shape = rule.label_QC.shape
     if len(shape) != 2 or len(query_QD) != shape[0]:
-        raise ValueError(f"labels are {tuple(shape)} for {len(query_QD)} queries. Expected is (Q, C). Give one row a query.")
+        raise ValueError(f"labels are {tuple(shape)} for {len(query_QD)} queries. Expected is (Q, C). "
+                         "Give one row a query.")
     if groups.column_QC.shape != shape or groups.column_QC.dtype != torch.int64:
-        raise ValueError(f"columns are {tuple(groups.column_QC.shape)} {groups.column_QC.dtype}. Expected is {tuple(shape)} int64.")
+        raise ValueError(f"columns are {tuple(groups.column_QC.shape)} {groups.column_QC.dtype}. "
+                         f"Expected is {tuple(shape)} int64.")
     if groups.text_P.shape != passage_PD.shape[:1] or groups.known_QX.shape[:1] != shape[:1]:
-        raise ValueError(f"texts are {tuple(groups.text_P.shape)} and known texts {tuple(groups.known_QX.shape)}. Expected are "
-                         f"({len(passage_PD)},) and ({shape[0]}, X). Give one number a passage and one row a query.")
+        raise ValueError(f"texts are {tuple(groups.text_P.shape)} and known texts {tuple(groups.known_QX.shape)}. "
+                         f"Expected are ({len(passage_PD)},) and ({shape[0]}, X). "
+                         "Give one number a passage and one row a query.")
     if not 0 < rule.temperature < float("inf"):
         raise ValueError(f"temperature is {rule.temperature}. Expected is a finite number above 0. Give another.")
     devices = {x.device for x in (query_QD, passage_PD, rule.label_QC, rule.limit_Q, *vars(groups).values())}
@@ -364,4 +378,5 @@ def _check_values(rule: Rule, passages: int) -> None:
     found = torch.stack([fault.any() for fault in faults.values()]).tolist()  # the one wait
     for fault, is_there in zip(faults, found, strict=True):
         if is_there:
-            raise ValueError(f"{fault}. Expected are valid groups and soft labels, as ref/data.py builds them. Correct them.")
+            raise ValueError(f"{fault}. Expected are valid groups and soft labels, as ref/data.py builds them. "
+                             "Correct them.")

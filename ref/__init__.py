@@ -12,17 +12,18 @@ Tensors carry their shape as a suffix, one letter an axis; scalars are words wit
 So `x_TD` is one vector of the model for each packed token and `score_QP` is a query by passage matrix.
 
 Reading order, each file one idea: config, rope, attention, model, checkpoint, lora, tokenizer, prompts,
-packing, pooling, loss, blocked, gradcache, data, runs, embedder, held_out, scoring; then run_train.py and run_eval.py.
+packing, pooling, loss, blocked, gradcache, data, embedder, runs, trainer, export, held_out, tasks, scoring; then
+run_train.py and run_eval.py. The Triton kernels in kernels/ come after pooling and blocked, whose results they equal.
 """
 
 from pathlib import Path
 
-# The Triton kernels stand beside ref/, in the folder kernels/, and are imported as ref.kernels: the plain name `kernels`
-# belongs to a package of Hugging Face that transformers looks for. The folder has no __init__.py, so an installed
-# package of that name wins, and this line lets `ref.kernels` be found in a checkout (an installed wheel has it in ref/).
+# The Triton kernels stand beside ref/, in the folder kernels/, and are imported as ref.kernels: the plain name
+# `kernels` belongs to a package of Hugging Face that transformers looks for. The folder has no __init__.py, so an
+# installed package of that name wins, and this line lets `ref.kernels` be found in a checkout.
 __path__ = [*__path__, str(Path(__file__).parent.parent)]
 
-from ref.embedder import Embedder  # noqa: E402
+from ref.embedder import Embedder
 
 __all__ = ["Embedder"]
 __version__ = "0.1.0"

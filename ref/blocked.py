@@ -7,7 +7,8 @@
 
 The products are the library's; what happens to a block of scores between them is the epilogue: two functions,
 here in torch (`TorchEpilogue`), on CUDA one Triton kernel each (kernels/soft_contrastive.py). Memory beyond inputs and
-gradients is a few blocks. The running maximum is needed: a fixed one of 1/tau overflows below tau = 0.025.
+gradients is a few blocks. The running maximum is needed: with a fixed one of 1/tau, exp(s - m) underflows to zero
+where all scores of a row lie near -1/tau and tau is below 0.023.
 Called by loss.py. Source: the online softmax of arXiv 1805.02867; blocks of columns as in arXiv 2411.09009.
 """
 
@@ -48,7 +49,7 @@ class Rule:
         return label[:, :count], own[:, :count]
 
     def false_negatives(self, score: Tensor, own: Tensor, first: int) -> Tensor:
-        """Who leaves the set, (Q, count) bool: too close to be wrong, or a text known to be right; never a candidate."""
+        """Who leaves the set, (Q, count) bool: too close to be wrong, or known to be right; never a candidate."""
         text_P = self.groups.text_P[first : first + score.shape[1]]
         known = (text_P[None, :, None] == self.groups.known_QX[:, None, :]).any(-1)
         return (known | (score * self.temperature > self.limit_Q[:, None])) & ~own
@@ -105,7 +106,9 @@ class TorchEpilogue:
 
 class _Blocked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query_QD: Tensor, passage_PD: Tensor, rule: Rule, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, query_QD: Tensor, passage_PD: Tensor, rule: Rule, epilogue: Epilogue,
+    ) -> tuple[Tensor, Tensor]:
         state = RowState.empty(query_QD)
         for first in range(0, len(passage_PD), PASSAGES_PER_BLOCK):
             epilogue.reduce(_scores(query_QD, passage_PD, first, rule), first, rule, state)

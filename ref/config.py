@@ -18,6 +18,7 @@ import torch
 
 MISTRAL = "mistralai/Mistral-7B-v0.1"
 DTYPES = MappingProxyType({"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32})
+Kernels = Literal["eager", "blocked", "triton"]  # who computes pooling and loss; see loss.py
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -82,8 +83,8 @@ class Architecture:
         window = config.get("sliding_window", 4096)  # where a key is absent, transformers' default counts; null is none
         arch = cls(
             vocab_size=number("vocab_size"), width=width, layers=number("num_hidden_layers"), heads=heads,
-            kv_heads=number("num_key_value_heads", heads if "num_key_value_heads" in config else 8), head_width=number("head_dim", max(1, width // heads)),
-            ffn_width=number("intermediate_size"),
+            kv_heads=number("num_key_value_heads", heads if "num_key_value_heads" in config else 8),
+            head_width=number("head_dim", max(1, width // heads)), ffn_width=number("intermediate_size"),
             norm_eps=_positive(config.get("rms_norm_eps", 1e-6), f"{path}: rms_norm_eps"),
             rope_base=_rope_base(config, path),
             window_keys=None if window is None else number("sliding_window", 4096),
@@ -91,8 +92,8 @@ class Architecture:
         )
         if arch.heads % arch.kv_heads or arch.head_width % 2:
             raise ValueError(
-                f"{path}: {arch.heads} heads, {arch.kv_heads} key/value heads, head_dim {arch.head_width}. Expected are "
-                "heads divisible by key/value heads and an even head_dim. Correct it there.")
+                f"{path}: {arch.heads} heads, {arch.kv_heads} key/value heads, head_dim {arch.head_width}. Expected "
+                "are heads divisible by key/value heads and an even head_dim. Correct it there.")
         return arch
 
     def to_json(self) -> dict[str, Any]:
@@ -133,25 +134,28 @@ def _positive(value: Any, what: str) -> float:
 
 def _rope_base(config: dict[str, Any], path: Path) -> float:
     """rope_theta, from the top level or from transformers 5's rope_parameters; scaled variants are refused."""
-    rope = checked(
-        config.get("rope_parameters") or config.get("rope_scaling") or {}, dict, f"{path}: rope_parameters", "an object")
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = checked(given, dict, f"{path}: rope_parameters", "an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise ValueError(f"{path}: RoPE of type {kind!r:.80}. Expected is 'default'. Choose a checkpoint without RoPE scaling.")
+        raise ValueError(f"{path}: RoPE of type {kind!r:.80}. Expected is 'default'. "
+                         "Choose a checkpoint without RoPE scaling.")
     return _positive(rope.get("rope_theta", config.get("rope_theta", 10000.0)), f"{path}: rope_theta")
 
 
 def _stored_dtype(config: dict[str, Any], path: Path) -> str:
     name = config.get("dtype", config.get("torch_dtype")) or "float32"
     if not isinstance(name, str) or name not in DTYPES:
-        raise ValueError(f"{path}: dtype is {name!r:.80}. Expected is one of {', '.join(DTYPES)}. Choose another checkpoint.")
+        raise ValueError(f"{path}: dtype is {name!r:.80}. Expected is one of {', '.join(DTYPES)}. "
+                         "Choose another checkpoint.")
     return name
 
 
-def pick_kernels(name: str | None, device: torch.device) -> str:
-    """Who computes pooling and loss: the one named, else triton on cuda and blocked on cpu. Never another in silence."""
+def pick_kernels(name: Kernels | None, device: torch.device) -> Kernels:
+    """Who computes pooling and loss: the one named, else triton on cuda, blocked on cpu. Never another in silence."""
     if name == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError("--kernels triton needs an NVIDIA GPU, or TRITON_INTERPRET=1 for its interpreter. Use --kernels blocked.")
+        raise ValueError("--kernels triton needs an NVIDIA GPU, or TRITON_INTERPRET=1 for its interpreter. "
+                         "Use --kernels blocked.")
     return name or ("triton" if device.type == "cuda" else "blocked")
 
 
@@ -159,22 +163,24 @@ def pick_device(name: str | None = None) -> torch.device:
     """The device to run on: the one named, else cuda where there is one, else cpu; mps is refused."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name.split(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r} is not supported: its attention is untested. Expected is cpu or cuda. Use --device cpu.")
+        raise ValueError(f"device {name!r} is not supported: its attention is untested. Expected is cpu or cuda. "
+                         "Use --device cpu.")
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r}: torch sees no CUDA GPU. Use --device cpu, or install a CUDA build of torch.")
+        raise ValueError(f"device {name!r}: torch sees no CUDA GPU. Use --device cpu, "
+                         "or install a CUDA build of torch.")
     return torch.device(name)
 
 
 # ------------------------------------------------------------------------------------------------- options
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # What the report and its closest lineage say (method, sections 4 to 6): the defaults of `Options` themselves.
+    # What the report and its closest lineage say, see the README's table: the defaults of `Options` themselves.
     "report": {},
     # What a small model with fresh weights wants: a larger rate, smaller batches, softer temperatures.
     "small": {
-        "queries": 96, "queries_symmetric": 96, "negatives": 2, "in_batch": "all", "temperature": 0.05,
+        "queries": 64, "queries_symmetric": 64, "negatives": 4, "in_batch": "all", "temperature": 0.05,
         "teacher_temperature": 0.05, "learning_rate": 1e-3, "schedule": "cosine", "warmup": 0.05, "max_examples": 0,
-        "max_text_tokens": 128, "epochs": 20,
+        "max_text_tokens": 96, "epochs": 20,
     },
 }
 
@@ -243,7 +249,7 @@ class Options:
     device: str | None = _option(None, "cpu or cuda (default: cuda where there is one)")
     dtype: Literal["bfloat16", "float32"] | None = _option(
         None, "precision of the forward pass (default: bfloat16 on cuda, float32 on cpu)")
-    kernels: Literal["eager", "blocked", "triton"] | None = _option(
+    kernels: Kernels | None = _option(
         None, "who computes pooling and loss: the plain pages, blocks in torch, or Triton "
         "(default: triton on cuda, blocked on cpu)")
 

@@ -90,7 +90,6 @@ class SoftLabels:
         """Check and index every line. Raises ValueError that names file, line and field."""
         self.paths, self.options = list(paths), options
         self.files: list[BinaryIO] = []
-        self.tasks: list[Task] = []
         self.sha256: list[str] = []
         self.with_labels = 0
         offsets: list[int] = []
@@ -204,8 +203,8 @@ class SoftLabels:
         try:
             file = path.open("rb")
         except OSError as error:
-            raise ValueError(f"{path} cannot be read ({error.strerror}). Expected is a file like data/soft_labels.jsonl. "
-                             "Give its place with --data.") from None
+            raise ValueError(f"{path} cannot be read ({error.strerror}). Expected is a file like "
+                             "data/soft_labels.jsonl. Give its place with --data.") from None
         self.files.append(file)
         digest, offset = hashlib.sha256(), 0
         for number, line in enumerate(file, start=1):
@@ -215,8 +214,8 @@ class SoftLabels:
                 row = parse(line, where, path.stem, self.options.instruction)
                 if not self.in_batch(row.task) and not row.negatives[: self._limit(row.task)]:
                     why = "--negatives is 0" if row.negatives else "neg is empty"
-                    raise ValueError(f"{where}: {why}, and type {row.task.kind} has no in-batch negatives. Expected is at "
-                                     "least one negative. Give some, or use --in-batch all.")
+                    raise ValueError(f"{where}: {why}, and type {row.task.kind} has no in-batch negatives. Expected is "
+                                     "at least one negative. Give some, or use --in-batch all.")
                 yield offset, row
             offset += len(line)
         self.sha256.append(digest.hexdigest())
@@ -227,17 +226,22 @@ def parse(line: bytes, where: str, file_name: str, instruction: str | None) -> R
     try:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 at its byte {error.start}. Expected is UTF-8. Save the file so.") from None
+        raise ValueError(f"{where}: not UTF-8 at its byte {error.start}. Expected is UTF-8. "
+                         "Save the file so.") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not valid JSON ({error}). Expected is one object a line. Write the line again.") from None
+        raise ValueError(f"{where}: not valid JSON ({error}). Expected is one object a line. "
+                         "Write the line again.") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: a {type(value).__name__}. Expected is one JSON object with query and pos. Correct it.")
+        raise ValueError(f"{where}: a {type(value).__name__}. Expected is one JSON object with query and pos. "
+                         "Correct it.")
     kind = value.get("type") or "normal"
     if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"{where}: type is {kind!r:.80}. Expected is one of {', '.join(KINDS)}. Choose one, or leave it out.")
+        raise ValueError(f"{where}: type is {kind!r:.80}. Expected is one of {', '.join(KINDS)}. "
+                         "Choose one, or leave it out.")
     prompt = value.get("prompt") or instruction
     if prompt is None:
-        raise ValueError(f"{where}: prompt is missing. Expected is the task's instruction. Give one, or use --instruction.")
+        raise ValueError(f"{where}: prompt is missing. Expected is the task's instruction. "
+                         "Give one, or use --instruction.")
     query = _text(value.get("query"), f"{where}: query")
     positives, negatives = (_texts(value, name, where) for name in ("pos", "neg"))
     if not positives:
@@ -246,21 +250,25 @@ def parse(line: bytes, where: str, file_name: str, instruction: str | None) -> R
     positive_scores = _scores(value, "pos_scores", positives, where)
     negative_scores = _scores(value, "neg_scores", negatives, where)
     if not negatives and positive_scores is not None:
-        negative_scores = []
+        negative_scores = []  # nothing to score, so neg_scores may be left out
     if (positive_scores is None) != (negative_scores is None):
-        raise ValueError(f"{where}: one of pos_scores and neg_scores is missing. Expected are both, or neither. Give the other.")
+        raise ValueError(f"{where}: one of pos_scores and neg_scores is missing. Expected are both, or neither. "
+                         "Give the other.")
     return Row(task, query, positives, negatives, positive_scores, negative_scores)
 
 
 def _text(value: Any, what: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{what} is {value!r:.60}. Expected is a text that is not empty. Give one, or drop the line.")
+        raise ValueError(f"{what} is {value!r:.60}. Expected is a text that is not empty. "
+                         "Give one, or drop the line.")
     if len(value) > MAX_TEXT_CHARS:
-        raise ValueError(f"{what} has {len(value):,} characters. Expected are at most {MAX_TEXT_CHARS:,}. Cut the text.")
+        raise ValueError(f"{what} has {len(value):,} characters. Expected are at most {MAX_TEXT_CHARS:,}. "
+                         "Cut the text.")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{what} has half a surrogate pair at character {error.start}. Expected is valid Unicode. Remove it.") from None
+        raise ValueError(f"{what} has half a surrogate pair at character {error.start}. "
+                         "Expected is valid Unicode. Remove it.") from None
     return value
 
 
@@ -277,11 +285,12 @@ def _scores(value: dict[str, Any], name: str, texts: list[str], where: str) -> l
         return None
     if not isinstance(scores, list) or len(scores) != len(texts):
         count = f"has {len(scores)} entries" if isinstance(scores, list) else f"is {scores!r:.60}"
-        raise ValueError(f"{where}: {name} {count} for {len(texts)} {name[:3]} texts. Expected is one score for each text. "
-                         f"Give them, or leave {name} out.")
+        raise ValueError(f"{where}: {name} {count} for {len(texts)} {name[:3]} texts. "
+                         f"Expected is one score for each text. Give them, or leave {name} out.")
     for n, score in enumerate(scores):
         if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) < 1e30:
-            raise ValueError(f"{where}: {name}[{n}] is {score!r:.60}. Expected is a finite number. Score that text again, or drop it.")
+            raise ValueError(f"{where}: {name}[{n}] is {score!r:.60}. Expected is a finite number. "
+                             "Score that text again, or drop it.")
     return [float(score) for score in scores]
 
 

@@ -124,7 +124,8 @@ def load_with_adapter(
     if not (folder / "adapter_config.json").exists():
         return load_model(folder, device=device, dtype=dtype), TextTokenizer.from_folder(folder)
     what = f"{folder / 'adapter_config.json'}: base_model_name_or_path"
-    name = checked(read_json(folder / "adapter_config.json").get("base_model_name_or_path"), str, what, "a folder or hub id")
+    named = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    name = checked(named, str, what, "a folder or hub id")
     inside = (folder / name).resolve()
     base = inside if name.startswith("../") and inside.is_dir() else locate(name)
     model, tokenizer = load_with_adapter(base, device=device, dtype=dtype)
@@ -143,7 +144,8 @@ def read_prompter(folder: Path, tokenizer: TextTokenizer, **given: str | int) ->
     lengths = {"max_text_tokens", "max_prompt_tokens", "max_example_tokens"}
     for key, value in settings.items():
         if key not in lengths or checked(value, int, f"{path}: {key}", "a number of tokens") < 1:
-            raise ValueError(f"{path}: {key} is {value!r:.60}. Expected are {', '.join(sorted(lengths))} of at least 1.")
+            raise ValueError(f"{path}: {key} is {value!r:.60}. "
+                             f"Expected are {', '.join(sorted(lengths))} of at least 1.")
     return Prompter(tokenizer, TEMPLATES[name], **settings)
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ref.attention import KeyValue
+from ref.config import Kernels
 from ref.model import Mistral
 from ref.packing import cut_by_tokens, pack
 from ref.pooling import embed
@@ -45,25 +46,32 @@ class Segment:
 class GradientCache:
     """The vectors of some segments, in their order: `vectors()`, then the loss on them, then `backward()`."""
 
-    def __init__(self, model: Mistral, segments: Sequence[Segment], *, chunk_tokens: int, kernels: str = "eager") -> None:
+    def __init__(
+        self, model: Mistral, segments: Sequence[Segment], *, chunk_tokens: int, kernels: Kernels = "eager",
+    ) -> None:
         self.model, self.segments, self.kernels = model, [s for s in segments if s.texts], kernels
         self.device = model.norm.weight.device
         self.fits = sum(s.tokens for s in segments) <= chunk_tokens
         for segment in self.segments:
             segment.chunks = cut_by_tokens([len(t) for t in segment.texts], tokens_per_batch=chunk_tokens)
         self.random: list[Callable[[], None]] = []  # puts the state back that stood before each call of the model
+        self.positions = 0  # that passed through the model: more than the tokens if something were padded
         self.parts: list[Tensor] = []  # vectors chunk by chunk, with their graph if the batch fits as a whole
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of a step: two where chunks are embedded again."""
+        return 1 if self.fits else 2
 
     def vectors(self) -> Tensor:
         """All vectors (texts, D) fp32, as a leaf whose .grad `backward` will push on."""
-        self.parts = []
+        self.parts, self.positions = [], 0
         with torch.set_grad_enabled(self.fits):
             for segment in self.segments:
                 prefix = self._first(self._prefix, segment)
                 self.parts += [self._first(self._chunk, segment, chunk, prefix) for chunk in segment.chunks]
         rows = torch.tensor(list(self._rows()), device=self.device)
-        self.inverse = rows.argsort()
-        self.leaf = torch.cat(self.parts).detach()[self.inverse].requires_grad_()
+        self.leaf = torch.cat(self.parts).detach()[rows.argsort()].requires_grad_()
         self.gradients = lambda: self.leaf.grad[rows].split([len(p) for p in self.parts])  # type: ignore[index]
         return self.leaf
 
@@ -90,10 +98,15 @@ class GradientCache:
         return call(*arguments)
 
     def _prefix(self, segment: Segment) -> KeyValues:
-        return self.model.prefix(pack([segment.prefix], device=self.device)) if segment.prefix else None
+        if not segment.prefix:
+            return None
+        packed = pack([segment.prefix], device=self.device)
+        self.positions += len(packed.ids_T)
+        return self.model.prefix(packed)
 
     def _chunk(self, segment: Segment, chunk: list[int], prefix: KeyValues) -> Tensor:
         packed = pack([segment.texts[i] for i in chunk], device=self.device, prefix_tokens=len(segment.prefix))
+        self.positions += len(packed.ids_T)
         return embed(self.model, packed, prefix=prefix, kernels=self.kernels)
 
     def _rows(self) -> Iterator[int]:

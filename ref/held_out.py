@@ -9,7 +9,7 @@ two equal. A folder:
     qrels.jsonl     {"query-id": "q1", "corpus-id": "d1", "score": 2}   an integer; 0 or less is irrelevant
     task.json       {"class": "ArguAna", "instruction": "..."}          see `read_task_file`
 
-Letters: Q queries, P passages (all documents of the corpus).
+Here P counts all documents of the corpus.
 """
 
 import json

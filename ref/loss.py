@@ -22,13 +22,13 @@ InfoNCE: arXiv 1807.03748; distillation: arXiv 1503.02531; the margin: arXiv 250
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ref.blocked import Groups, Rule, TorchEpilogue, blocked_loss
-
-KERNELS = ("eager", "blocked", "triton", "small")  # the plain page below; blocks in torch; Triton's two variants
+from ref.config import Kernels
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class LossTerms:
 def training_loss(
     query_QD: Tensor, passage_PD: Tensor, groups: Groups, teacher_QC: Tensor, *,
     temperature: float, teacher_temperature: float, hard_weight: float, soft_weight: float,
-    in_batch: bool, margin: float | None, kernels: str = "eager",
+    in_batch: bool, margin: float | None, kernels: Kernels = "eager",
 ) -> LossTerms:
     """hard_weight * mean contrastive + soft_weight * mean soft label.
 
@@ -74,14 +74,17 @@ def soft_labels(teacher_QC: Tensor, column_QC: Tensor, teacher_temperature: floa
 
 def soft_contrastive(
     query_QD: Tensor, passage_PD: Tensor, groups: Groups, label_QC: Tensor, *,
-    temperature: float, in_batch: bool, margin: float | None, kernels: str = "eager",
+    temperature: float, in_batch: bool, margin: float | None, kernels: Kernels | Literal["small"] = "eager",
 ) -> tuple[Tensor, Tensor]:
     """The loss of each query, (Q,) fp32, and how many columns left its set, (Q,) int64.
 
     `label_QC` are non-negative weights on `groups.column_QC` that sum to one by row; a row of zeros is ignored
     and its loss is zero. `in_batch` adds the batch's other passages to A_i, less the false negatives: cosine above
-    the positive's by more than `margin` (None: never), or a text known to be right. `kernels` (one of KERNELS) says
-    who computes it, with equal results; the softmax over a query's own few candidates needs no kernel.
+    the positive's by more than `margin` (None: never), or a text known to be right.
+
+    `kernels` says who computes the loss over a batch, with equal results: "eager" (the plain page below), "blocked"
+    (blocks of passages in torch), "triton" or "small" (Triton, fast or short). Over a query's own few candidates
+    (`in_batch` False) none is needed.
     """
     if not in_batch:
         return own_loss(query_QD, passage_PD, groups, label_QC, temperature)
@@ -95,7 +98,7 @@ def soft_contrastive(
         return blocked_loss(query_QD, passage_PD, rule, TorchEpilogue())
     from ref.kernels.soft_contrastive import small_loss, triton_loss
 
-    return (small_loss if kernels == "small" else triton_loss)(query_QD, passage_PD, rule)
+    return {"small": small_loss, "triton": triton_loss}[kernels](query_QD, passage_PD, rule)
 
 
 def own_loss(

@@ -6,7 +6,7 @@ Attributes bear the names of the checkpoint's tensors, so that loading is one st
 Two things an embedder may leave out are left out here:
 
 - The last block is needed at pooled tokens only: keys and values for all tokens, everything else for the last
-  token of each text. 32 layers cost about 31.2.
+  token of each text. 32 layers cost little more than 31.
 - A prefix that all texts share (instruction, few-shot examples) passes once: `prefix` returns its keys and
   values, and `forward` lets every text see them. Backward adds up its gradient over the texts by itself.
 

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from ref.attention import KeyValue
+from ref.config import Kernels
 from ref.model import Mistral
 from ref.packing import Packed
 
 
 def last_token_pool(
-    hidden_TD: Tensor, last_B: Tensor, norm_weight_D: Tensor, *, eps: float, kernels: str = "eager",
+    hidden_TD: Tensor, last_B: Tensor, norm_weight_D: Tensor, *, eps: float, kernels: Kernels = "eager",
 ) -> Tensor:
     """Unit vectors (B, D) fp32 from hidden states (T, D) of any float type at the rows `last_B` (B,) int64.
 
@@ -38,7 +39,7 @@ def last_token_pool(
 
 
 def embed(
-    model: Mistral, packed: Packed, *, prefix: Sequence[KeyValue] | None = None, kernels: str = "eager",
+    model: Mistral, packed: Packed, *, prefix: Sequence[KeyValue] | None = None, kernels: Kernels = "eager",
 ) -> Tensor:
     """Unit vectors (B, D) fp32 of packed texts: the forward pass and the pooling of its last tokens."""
     hidden_BD = model(packed, prefix=prefix)

@@ -8,7 +8,7 @@ encoding gives it, which stands for the space after the colon. So the ids are th
 the prefix's keys and values serve every query. Only text is ever cut: to its own limit, and to what the
 prefix leaves; examples that do not fit are dropped whole, the last first, and counted.
 
-A passage is bare: `<s>` text `</s>`. Called by embedder.py and run_train.py.
+A passage is bare: `<s>` text `</s>`. Called by embedder.py, runs.py and run_train.py.
 Source: arXiv 2506.07438 (the template); arXiv 2409.15700 and its trainer (examples, the second template).
 """
 
@@ -82,8 +82,8 @@ class Prompter:
             if room >= (self.max_text_tokens if count else 1):
                 return Prefix(ids, suffix, count)
         raise ValueError(
-            f"the instruction {instruction!r:.60} takes {len(ids)} of {self.max_prompt_tokens} tokens and leaves no room for "
-            "the text. Expected is a shorter instruction. Shorten it or raise --max-prompt-tokens.")
+            f"the instruction {instruction!r:.60} takes {len(ids)} of {self.max_prompt_tokens} tokens and leaves "
+            "no room for the text. Expected is a shorter instruction. Shorten it or raise --max-prompt-tokens.")
 
     def texts(self, texts: Sequence[str], prefix: Prefix) -> list[list[int]]:
         """Ids of each text behind the prefix, cut to what fits, with suffix and `</s>`."""

@@ -14,11 +14,15 @@ Called by run_train.py.
 
 import dataclasses
 import json
+import math
 import os
 import platform
 import shutil
+import signal
 import subprocess
+import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -30,12 +34,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ref import lora, tokenizer
-from ref.checkpoint import locate, read_tensors, save_model
+from ref.checkpoint import locate, read_tensors
 from ref.config import DTYPES, MISTRAL, TINY, Architecture, Options, read_json
 from ref.data import SoftLabels
-from ref.embedder import load_with_adapter, write_prompter
+from ref.embedder import load_with_adapter
 from ref.model import Mistral, fresh
-from ref.prompts import TEMPLATES, Prompter
+from ref.prompts import TEMPLATES, Template
 from ref.tokenizer import TextTokenizer
 
 
@@ -59,6 +63,17 @@ def starting_point(name: str | None) -> Start:
     if name.endswith(".json"):
         return Start(name, "as --model says: fresh weights", Architecture.from_file(Path(name)))
     return Start(name, "as --model says: a checkpoint")
+
+
+def resumed(given: Namespace) -> Namespace:
+    """The options of the run in --output, which --resume goes on with; others may not be given."""
+    folder = Path(getattr(given, "output", None) or "")
+    saved = read_json(folder / "run.json")
+    other = {k: v for k, v in vars(given).items() if k not in ("resume", "output") and v != saved["options"][k]}
+    if other:
+        raise ValueError(f"--resume goes on with the options of {folder}; given is another {', '.join(other)}. "
+                         "Leave that out.")
+    return Namespace(**{**saved["options"], "model": saved["model"], "resume": True, "output": str(folder)})
 
 
 def build(
@@ -85,7 +100,7 @@ def build(
     return model, tokens
 
 
-def checked_template(name: str) -> Any:
+def checked_template(name: str) -> Template:
     """The template of that name; ValueError if there is none."""
     if name not in TEMPLATES:
         raise ValueError(f"--template {name!r:.60} is unknown. Expected is one of {', '.join(TEMPLATES)}. Choose one.")
@@ -95,6 +110,7 @@ def checked_template(name: str) -> Any:
 def _all_texts(data: SoftLabels) -> Iterable[str]:
     for number in range(len(data)):
         row = data[number]
+        # the template's own words too, so that the vocabulary has them
         yield from (row.task.instruction, row.query, *row.positives, *row.negatives, "Instruct: Query: Response:")
 
 
@@ -214,77 +230,14 @@ def load_state(folder: Path, model: nn.Module, optimiser: torch.optim.AdamW) -> 
     found = dict(read_tensors(state / "state.safetensors", device=torch.device("cpu")))
     for name, parameter in trainable(model).items():
         if name not in found or found[name].shape != parameter.shape:
-            raise ValueError(f"{state}: {name} is missing or misshapen. Expected is the state of this model. Start a new run.")
+            raise ValueError(f"{state}: {name} is missing or misshapen. Expected is the state of this model. "
+                             "Start a new run.")
         with torch.no_grad():
             parameter.copy_(found[name])
         optimiser.state[parameter] = {
             key.partition("/")[0]: value.to(parameter.device) if value.ndim else value
             for key, value in found.items() if key.partition("/")[2] == name}
     return position
-
-
-# ------------------------------------------------------------------------------------------------- the result
-
-def save_result(folder: Path, model: Mistral, prompter: Prompter, options: Options, start: Start, data: SoftLabels) -> None:
-    """Write what was learnt: model/, or adapter/ (with base/ if its weights were fresh) and on request merged/."""
-    prompts = {task.name: task.instruction for task in data.tasks}
-    if options.train == "all":
-        write_whole(folder / "model", lambda draft: export(model, prompter, prompts, draft))
-        return
-    base = start.name
-    if start.architecture is not None:
-        base = "../base"
-        plain = load_plain(model)
-        write_whole(folder / "base", lambda draft: export(plain, prompter, {}, draft))
-
-    def write(draft: Path) -> None:
-        draft.mkdir()
-        lora.save_adapter(model, draft, base=base)
-        write_prompter(draft, prompter)
-    write_whole(folder / "adapter", write)
-    if options.merge:
-        layers = lora.adapters(model)
-        lora.merge(model)
-        write_whole(folder / "merged", lambda draft: export(model, prompter, prompts, draft))
-        lora.unmerge(model, layers)
-
-
-def load_plain(model: Mistral) -> Mistral:
-    """The frozen model under its adapters, sharing their weights."""
-    with torch.device("meta"):
-        plain = Mistral(model.arch)
-    state = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
-    plain.load_state_dict(state, assign=True)
-    return plain
-
-
-def export(model: Mistral, prompter: Prompter, prompts: dict[str, str], folder: Path) -> None:
-    """Write a checkpoint that transformers and sentence-transformers load and embed with as we do.
-
-    `prompts` become sentence-transformers' named prompts: encode(texts, prompt_name=TASK). Not so for a template with
-    a suffix, since sentence-transformers puts nothing behind a text.
-    """
-    folder.mkdir()
-    save_model(model, folder, dtype=model.norm.weight.dtype)
-    prompter.tokenizer.save(folder)
-    write_prompter(folder, prompter)
-    before = prompter.template.query.removesuffix("{text}")
-    named = {} if prompter.template.suffix else prompts
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
-    files = {
-        "modules.json": [{"idx": n, "name": str(n), "path": path, "type": f"sentence_transformers.models.{kind}"}
-                         for n, (path, kind) in enumerate(modules)],
-        "sentence_bert_config.json": {"max_seq_length": prompter.max_prompt_tokens, "do_lower_case": False},
-        "1_Pooling/config.json": {"word_embedding_dimension": model.arch.width, "pooling_mode_lasttoken": True,
-                                  "pooling_mode_mean_tokens": False, "include_prompt": True},
-        "config_sentence_transformers.json": {
-            "prompts": {name: before.format(instruction=text) for name, text in named.items()},
-            "default_prompt_name": None, "similarity_fn_name": "cosine"},
-    }
-    for name, value in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(json.dumps(value, indent=1))
-    (folder / "2_Normalize").mkdir()
 
 
 def plot_loss(folder: Path) -> str | None:
@@ -316,3 +269,53 @@ class Clock:
     @property
     def elapsed_s(self) -> float:
         return time.perf_counter() - self.start_s
+
+
+# ------------------------------------------------------------------------------------------------- while it runs
+
+def keep_metrics(folder: Path, steps: int) -> None:
+    """Drop lines of steps that a resumed run will do again."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    path.write_text("".join(lines[:steps]))
+
+
+class StopAfterStep:
+    """Turns the first Ctrl-C into a wish, the second into an end."""
+
+    asked = False
+
+    def __enter__(self) -> "StopAfterStep":
+        self.before = signal.getsignal(signal.SIGINT)
+        signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def _ask(self, *_: object) -> None:
+        print("\nending after this step; Ctrl-C again ends at once", flush=True)
+        self.asked = True
+        signal.signal(signal.SIGINT, self.before)
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self.before)
+
+
+class Progress:
+    """One line that renews itself on a terminal, and comes every ten seconds elsewhere."""
+
+    def __init__(self, options: Options, total: int) -> None:
+        self.options, self.total, self.shown_s, self.clock = options, total, -math.inf, Clock()
+
+    def show(self, row: dict[str, Any]) -> None:
+        """Print step, loss, speed and time left."""
+        terminal = sys.stdout.isatty()
+        if self.clock.elapsed_s - self.shown_s < (0.2 if terminal else 10):
+            return
+        self.shown_s = self.clock.elapsed_s
+        step, elapsed_s = row["step"] + 1, row["elapsed_s"]
+        left_s = elapsed_s / step * (self.total - step)
+        if self.options.minutes:
+            left_s = 60 * self.options.minutes - elapsed_s
+        of = "" if self.options.minutes else f"/{self.total}"
+        line = (f"step {step}{of}  loss {row['loss']:.3f}: contrastive {row['hard']:.3f}, soft {row['soft']:.3f}  "
+                f"{row['tokens_per_s']:,.0f} tokens/s  left {int(left_s) // 60}:{int(left_s) % 60:02}")
+        print(f"\r{line}\033[K" if terminal else line, end="" if terminal else "\n", flush=True)

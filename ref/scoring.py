@@ -38,7 +38,7 @@ class MtebEncoder(AbsEncoder):
     instruction. settings: whatever else decides the vectors (token limit, template); recorded next to each
     result.
 
-    Source: method section 2; mteb/models/models_protocols.py, EncoderProtocol.
+    Source: the README's table of defaults (query prompt; passages); mteb/models/models_protocols.py, EncoderProtocol.
     """
 
     def __init__(

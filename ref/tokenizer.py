@@ -5,7 +5,8 @@ encoded as the characters it is written with, so that a user's text that contain
 
 For a model with fresh weights `train` learns a byte-pair vocabulary from the training texts, in the same form
 as Mistral's: a space becomes the word-start mark, and a text brings a mark of its own.
-Called by prompts.py. Source: arXiv 1508.07909 (byte-pair encoding), arXiv 1808.06226 (the word-start mark).
+Called by prompts.py, embedder.py and runs.py.
+Source: arXiv 1508.07909 (byte-pair encoding), arXiv 1808.06226 (the word-start mark).
 """
 
 import json
@@ -31,7 +32,8 @@ class TextTokenizer:
         self.library.encode_special_tokens = True
         begin, end = tokenizer.token_to_id(BEGIN), tokenizer.token_to_id(END)
         if begin is None or end is None:
-            raise ValueError(f"the tokenizer has no {BEGIN} or no {END}. Expected are both. Choose a Mistral tokenizer.")
+            raise ValueError(f"the tokenizer has no {BEGIN} or no {END}. Expected are both. "
+                             "Choose a Mistral tokenizer.")
         self.begin, self.end = begin, end
 
     @classmethod
@@ -64,7 +66,8 @@ class TextTokenizer:
             encoded = self.library.encode_batch_fast(cut, add_special_tokens=False)
         except TypeError:
             half = next(text for text in cut if any("\ud800" <= character <= "\udfff" for character in text))
-            raise ValueError(f"text {half!r:.60} has half a surrogate pair. Expected is valid Unicode. Remove it.") from None
+            raise ValueError(f"text {half!r:.60} has half a surrogate pair. Expected is valid Unicode. "
+                             "Remove it.") from None
         return [e.ids[:max_tokens] for e in encoded]
 
     def cut(self, text: str, *, max_tokens: int) -> str:
@@ -78,15 +81,20 @@ class TextTokenizer:
         return whole[len(head):]
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json with a post-processor that adds `<s>` and `</s>`: the place where transformers 5 and
-        sentence-transformers look for them (add_eos_token in tokenizer_config.json is no longer read)."""
+        """Write tokenizer.json, with a post-processor that adds `<s>` and `</s>`, and tokenizer_config.json.
+
+        The post-processor is where transformers 5 and sentence-transformers look for them: add_eos_token in
+        tokenizer_config.json is no longer read.
+        """
         copy = tokenizers.Tokenizer.from_str(self.library.to_str())
         copy.post_processor = processors.TemplateProcessing(
             single=f"{BEGIN} $A {END}", pair=f"{BEGIN} $A {END} {BEGIN} $B {END}",
             special_tokens=[(BEGIN, self.begin), (END, self.end)])
         copy.save(str(folder / "tokenizer.json"))
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BEGIN, "eos_token": END,
-                    "unk_token": UNKNOWN, "pad_token": END, "padding_side": "right", "clean_up_tokenization_spaces": False}
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BEGIN, "eos_token": END, "unk_token": UNKNOWN,
+            "pad_token": END, "padding_side": "right", "clean_up_tokenization_spaces": False,
+        }
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
 
 
@@ -100,7 +108,8 @@ def train(texts: Iterable[str], *, vocab_size: int, lowercase: bool, markers: Se
     fold = [normalizers.NFKC(), normalizers.Lowercase()] if lowercase else [normalizers.NFC()]
     tokenizer.normalizer = normalizers.Sequence([*fold, normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split("▁", "merged_with_next"), pre_tokenizers.Punctuation("isolated"), pre_tokenizers.Digits(True)])
+        pre_tokenizers.Split("▁", "merged_with_next"), pre_tokenizers.Punctuation("isolated"),
+        pre_tokenizers.Digits(True)])
     tokenizer.decoder = decoders.Sequence([
         decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     trainer = trainers.BpeTrainer(

@@ -19,9 +19,6 @@ from ref.loss import Groups, soft_contrastive, soft_labels, training_loss
 TAU = 0.05
 
 
-# ruff: noqa: N802, N815 (shape suffixes on fields)
-
-
 @dataclass(frozen=True)
 class Case:
     """A batch: lists for the oracle, tensors for the function under test."""

@@ -1,0 +1,91 @@
+"""One training step: a batch of lines -> prompts -> vectors -> loss -> gradient -> AdamW.
+
+    trainer.step(batch)      leaves the gradient of both loss terms in the weights that learn
+    trainer.update(rate)     clips it and moves them
+
+The loop around it stands in run_train.py.
+"""
+
+import contextlib
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ref.config import Options
+from ref.data import KINDS, Batch, SoftLabels
+from ref.gradcache import GradientCache, Segment
+from ref.loss import LossTerms, training_loss
+from ref.model import Mistral
+from ref.prompts import Prefix, Prompter
+from ref.runs import trainable
+
+
+@dataclass
+class Trainer:
+    """All that a step needs."""
+
+    options: Options
+    data: SoftLabels
+    model: Mistral
+    prompter: Prompter
+    optimiser: torch.optim.AdamW
+    device: torch.device
+
+    def step(self, batch: Batch) -> tuple[LossTerms, dict[str, float]]:
+        """Leave the gradient of a batch's loss in the weights; returns the loss and counts of what was read."""
+        segments, examples = self.segments(batch)
+        kernels = self.options.kernels or "eager"
+        cache = GradientCache(self.model, segments, chunk_tokens=self.options.chunk_tokens, kernels=kernels)
+        low = self.options.train == "all" and self.options.dtype == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16) if low else contextlib.nullcontext():
+            vectors = cache.vectors()
+            terms = self.loss(batch, vectors)
+            terms.total.backward()
+            cache.backward()
+        tokens = sum(s.tokens for s in segments)
+        useful = tokens * cache.passes / cache.positions
+        return terms, {"tokens": tokens, "useful_token_share": useful, "examples": examples}
+
+    def segments(self, batch: Batch) -> tuple[list[Segment], float]:
+        """Queries, then passages, as ids behind their prefixes; and the mean number of examples that got in."""
+        instruction, both_sides = batch.task.instruction, KINDS[batch.task.kind].both_sides
+        prefixes = [self.prompter.prefix(instruction, examples) for examples in batch.examples]
+        count = sum(prefix.examples for prefix in prefixes) / len(prefixes)
+        if len(prefixes) == 1:
+            queries = self._segment(prefixes[0], batch.queries)
+        else:  # each query has examples of its own: nothing is shared
+            queries = Segment([], [[*prefix.ids, *self.prompter.texts([text], prefix)[0]]
+                                   for prefix, text in zip(prefixes, batch.queries, strict=True)])
+        passages = self._segment(self.prompter.prefix(instruction if both_sides else None), batch.passages)
+        return [queries, passages], count
+
+    def _segment(self, prefix: Prefix, texts: list[str]) -> Segment:
+        ids = self.prompter.texts(texts, prefix)
+        if len(prefix.ids) == 1:  # `<s>` alone is cheaper in each text than as a shared prefix
+            return Segment([], [[*prefix.ids, *text] for text in ids])
+        return Segment(prefix.ids, ids)
+
+    def loss(self, batch: Batch, vectors: torch.Tensor) -> LossTerms:
+        """Both terms on the vectors of a batch, its queries first."""
+        query_QD, passage_PD = vectors.split([len(batch.queries), len(batch.passages)])
+        options = self.options
+        groups = dataclasses.replace(batch.groups, **{
+            name: value.to(self.device) for name, value in vars(batch.groups).items()})
+        return training_loss(
+            query_QD, passage_PD, groups, batch.teacher_QC.to(self.device), temperature=options.temperature,
+            teacher_temperature=options.teacher_temperature, hard_weight=options.hard_weight,
+            soft_weight=options.soft_weight, in_batch=batch.in_batch, margin=options.false_negative_margin,
+            kernels=options.kernels or "eager")
+
+    def update(self, rate: float) -> float:
+        """Clip the gradient and take AdamW's step; returns the gradient's norm before clipping."""
+        weights = list(trainable(self.model).values())
+        norm = torch.nn.utils.clip_grad_norm_(weights, self.options.max_grad_norm).item()
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        if math.isfinite(norm):
+            self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return norm
