@@ -363,6 +363,7 @@ def main() -> None:
         for name, rows in zip(("pairs", "corpus", "truth"), raw_pairs(), strict=True):
             write_jsonl(options.raw / f"{name}.jsonl", rows)
         return
+    options.output.mkdir(parents=True, exist_ok=True)
     write_jsonl(options.output / "soft_labels.jsonl", soft_label_rows())
     for task, name in TASKS.items():
         write_held_out(options.output / "held_out" / name, task)

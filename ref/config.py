@@ -178,9 +178,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "report": {},
     # What a small model with fresh weights wants: a larger rate, smaller batches, softer temperatures.
     "small": {
-        "queries": 64, "queries_symmetric": 64, "negatives": 4, "in_batch": "all", "temperature": 0.05,
-        "teacher_temperature": 0.05, "learning_rate": 1e-3, "schedule": "cosine", "warmup": 0.05, "max_examples": 0,
-        "max_text_tokens": 96, "epochs": 20,
+        "queries": 32, "queries_symmetric": 32, "in_batch": "all", "temperature": 0.05, "teacher_temperature": 0.1,
+        "learning_rate": 1.5e-3, "schedule": "cosine", "max_examples": 0, "max_text_tokens": 96, "epochs": 24,
     },
 }
 
