@@ -64,7 +64,7 @@ def resources(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        call = [tool, "--dump-resource-usage", file.name]
+        call = [str(tool), "--dump-resource-usage", file.name]
         text = subprocess.run(call, capture_output=True, text=True, check=True).stdout
     names = {"REG": "registers", "STACK": "stack", "SHARED": "shared", "LOCAL": "local"}
     return {names[key]: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}

@@ -17,6 +17,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -77,7 +78,7 @@ def main() -> None:
     report(rows)
 
 
-def report(rows: list[dict]) -> None:  # type: ignore[type-arg]
+def report(rows: list[dict[str, Any]]) -> None:
     """Mean by arm, and what each costs against the full one."""
     after = {arm: [row["after"] for row in rows if row["arm"] == arm] for arm in ARMS}
     print(f"\n{'arm':<18}{'nDCG@10':>9}{'cost':>8}  95 % interval, n = {len(after['full'])} seeds")

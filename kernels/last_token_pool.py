@@ -22,6 +22,8 @@ The sum over b is a second kernel over columns, so that no two programs write on
 Plain version and oracle: `ref.pooling.last_token_pool`. Called by it on CUDA. Source: RMSNorm, arXiv 1910.07467.
 """
 
+from itertools import pairwise
+
 import torch
 import triton
 import triton.language as tl
@@ -143,12 +145,14 @@ class _LastTokenPool(torch.autograd.Function):
         return grad_TD if needs_hidden else None, None, grad_D if needs_weight else None, None
 
 
-def last_token_pool(hidden_TD: Tensor, last_B: Tensor, norm_weight_D: Tensor, *, eps: float) -> Tensor:
+def last_token_pool(
+    hidden_TD: Tensor, last_B: Tensor, norm_weight_D: Tensor, *, eps: float, check_values: bool = False,
+) -> Tensor:
     """Unit vectors (B, D) fp32 of the rows `last_B` of hidden states (T, D) in bf16, fp16 or fp32 (fp64 gives fp64).
 
-    `last_B` (B,) int64 names each row once, in rising order, within 0..T-1; that is what packing gives, and looking
-    would cost a wait for the device, so it is not checked here. Raises ValueError for a wrong dtype, shape or device.
-    Source: `ref.pooling.last_token_pool`, which this equals.
+    `last_B` (B,) int64 names each row once, in rising order, within 0..T-1, as packing gives it. Raises ValueError for
+    a wrong dtype, shape or device, and for wrong rows where they lie on the host; on a device that look would wait for
+    it once, so only with `check_values`. Source: `ref.pooling.last_token_pool`, which this equals.
     """
     floats = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
     if (hidden_TD.ndim != 2 or hidden_TD.dtype not in floats or hidden_TD.stride(1) != 1
@@ -161,4 +165,9 @@ def last_token_pool(hidden_TD: Tensor, last_B: Tensor, norm_weight_D: Tensor, *,
     if norm_weight_D.shape != hidden_TD.shape[1:] or {last_B.device, norm_weight_D.device} != {hidden_TD.device}:
         raise ValueError(f"weight is {tuple(norm_weight_D.shape)} on {norm_weight_D.device}, last on {last_B.device}. "
                          f"Expected are ({hidden_TD.shape[1]},) and one device, {hidden_TD.device}.")
+    if check_values or last_B.device.type == "cpu":
+        rows = last_B.tolist()
+        if any(row >= after for row, after in pairwise([-1, *rows, len(hidden_TD)])):
+            raise ValueError(f"last is {rows[:8]}… for {len(hidden_TD)} rows. Expected are rising rows from 0 to "
+                             f"{len(hidden_TD) - 1}, each once. Give them as packing does.")
     return _LastTokenPool.apply(hidden_TD, last_B.contiguous(), norm_weight_D.contiguous(), eps)

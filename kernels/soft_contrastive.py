@@ -231,7 +231,7 @@ class _Small(torch.autograd.Function):
 
 @triton.jit
 def _reduce_block(
-    score_ptr,  # (Q, count) fp32
+    cosine_ptr,  # (Q, count) fp32
     column_ptr, label_ptr, text_ptr, known_ptr, limit_ptr,  # the rule
     max_ptr, sum_ptr, target_ptr, masked_ptr,  # (Q,) in and out: the row's statistics so far
     queries, count, first, candidates, knowns, temperature,
@@ -241,12 +241,14 @@ def _reduce_block(
     o_local = tl.arange(0, BLOCK_P)
     o_p, passages = first + o_local, first + count
     m_p = (o_local < count)[None, :]
-    b_score = tl.load(score_ptr + o_q.to(tl.int64)[:, None] * count + o_local[None, :], mask=m_p, other=float("-inf"))
-    b_label, b_out = _rule_tile(b_score * temperature, o_q, o_p, queries, passages, column_ptr, label_ptr, text_ptr,
+    o_tile = o_q.to(tl.int64)[:, None] * count + o_local[None, :]
+    b_cosine = tl.load(cosine_ptr + o_tile, mask=m_p, other=0.0)
+    b_label, b_out = _rule_tile(b_cosine, o_q, o_p, queries, passages, column_ptr, label_ptr, text_ptr,
                                 known_ptr, limit_ptr, candidates, knowns, 1, BLOCK_P)
-    b_target = tl.load(target_ptr + o_q) + tl.sum(tl.where(m_p, b_label * b_score, 0.0), 1)
+    b_score = b_cosine / temperature
+    b_target = tl.load(target_ptr + o_q) + tl.sum(b_label * b_score, 1)
     b_masked = tl.load(masked_ptr + o_q) + tl.sum(b_out.to(tl.int32), 1)
-    b_score = tl.where(b_out, float("-inf"), b_score)
+    b_score = tl.where(b_out | (m_p == 0), float("-inf"), b_score)
     b_max = tl.load(max_ptr + o_q)
     b_new = tl.maximum(b_max, tl.max(b_score, 1))
     b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
@@ -259,7 +261,7 @@ def _reduce_block(
 
 @triton.jit
 def _gradient_block(
-    score_ptr,  # (Q, count) fp32
+    cosine_ptr,  # (Q, count) fp32
     column_ptr, label_ptr, text_ptr, known_ptr, limit_ptr,  # the rule
     lse_ptr, grad_ptr,  # (Q,)
     out_ptr,  # (Q, count) out: g, in the dtype of the vectors
@@ -271,35 +273,35 @@ def _gradient_block(
     o_p, passages = first + o_local, first + count
     m_p = (o_local < count)[None, :]
     o_tile = o_q.to(tl.int64)[:, None] * count + o_local[None, :]
-    b_score = tl.load(score_ptr + o_tile, mask=m_p, other=float("-inf"))
-    b_label, b_out = _rule_tile(b_score * temperature, o_q, o_p, queries, passages, column_ptr, label_ptr, text_ptr,
+    b_cosine = tl.load(cosine_ptr + o_tile, mask=m_p, other=0.0)
+    b_label, b_out = _rule_tile(b_cosine, o_q, o_p, queries, passages, column_ptr, label_ptr, text_ptr,
                                 known_ptr, limit_ptr, candidates, knowns, 1, BLOCK_P)
     b_lse, b_grad = tl.load(lse_ptr + o_q), tl.load(grad_ptr + o_q)
-    b_probability = tl.where(b_out, 0.0, tl.exp(b_score - b_lse[:, None]))
+    b_probability = tl.where(b_out, 0.0, tl.exp(b_cosine / temperature - b_lse[:, None]))
     b_g = (b_probability - b_label) * (b_grad / temperature)[:, None]
     tl.store(out_ptr + o_tile, b_g.to(out_ptr.dtype.element_ty), mask=m_p)
 
 
 class TritonEpilogue:
-    """Between two products of the library: one kernel over the rows of a block of scores (ref/blocked.py)."""
+    """Between two products of the library: one kernel over the rows of a block of cosines (ref/blocked.py)."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype  # of the vectors, which multiply the gradient
 
-    def reduce(self, score: Tensor, first: int, rule: Rule, state: RowState) -> None:
+    def reduce(self, cosine: Tensor, first: int, rule: Rule, state: RowState) -> None:
         """Add a block (Q, count) fp32 to the row statistics, in place."""
-        self._launch(_reduce_block, score, first, rule, state.maximum, state.total, state.target, state.masked)
+        self._launch(_reduce_block, cosine, first, rule, state.maximum, state.total, state.target, state.masked)
 
-    def gradient(self, score: Tensor, first: int, rule: Rule, lse_Q: Tensor, grad_Q: Tensor) -> Tensor:
-        """(exp(score - lse) - label) * grad / temperature, (Q, count)."""
-        out = torch.empty_like(score, dtype=self.dtype)
-        self._launch(_gradient_block, score, first, rule, lse_Q, grad_Q.contiguous(), out)
+    def gradient(self, cosine: Tensor, first: int, rule: Rule, lse_Q: Tensor, grad_Q: Tensor) -> Tensor:
+        """(exp(cosine / temperature - lse) - label) * grad / temperature, (Q, count)."""
+        out = torch.empty_like(cosine, dtype=self.dtype)
+        self._launch(_gradient_block, cosine, first, rule, lse_Q, grad_Q.contiguous(), out)
         return out
 
-    def _launch(self, kernel: Any, score: Tensor, first: int, rule: Rule, *tensors: Tensor) -> None:
-        groups, (queries, count) = rule.groups, score.shape
+    def _launch(self, kernel: Any, cosine: Tensor, first: int, rule: Rule, *tensors: Tensor) -> None:
+        groups, (queries, count) = rule.groups, cosine.shape
         kernel[(queries,)](
-            score, groups.column_QC, rule.label_QC, groups.text_P, groups.known_QX, rule.limit_Q, *tensors,
+            cosine, groups.column_QC, rule.label_QC, groups.text_P, groups.known_QX, rule.limit_Q, *tensors,
             queries, count, first, rule.label_QC.shape[1], groups.known_QX.shape[1], rule.temperature,
             BLOCK_P=triton.next_power_of_2(count), num_warps=4)
 
@@ -314,7 +316,7 @@ def small_loss(
 ) -> tuple[Tensor, Tensor]:
     """The smallest variant: loss of each query (Q,) and columns that left its set (Q,) int64, as `loss.eager_loss`.
 
-    Raises ValueError for bad input, with `check_values` also for bad numbers (see `check`).
+    Raises ValueError for bad input; for bad numbers on a device only with `check_values` (see `check`).
     """
     check(query_QD, passage_PD, rule, values=check_values)
     return _Small.apply(query_QD.contiguous(), passage_PD.contiguous(), rule)
@@ -325,7 +327,7 @@ def triton_loss(
 ) -> tuple[Tensor, Tensor]:
     """The fast variant, with the same results: loss of each query (Q,) and columns that left its set (Q,) int64.
 
-    Raises ValueError for bad input, with `check_values` also for bad numbers (see `check`).
+    Raises ValueError for bad input; for bad numbers on a device only with `check_values` (see `check`).
     """
     check(query_QD, passage_PD, rule, values=check_values)
     return blocked_loss(query_QD, passage_PD, rule, TritonEpilogue(passage_PD.dtype))
@@ -334,8 +336,9 @@ def triton_loss(
 def check(query_QD: Tensor, passage_PD: Tensor, rule: Rule, *, values: bool) -> None:
     """ValueError for what the kernels would read wrongly.
 
-    Shapes, dtypes and devices are looked at always and cost no wait; with `values` also the numbers, which waits for
-    the device once: data.py builds them right, other callers may not.
+    Shapes, dtypes and devices are looked at always and cost no wait. The numbers are looked at where they lie on the
+    host; on a device that would wait for it once, so only with `values`: data.py builds them right, other callers
+    may not.
     """
     groups, floats = rule.groups, (torch.bfloat16, torch.float16, torch.float32, torch.float64)
     expected = "Expected are (Q, D) and (P, D) of one float type on one device"
@@ -360,7 +363,7 @@ def check(query_QD: Tensor, passage_PD: Tensor, rule: Rule, *, values: bool) -> 
     devices = {x.device for x in (query_QD, passage_PD, rule.label_QC, rule.limit_Q, *vars(groups).values())}
     if len(devices) > 1:
         raise ValueError(f"tensors lie on {', '.join(map(str, devices))}. Expected is one device. Move them.")
-    if values:
+    if values or query_QD.device.type == "cpu":
         _check_values(rule, len(passage_PD))
 
 

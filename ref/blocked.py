@@ -1,14 +1,14 @@
 """The in-batch loss of loss.py, a block of passages at a time: the whole score matrix never exists.
 
-    forward     for each block of passages    s = Q P_b^T / tau      running maximum m and sum of exp(s - m)
+    forward     for each block of passages    cosines Q P_b^T, s = cosines / tau; running maximum m, sum of exp(s - m)
                                               lse = m + log sum      kept: lse, one number a query
     backward    for each block again          s, then g = (exp(s - lse) - y) dL / tau      over the allowed columns
                                               dQ += g P_b            dP_b = g^T Q
 
-The products are the library's; what happens to a block of scores between them is the epilogue: two functions,
+The products are the library's; what happens to a block of cosines between them is the epilogue: two functions,
 here in torch (`TorchEpilogue`), on CUDA one Triton kernel each (kernels/soft_contrastive.py). Memory beyond inputs and
-gradients is a few blocks. The running maximum is needed: with a fixed one of 1/tau, exp(s - m) underflows to zero
-where all scores of a row lie near -1/tau and tau is below 0.023.
+gradients is a few blocks and dQ in fp32. The running maximum is needed: with a fixed one of 1/tau, exp(s - m)
+underflows to zero where all scores of a row lie near -1/tau and tau is below 0.023.
 Called by loss.py. Source: the online softmax of arXiv 1805.02867; blocks of columns as in arXiv 2411.09009.
 """
 
@@ -48,11 +48,13 @@ class Rule:
         own = torch.zeros_like(label, dtype=torch.bool).scatter(1, local_QC, True)
         return label[:, :count], own[:, :count]
 
-    def false_negatives(self, score: Tensor, own: Tensor, first: int) -> Tensor:
+    def false_negatives(self, cosine: Tensor, own: Tensor, first: int) -> Tensor:
         """Who leaves the set, (Q, count) bool: too close to be wrong, or known to be right; never a candidate."""
-        text_P = self.groups.text_P[first : first + score.shape[1]]
-        known = (text_P[None, :, None] == self.groups.known_QX[:, None, :]).any(-1)
-        return (known | (score * self.temperature > self.limit_Q[:, None])) & ~own
+        text_P = self.groups.text_P[first : first + cosine.shape[1]]
+        leaves = cosine > self.limit_Q[:, None]
+        for known_Q in self.groups.known_QX.T:
+            leaves |= text_P == known_Q[:, None]
+        return leaves & ~own
 
 
 @dataclass
@@ -73,34 +75,34 @@ class RowState:
 
 
 class Epilogue(Protocol):
-    """What happens to a block of scores (Q, count)."""
+    """What happens to a block of cosines (Q, count), fp32, which it may overwrite."""
 
-    def reduce(self, score: Tensor, first: int, rule: Rule, state: RowState) -> None:
+    def reduce(self, cosine: Tensor, first: int, rule: Rule, state: RowState) -> None:
         """Add a block to the row statistics."""
 
-    def gradient(self, score: Tensor, first: int, rule: Rule, lse_Q: Tensor, grad_Q: Tensor) -> Tensor:
-        """(exp(score - lse) - label) * grad / temperature, zero for columns outside the set."""
+    def gradient(self, cosine: Tensor, first: int, rule: Rule, lse_Q: Tensor, grad_Q: Tensor) -> Tensor:
+        """(exp(cosine / temperature - lse) - label) * grad / temperature, zero for columns outside the set."""
 
 
 class TorchEpilogue:
     """The epilogue in plain torch."""
 
-    def reduce(self, score: Tensor, first: int, rule: Rule, state: RowState) -> None:
-        label, own = rule.label_block(first, score.shape[1])
-        state.target += (label * score).sum(1)
-        masked = rule.false_negatives(score, own, first)
+    def reduce(self, cosine: Tensor, first: int, rule: Rule, state: RowState) -> None:
+        label, own = rule.label_block(first, cosine.shape[1])
+        masked = rule.false_negatives(cosine, own, first)
+        score = cosine.div_(rule.temperature)
+        state.target += torch.linalg.vecdot(label, score)
         state.masked += masked.sum(1)
-        score = score.masked_fill(masked, -torch.inf)
+        score.masked_fill_(masked, -torch.inf)
         maximum = torch.maximum(state.maximum, score.amax(1))
-        seen = maximum > -torch.inf  # a block may be masked as a whole
-        rescale = (state.maximum - maximum).exp().where(seen, 0.0)
-        state.total.mul_(rescale).add_((score - maximum[:, None]).exp().sum(1).where(seen, 0.0))
+        safe = maximum.masked_fill(maximum == -torch.inf, 0.0)  # a block may be masked as a whole
+        state.total.mul_((state.maximum - safe).exp_()).add_(score.sub_(safe[:, None]).exp_().sum(1))
         state.maximum = maximum
 
-    def gradient(self, score: Tensor, first: int, rule: Rule, lse_Q: Tensor, grad_Q: Tensor) -> Tensor:
-        label, own = rule.label_block(first, score.shape[1])
-        masked = rule.false_negatives(score, own, first)
-        probability = (score - lse_Q[:, None]).exp_().masked_fill_(masked, 0.0)
+    def gradient(self, cosine: Tensor, first: int, rule: Rule, lse_Q: Tensor, grad_Q: Tensor) -> Tensor:
+        label, own = rule.label_block(first, cosine.shape[1])
+        masked = rule.false_negatives(cosine, own, first)
+        probability = cosine.div_(rule.temperature).sub_(lse_Q[:, None]).exp_().masked_fill_(masked, 0.0)
         return probability.sub_(label).mul_((grad_Q / rule.temperature)[:, None])
 
 
@@ -111,7 +113,7 @@ class _Blocked(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         state = RowState.empty(query_QD)
         for first in range(0, len(passage_PD), PASSAGES_PER_BLOCK):
-            epilogue.reduce(_scores(query_QD, passage_PD, first, rule), first, rule, state)
+            epilogue.reduce(product(query_QD, passage_PD[first : first + PASSAGES_PER_BLOCK].T), first, rule, state)
         lse_Q = state.maximum + state.total.log()
         ctx.save_for_backward(query_QD, passage_PD, lse_Q)
         ctx.rule, ctx.epilogue = rule, epilogue
@@ -127,12 +129,12 @@ class _Blocked(torch.autograd.Function):
         grad_Q = grad_Q * ctx.rule.label_QC.any(1)
         for first in range(0, len(passage_PD), PASSAGES_PER_BLOCK):
             block = slice(first, first + PASSAGES_PER_BLOCK)
-            score = _scores(query_QD, passage_PD, first, ctx.rule)
-            coefficient = ctx.epilogue.gradient(score, first, ctx.rule, lse_Q, grad_Q).to(passage_PD.dtype)
+            cosine = product(query_QD, passage_PD[block].T)
+            coefficient = ctx.epilogue.gradient(cosine, first, ctx.rule, lse_Q, grad_Q).to(passage_PD.dtype)
             if query_grad is not None:
-                query_grad += product(coefficient, passage_PD[block])
+                add_product(query_grad, coefficient, passage_PD[block])
             if passage_grad is not None:
-                passage_grad[block] = coefficient.T @ query_QD
+                torch.mm(coefficient.T, query_QD, out=passage_grad[block])
         return None if query_grad is None else query_grad.to(query_QD.dtype), passage_grad, None, None
 
 
@@ -145,8 +147,12 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return left.float() @ right.float()
 
 
-def _scores(query_QD: Tensor, passage_PD: Tensor, first: int, rule: Rule) -> Tensor:
-    return product(query_QD, passage_PD[first : first + PASSAGES_PER_BLOCK].T).div_(rule.temperature)
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right in place, `total` fp32 (or the factors' fp64): no second matrix of its size."""
+    if left.dtype.itemsize < 4 and left.device.type == "cuda":
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))
 
 
 def blocked_loss(query_QD: Tensor, passage_PD: Tensor, rule: Rule, epilogue: Epilogue) -> tuple[Tensor, Tensor]:

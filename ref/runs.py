@@ -166,10 +166,15 @@ def facts(options: Options, start: Start, data: SoftLabels) -> dict[str, Any]:
         "complete": False, "started": now(), "model": start.name, "options": dataclasses.asdict(options),
         "data": [{"file": path.name, "sha256": digest, "bytes": path.stat().st_size}
                  for path, digest in zip(data.paths, data.sha256, strict=True)],
-        "lines": len(data), "lines_with_labels": data.with_labels, "commit": _commit(), "hardware": _hardware(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in (
-            "torch", "numpy", "safetensors", "tokenizers", "triton", "mteb")}},
+        "lines": len(data), "lines_with_labels": data.with_labels, **machine(),
     }
+
+
+def machine() -> dict[str, Any]:
+    """Commit, hardware and versions: what a figure depends on besides its options."""
+    packages = ("torch", "numpy", "safetensors", "tokenizers", "triton", "mteb")
+    versions = {"python": platform.python_version(), **{name: package_version(name) for name in packages}}
+    return {"commit": _commit(), "hardware": _hardware(), "versions": versions}
 
 
 def now() -> str:
@@ -177,7 +182,8 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The version of an installed package, None if it is not there."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -134,12 +135,16 @@ def test_pool_gives_the_gradients_that_are_asked_for(needs):
     ({"hidden_TD": torch.zeros(6, 4).T}, "contiguous"),
     ({"last_B": torch.tensor([1.0])}, "last"),
     ({"last_B": torch.arange(5)}, "last"),
+    ({"last_B": torch.tensor([2, 1])}, "rising"),
+    ({"last_B": torch.tensor([1, 1])}, "each once"),
+    ({"last_B": torch.tensor([-1, 1])}, "from 0"),
+    ({"last_B": torch.tensor([1, 4])}, "to 3"),
     ({"norm_weight_D": torch.ones(5)}, "weight"),
 ])
 def test_pool_refuses_bad_input(change, message):
     good = {"hidden_TD": torch.zeros(4, 6), "last_B": torch.tensor([1]), "norm_weight_D": torch.ones(6)}
     with pytest.raises(ValueError, match=message):
-        last_token_pool(**{name: x.to(DEVICE) for name, x in {**good, **change}.items()}, eps=1e-5)
+        last_token_pool(**{name: x.to(DEVICE) for name, x in {**good, **change}.items()}, eps=1e-5, check_values=True)
 
 
 # ------------------------------------------------------------------------------------------------- loss
@@ -287,6 +292,50 @@ def test_two_runs_agree_bit_for_bit(variant):
     case = loss_case(20, 4, 33, extra=3)
     first, second = (run(VARIANTS[variant], *case) for _ in range(2))
     assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+
+
+@pytest.fixture
+def bands(monkeypatch) -> Callable[[], bool]:
+    """Every tensor that a launcher allocates lies between bands of NaN; the call says whether all are intact."""
+    around = []
+
+    def between_bands(allocate):
+        def call(*args, **kwargs):
+            x = allocate(*args, **kwargs)
+            inside = guarded(x)
+            around.append((inside._base, inside._base.clone()))
+            return inside
+        return call
+    for place, name in ((torch, "empty"), (torch, "empty_like"), (torch, "zeros_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(place, name, between_bands(getattr(place, name)))
+
+    def intact(band: int = 8) -> bool:
+        assert around
+        return all(torch.equal(now[part], then[part]) or (now[part].isnan().all() and then[part].isnan().all())
+                   for now, then in around for part in (slice(band), slice(-band, None)))
+    return intact
+
+
+@pytest.mark.parametrize("variant", ["triton", "small"])
+def test_loss_writes_nothing_outside_its_tensors(variant, bands):
+    run(VARIANTS[variant], *loss_case(21, 3, 37, extra=6))
+    assert bands()
+
+
+def test_pool_writes_nothing_outside_its_tensors(bands):
+    pooled(last_token_pool, *pool_case(3, 9, 37, torch.float32), torch.float32)
+    assert bands()
+
+
+@triton.jit
+def _one_too_far(out_ptr, count, BLOCK: tl.constexpr):
+    o = tl.arange(0, BLOCK)
+    tl.store(out_ptr + o, 1.0, mask=o <= count)
+
+
+def test_control_a_write_outside_is_seen(bands):
+    _one_too_far[(1,)](torch.empty(5, device=DEVICE), 5, BLOCK=8)
+    assert not bands()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

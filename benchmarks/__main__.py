@@ -1,0 +1,47 @@
+"""Measurements: `python -m benchmarks [B7 B8 …] [--device cpu|cuda] [--quick]`, or `python -m benchmarks gpu`.
+
+    B7     the loss, forward and backward         B8    pooling
+    gpu    all that needs an NVIDIA GPU, part by part (benchmarks/gpu.py); without one a dry run
+
+The studies have commands of their own: python -m benchmarks.world, benchmarks.choose, benchmarks.compile_kernels.
+"""
+
+import argparse
+import os
+import sys
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what is named; 1 if something failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="B7, B8, or gpu and its parts (default: all benchmarks)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--quick", action="store_true", help="small shapes: shows that it runs, measures nothing")
+    given = parser.parse_args(arguments)
+
+    import torch
+
+    cuda = torch.cuda.is_available() if given.device is None else given.device == "cuda"
+    if not cuda:
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, by the next lines
+    from benchmarks import b7_loss, b8_pooling, gpu
+    from benchmarks.measure import RESULTS, report
+
+    if given.names[:1] == ["gpu"]:
+        unknown = sorted(set(given.names[1:]) - gpu.PARTS.keys())
+        if unknown:
+            parser.error(f"{unknown[0]} is no part of gpu. Expected are some of {', '.join(gpu.PARTS)}.")
+        return gpu.main(given.names[1:])
+    known = {"B7": b7_loss.run, "B8": b8_pooling.run}
+    unknown = sorted(set(given.names) - known.keys())
+    if unknown:
+        parser.error(f"{unknown[0]} is unknown. Expected are some of {', '.join(known)}, or gpu.")
+    device = torch.device("cuda" if cuda else "cpu")
+    for name in given.names or known:
+        print(report(known[name](device, quick=given.quick), RESULTS / ("dry-run" if given.quick else device.type)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

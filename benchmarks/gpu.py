@@ -1,0 +1,107 @@
+"""All that needs an NVIDIA GPU, in the order of a short slot: `python -m benchmarks gpu [PART …]`.
+
+    suite       tests/test_kernels.py, natively in bf16, fp16 and fp32 (off a GPU: in Triton's interpreter)
+    sanitizer   compute-sanitizer's memcheck and racecheck over every kernel at small shapes, where the tool runs
+    B7, B8      see their files
+
+Each part writes benchmarks/results/gpu/PART.json when it ends, so that a slot that is cut short keeps what was done.
+Without a GPU everything runs at small shapes on the CPU: a dry run of the script, which measures nothing.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import b7_loss, b8_pooling
+from benchmarks.measure import RESULTS, report
+from ref.runs import machine, now
+
+ROOT = Path(__file__).parent.parent
+LIMIT_S = 520  # of one part
+CASE_FOR_SANITIZER = """
+import torch
+from benchmarks import b7_loss, b8_pooling
+device = torch.device("cuda")
+for dtype in (torch.float32, torch.bfloat16):
+    inputs = b7_loss.case(33, 72, device=device, dtype=dtype)
+    for loss in (b7_loss.ours, b7_loss.small):
+        b7_loss.gradients(loss, *inputs)
+hidden, last, weight = b8_pooling.inputs(5, 3, 100, device)
+b8_pooling.fused(hidden.requires_grad_(), last, weight.requires_grad_()).square().sum().backward()
+torch.cuda.synchronize()
+"""
+
+
+def folder(cuda: bool) -> Path:
+    """Where results go; those of a dry run stay out of the repository."""
+    return RESULTS / ("gpu" if cuda else "dry-run")
+
+
+def suite(cuda: bool) -> dict[str, Any]:
+    """The kernel tests in a process of their own."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0" if cuda else "1"}
+    tests = [] if cuda else ["-k", "pool_of_a_zero_row or row_that_sees or agree_bit_for_bit"]
+    call = [sys.executable, "-m", "pytest", "tests/test_kernels.py", "-q", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    return {"passed": done.returncode == 0, "last lines": done.stdout.strip().splitlines()[-8:]}
+
+
+def sanitizer(cuda: bool) -> dict[str, Any]:
+    """compute-sanitizer over a short process that launches every kernel once."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if not cuda or tool is None:
+        return {"not available": "no NVIDIA GPU" if not cuda else "compute-sanitizer is not installed"}
+    found: dict[str, Any] = {}
+    for kind in ("memcheck", "racecheck"):
+        call = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, "-c", CASE_FOR_SANITIZER]
+        try:
+            done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S // 2, check=False)
+        except subprocess.TimeoutExpired:
+            found[kind] = {"not available": f"not done after {LIMIT_S // 2} s"}
+            continue
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if "=========" in line]
+        found[kind] = {"clean": done.returncode == 0, "last lines": lines[-4:]}
+    return found
+
+
+def benchmark(run: Callable[..., Any]) -> Callable[[bool], dict[str, Any]]:
+    """A benchmark as a part."""
+    def part(cuda: bool) -> dict[str, Any]:
+        result = run(torch.device("cuda" if cuda else "cpu"), quick=not cuda)
+        print(report(result, folder(cuda)), flush=True)
+        content: dict[str, Any] = result.as_json()
+        return content
+    return part
+
+
+PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {
+    "suite": suite, "sanitizer": sanitizer, "B7": benchmark(b7_loss.run), "B8": benchmark(b8_pooling.run)}
+
+
+def main(names: list[str]) -> int:
+    """Run the parts that are named, all of them by default; 1 if one failed."""
+    cuda = torch.cuda.is_available()
+    print(f"device: {torch.cuda.get_device_name() if cuda else 'none: a dry run on the CPU, which measures nothing'}")
+    failed = []
+    for name in names or PARTS:
+        print(f"[{name}]", flush=True)
+        try:
+            content = PARTS[name](cuda)
+        except Exception as error:  # the other parts do not depend on it
+            content = {"error": f"{type(error).__name__}: {error}"}
+        if content.get("error") or content.get("passed") is False:
+            failed.append(name)
+        folder(cuda).mkdir(parents=True, exist_ok=True)
+        (folder(cuda) / f"{name}.json").write_text(json.dumps(
+            {"date": now(), **machine(), "dry run": not cuda, **content}, indent=1) + "\n")
+        if not name.startswith("B") or content.get("error"):
+            print(json.dumps(content, indent=1), flush=True)
+    print(f"failed: {', '.join(failed)}" if failed else f"done: {folder(cuda)}")
+    return 1 if failed else 0

@@ -1,0 +1,72 @@
+"""The measuring itself: what is wrong is not timed, memory is seen, the commands run to their end in small."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import b7_loss
+from benchmarks.measure import agree, difference, measure, peak_bytes
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+
+
+@linux
+def test_the_loss_on_a_cpu_needs_a_quarter_of_eagers_memory():
+    """At the shape of B7; what both must return, the gradients, counts in."""
+    inputs = b7_loss.case(1024, 256, device=CPU, dtype=torch.float32)
+    peak = {}
+    for loss in (b7_loss.ours, b7_loss.eager):
+        b7_loss.gradients(loss, *inputs)
+        peak[loss] = peak_bytes(lambda loss=loss: b7_loss.gradients(loss, *inputs), CPU)
+    assert 0 < peak[b7_loss.ours] <= peak[b7_loss.eager] / 4
+
+
+@linux
+def test_peak_memory_is_what_a_call_holds_at_once():
+    megabytes = 10**6
+    one_by_one = peak_bytes(lambda: [torch.ones(5 * megabytes).sum() for _ in range(4)], CPU)
+    at_once = peak_bytes(lambda: [torch.ones(5 * megabytes) for _ in range(4)], CPU)
+    assert 18 * megabytes < one_by_one < 30 * megabytes < 75 * megabytes < at_once < 90 * megabytes
+
+
+def test_a_wrong_result_is_not_timed():
+    exact = torch.ones(4)
+    agree({"right": difference(exact * (1 + 1e-7), exact)}, 1e-5)
+    for wrong in (exact + 1e-3, exact * torch.nan):
+        with pytest.raises(RuntimeError, match="differs"):
+            agree({"wrong": difference(wrong, exact)}, 1e-5)
+
+
+def test_contestants_are_called_in_turn_and_a_missing_one_says_why():
+    order = []
+    found = measure({"a": lambda: order.append("a"), "b": "not installed", "c": lambda: order.append("c")},
+                    device=CPU, rounds=3)
+    assert order == list("aacc") + list("ac") * 3
+    assert found["b"].missing == "not installed" and len(found["a"].seconds) == 3
+
+
+@pytest.mark.parametrize(("arguments", "written"), [(["B7", "--quick"], ["B7"]), (["gpu", "B7", "B8"], ["B7", "B8"])])
+def test_the_command_in_small(arguments, written):
+    """On a GPU the second one is the real thing: there it is left out."""
+    if torch.cuda.is_available():
+        pytest.skip("dry runs are for machines without a GPU")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    call = subprocess.run([sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT, env=environment,
+                          capture_output=True, text=True, timeout=300, check=False)
+    assert call.returncode == 0, call.stdout[-1000:] + call.stderr[-2000:]
+    for name in written:
+        result = json.loads((ROOT / f"benchmarks/results/dry-run/{name}.json").read_text())
+        assert result["contestants"]["ours"]["rounds"] >= 5 and not result["targets"]
+
+
+def test_an_unknown_benchmark_is_named():
+    call = subprocess.run([sys.executable, "-m", "benchmarks", "B99"], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120, check=False)
+    assert call.returncode == 2 and "B99" in call.stderr
