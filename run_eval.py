@@ -66,11 +66,11 @@ def evaluate(args: argparse.Namespace) -> int:
         print("data: the sample world in data/held_out; or choose --tasks all (from the hub), or --data-dir")
     quiet()
     from ref.scoring import MtebEncoder, read_instructions, table
-    from ref.tasks import benchmark_tasks, tasks_from
+    from ref.tasks import benchmark_tasks, task_folders, tasks_from
 
     selection = tasks_from(args.tasks or "all", data_dir)
-    names = [task.metadata.name for task in selection.tasks]
-    overrides = read_instructions(args.instructions, names) if args.instructions else {}
+    folders = [] if data_dir is None else [folder.name for folder in task_folders(data_dir)]
+    overrides = read_instructions(args.instructions, folders) if args.instructions else {}
 
     from ref.embedder import Embedder
 

@@ -63,7 +63,7 @@ def tasks_from(selection: str, data_dir: str | Path | None = None) -> Selection:
     task.json, or if nothing is left to run.
     """
     official = benchmark_tasks()
-    folders = [] if data_dir is None else _task_folders(Path(data_dir))
+    folders = [] if data_dir is None else task_folders(Path(data_dir))
     bases = {folder.name: _class_of(folder, official) for folder in folders}
     category_of = {name: str(task.metadata.type) for name, task in {**official, **bases}.items()}
     names = _selected(selection, category_of)
@@ -149,7 +149,8 @@ def _with_card(folder: Path, scratch: Path) -> Path:
     return linked
 
 
-def _task_folders(data_dir: Path) -> list[Path]:
+def task_folders(data_dir: Path) -> list[Path]:
+    """The folders of data sets in a folder, by name. Raises ValueError if it is none."""
     if not data_dir.is_dir():
         raise ValueError(
             f"{data_dir}: no such folder. Expected: a folder with one folder per task. Correct --data-dir."

@@ -23,7 +23,7 @@ mteb = pytest.importorskip("mteb")
 
 import run_eval  # noqa: E402
 from ref.held_out import ndcg10, read_retrieval_folder, retrieval_ndcg10  # noqa: E402
-from ref.scoring import MtebEncoder, Row, instruction_for, means, read_instructions, score_task, table  # noqa: E402  # noqa: E402
+from ref.scoring import MtebEncoder, Row, instruction_for, means, read_instructions, score_task, table  # noqa: E402
 from ref.tasks import CATEGORIES, benchmark_tasks, tasks_from  # noqa: E402
 
 REAL = Path(os.environ.get("LG_ANNA_DATA", "/nowhere")) / "mteb"
@@ -507,6 +507,17 @@ def test_the_command_scores_resumes_and_says_what_is_missing(
     write_json(model / "config.json", {"width": 65})  # another model under the same name
     assert run_eval.main([*command, "--tasks", "STS"]) == 0
     assert embedder.calls
+
+
+def test_a_file_of_instructions_may_speak_of_folders_that_are_not_scored_now(
+    world: Path, model: Path, tmp_path: Path, embedder: WordHash, capsys: Any
+) -> None:
+    write_json(tmp_path / "own.json", {"MyRetrieval": "Find", "BIOSSES": "Say it again"})
+    command = ["--model", str(model), "--data-dir", str(world), "--output", str(tmp_path / "out"), "--tasks", "BIOSSES"]
+    assert run_eval.main([*command, "--instructions", str(tmp_path / "own.json")]) == 0
+    write_json(tmp_path / "own.json", {"MyRetrieva": "Find"})
+    assert run_eval.main([*command, "--instructions", str(tmp_path / "own.json")]) == 2
+    assert "'MyRetrieva'. Nearest: MyRetrieval" in capsys.readouterr().err
 
 
 def test_a_failing_task_is_reported_and_the_rest_goes_on(
