@@ -1,7 +1,8 @@
-"""Measurements: `python -m benchmarks [B7 B8 …] [--device cpu|cuda] [--quick]`, or `python -m benchmarks gpu`.
+"""Measurements: `python -m benchmarks [B1 …] [--device cpu|cuda] [--quick]`, or `python -m benchmarks gpu`.
 
-    B7     the loss, forward and backward         B8    pooling
-    gpu    all that needs an NVIDIA GPU, part by part (benchmarks/gpu.py); without one a dry run
+    B1, B2, B3, B4, B10    texts to vectors (encoding.py)        B5, B6    training steps (training.py)
+    B7                     the loss (loss.py)                    B8        pooling (pooling.py)
+    gpu                    all that needs an NVIDIA GPU, part by part (gpu.py); without one a dry run
 
 The studies have commands of their own: python -m benchmarks.world, benchmarks.choose, benchmarks.compile_kernels.
 """
@@ -15,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run what is named; 1 if something failed."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="B7, B8, or gpu and its parts (default: all benchmarks)")
+    parser.add_argument("names", nargs="*", help="B1 to B8, B10, or gpu and its parts (default: all benchmarks)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--quick", action="store_true", help="small shapes: shows that it runs, measures nothing")
     given = parser.parse_args(arguments)
@@ -25,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     cuda = torch.cuda.is_available() if given.device is None else given.device == "cuda"
     if not cuda:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, by the next lines
-    from benchmarks import b7_loss, b8_pooling, gpu
+    from benchmarks import gpu
     from benchmarks.measure import RESULTS, report
 
     if given.names[:1] == ["gpu"]:
@@ -33,13 +34,13 @@ def main(arguments: list[str] | None = None) -> int:
         if unknown:
             parser.error(f"{unknown[0]} is no part of gpu. Expected are some of {', '.join(gpu.PARTS)}.")
         return gpu.main(given.names[1:])
-    known = {"B7": b7_loss.run, "B8": b8_pooling.run}
-    unknown = sorted(set(given.names) - known.keys())
+    unknown = sorted(set(given.names) - gpu.BENCHMARKS.keys())
     if unknown:
-        parser.error(f"{unknown[0]} is unknown. Expected are some of {', '.join(known)}, or gpu.")
+        parser.error(f"{unknown[0]} is unknown. Expected are some of {', '.join(gpu.BENCHMARKS)}, or gpu.")
     device = torch.device("cuda" if cuda else "cpu")
-    for name in given.names or known:
-        print(report(known[name](device, quick=given.quick), RESULTS / ("dry-run" if given.quick else device.type)))
+    for name in given.names or gpu.BENCHMARKS:
+        result = gpu.BENCHMARKS[name](device, quick=given.quick)
+        print(report(result, RESULTS / ("dry-run" if given.quick else device.type)), flush=True)
     return 0
 
 

@@ -2,7 +2,7 @@
 
     suite       tests/test_kernels.py, natively in bf16, fp16 and fp32 (off a GPU: in Triton's interpreter)
     sanitizer   compute-sanitizer's memcheck and racecheck over every kernel at small shapes, where the tool runs
-    B7, B8      see their files
+    B7 … B10    see their files
 
 Each part writes benchmarks/results/gpu/PART.json when it ends, so that a slot that is cut short keeps what was done.
 Without a GPU everything runs at small shapes on the CPU: a dry run of the script, which measures nothing.
@@ -19,22 +19,22 @@ from typing import Any
 
 import torch
 
-from benchmarks import b7_loss, b8_pooling
-from benchmarks.measure import RESULTS, report
+from benchmarks import encoding, loss, pooling, training
+from benchmarks.measure import RESULTS, Result, report
 from ref.runs import machine, now
 
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 520  # of one part
 CASE_FOR_SANITIZER = """
 import torch
-from benchmarks import b7_loss, b8_pooling
+from benchmarks import loss, pooling
 device = torch.device("cuda")
 for dtype in (torch.float32, torch.bfloat16):
-    inputs = b7_loss.case(33, 72, device=device, dtype=dtype)
-    for loss in (b7_loss.ours, b7_loss.small):
-        b7_loss.gradients(loss, *inputs)
-hidden, last, weight = b8_pooling.inputs(5, 3, 100, device)
-b8_pooling.fused(hidden.requires_grad_(), last, weight.requires_grad_()).square().sum().backward()
+    inputs = loss.case(33, 72, device=device, dtype=dtype)
+    for variant in (loss.ours, loss.small):
+        loss.gradients(variant, *inputs)
+hidden, last, weight = pooling.inputs(5, 3, 100, device)
+pooling.fused(hidden.requires_grad_(), last, weight.requires_grad_()).square().sum().backward()
 torch.cuda.synchronize()
 """
 
@@ -81,8 +81,11 @@ def benchmark(run: Callable[..., Any]) -> Callable[[bool], dict[str, Any]]:
     return part
 
 
+BENCHMARKS: dict[str, Callable[..., Result]] = {
+    "B7": loss.b7, "B8": pooling.b8, "B1": encoding.b1, "B5": training.b5, "B3": encoding.b3, "B6": training.b6,
+    "B2": encoding.b2, "B4": encoding.b4, "B10": encoding.b10}
 PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {
-    "suite": suite, "sanitizer": sanitizer, "B7": benchmark(b7_loss.run), "B8": benchmark(b8_pooling.run)}
+    "suite": suite, "sanitizer": sanitizer, **{name: benchmark(run) for name, run in BENCHMARKS.items()}}
 
 
 def main(names: list[str]) -> int:

@@ -11,7 +11,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ from ref.runs import machine, now, package_version
 
 RESULTS = Path(__file__).parent / "results"
 PEERS = ("transformers", "peft", "sentence-transformers", "liger-kernel")
+
+
+Target = tuple[float, str, float]  # measured, "<=" or ">=", wanted
 
 
 @dataclass
@@ -45,7 +48,7 @@ class Result:
     shape: dict[str, Any]
     contestants: dict[str, Contestant]
     checks: dict[str, float]  # what was compared before timing, and the largest difference
-    targets: dict[str, tuple[float, str, float]]  # what -> (measured, "<=" or ">=", wanted)
+    targets: dict[str, Target]
     figures: dict[str, float] = field(default_factory=dict)  # whatever else was measured
 
     def as_json(self) -> dict[str, Any]:
@@ -117,6 +120,26 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 def _status(key: str) -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return 1024 * int(line.split()[1])
+
+
+def growth(call: Callable[[int], object], sizes: Sequence[int], device: torch.device) -> dict[str, float]:
+    """How time and peak memory grow with size: the exponents, by least squares on logarithms, one pass a size."""
+    call(sizes[0])
+    peaks, times = [], []
+    for size in sizes:
+        start_s = time.perf_counter()
+        peaks.append(peak_bytes(lambda size=size: call(size), device))  # type: ignore[misc]
+        times.append(time.perf_counter() - start_s)
+    exponents = {what: slope(sizes, values) for what, values in (("time", times), ("peak memory", peaks))}
+    return {**{f"exponent of {what}, {sizes[0]} to {sizes[-1]}": value for what, value in exponents.items()},
+            **{f"s at {size}": seconds for size, seconds in zip(sizes, times, strict=True)},
+            **{f"peak MB at {size}": peak / 1e6 for size, peak in zip(sizes, peaks, strict=True)}}
+
+
+def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """The exponent b of values ~ size^b."""
+    x, y = (torch.tensor(v, dtype=torch.float64).clamp(min=1e-9).log() for v in (sizes, values))
+    return float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
 
 
 def difference(ours: torch.Tensor, truth: torch.Tensor) -> float:

@@ -7,12 +7,16 @@
     score_QP = queries @ passages.T                             # cosine similarity
 
 Nothing is computed twice: equal texts are embedded once, instruction and examples pass through the model once
-for all texts, and batches are packed from texts of nearly one length.
+for all texts, and batches are packed from texts of nearly one length. Nothing waits: a thread turns the next window of
+texts into ids while the model is at work, and vectors are copied to the host a batch late. Beyond the vectors the
+host holds at most 32 bytes a text, the ids of two windows and two batches.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +32,8 @@ from ref.tokenizer import TextTokenizer
 
 TEXTS_PER_WINDOW = 50_000  # sorted by length together; bounds the memory for token ids
 SETTINGS = "embedder.json"  # template and lengths, beside a model of ours
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 class Embedder:
@@ -67,6 +73,7 @@ class Embedder:
         """Numbers in a vector."""
         return self.model.arch.width
 
+    @torch.inference_mode()
     def encode(
         self, texts: Sequence[str], *, instruction: str | None = None, examples: Sequence[Example] = (),
         progress: bool = False,
@@ -79,31 +86,99 @@ class Embedder:
         """
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"texts is {texts!r:.60}. Expected is a sequence of str. Put a single text in a list.")
-        numbers: dict[str, int] = {}
-        unique = np.array([numbers.setdefault(text, len(numbers)) for text in texts], dtype=np.int64)
-        different = list(numbers)
-        vectors = np.empty((len(different), self.width), np.float32)
-        for start in range(0, len(different), TEXTS_PER_WINDOW):
-            window = different[start : start + TEXTS_PER_WINDOW]
-            vectors[start : start + len(window)] = self._window(window, instruction, examples)
-            if progress:
-                print(f"  {start + len(window):,} of {len(different):,} texts", flush=True)
-        return vectors[unique]
-
-    @torch.inference_mode()
-    def _window(self, texts: list[str], instruction: str | None, examples: Sequence[Example]) -> np.ndarray:
-        """Vectors of some texts that are all different, longest first through the model."""
         device = self.model.norm.weight.device
         prefix = self.prompter.prefix(instruction, examples)
-        ids = self.prompter.texts(texts, prefix)
         shared = self.model.prefix(pack([prefix.ids], device=device)) if len(prefix.ids) > 1 else None
-        if shared is None:
-            ids = [[*prefix.ids, *text] for text in ids]
+        ahead = () if shared else prefix.ids  # `<s>` alone is cheaper in each text than as a shared prefix
+        first = first_of_equal(texts)
+        different = np.flatnonzero(first == np.arange(len(texts)))
+        windows = [different[start : start + TEXTS_PER_WINDOW] for start in range(0, len(different), TEXTS_PER_WINDOW)]
+
+        def tokenise(rows: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+            ids = self.prompter.texts([texts[row] for row in rows], prefix)
+            return rows, [np.array([*ahead, *text], np.int32) for text in ids]
+
         vectors = np.empty((len(texts), self.width), np.float32)
-        for rows in cut_by_tokens([len(text) for text in ids], tokens_per_batch=self.tokens_per_batch):
-            packed = pack([ids[row] for row in rows], device=device, prefix_tokens=len(prefix.ids) if shared else 0)
-            vectors[rows] = embed(self.model, packed, prefix=shared, kernels=self.kernels).cpu().numpy()
+        late = _LateCopies(vectors)
+        done = 0
+        for rows, ids in one_ahead(tokenise, windows):
+            for batch in cut_by_tokens([len(text) for text in ids], tokens_per_batch=self.tokens_per_batch):
+                packed = pack([ids[n] for n in batch], device=device, prefix_tokens=0 if ahead else len(prefix.ids))
+                late.add(rows[batch], embed(self.model, packed, prefix=shared, kernels=self.kernels))
+            done += len(rows)
+            if progress:
+                print(f"  {done:,} of {len(different):,} texts", flush=True)
+        late.finish()
+        for start in range(0, len(texts), TEXTS_PER_WINDOW):
+            repeated = start + np.flatnonzero(first[start : start + TEXTS_PER_WINDOW] != np.arange(
+                start, min(start + TEXTS_PER_WINDOW, len(texts))))
+            vectors[repeated] = vectors[first[repeated]]
         return vectors
+
+
+class _LateCopies:
+    """Vectors from the device to their rows on the host, one batch late, so that the device has the next in hand."""
+
+    def __init__(self, vectors: np.ndarray) -> None:
+        self.vectors = vectors
+        self.waiting: list[tuple[np.ndarray, torch.Tensor, torch.cuda.Event | None]] = []
+
+    def add(self, rows: np.ndarray, vector_BD: torch.Tensor) -> None:
+        """Start a copy; end the one before it."""
+        arrived = None
+        if vector_BD.device.type == "cuda":
+            host_BD = torch.empty(vector_BD.shape, dtype=vector_BD.dtype, pin_memory=True)
+            vector_BD = host_BD.copy_(vector_BD, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self.waiting.append((rows, vector_BD, arrived))
+        if len(self.waiting) > 1:
+            self._end()
+
+    def finish(self) -> None:
+        """End all copies."""
+        while self.waiting:
+            self._end()
+
+    def _end(self) -> None:
+        rows, host_BD, arrived = self.waiting.pop(0)
+        if arrived is not None:
+            arrived.synchronize()
+        self.vectors[rows] = host_BD.numpy()
+
+
+def first_of_equal(texts: Sequence[str]) -> np.ndarray:
+    """For each text the index of the first one equal to it, (texts,) int32: its own where it is the first.
+
+    Example: a b a -> 0 1 0. Sorting hashes takes at most 32 bytes a text, whatever the texts; two different texts
+    of one hash are told apart by comparison and stand for themselves.
+    """
+    hashes = np.fromiter(map(hash, texts), np.int64, len(texts))
+    order = hashes.argsort(kind="stable").astype(np.int32)
+    hashes = hashes[order]
+    is_first = np.ones(len(texts), np.bool_)
+    np.not_equal(hashes[1:], hashes[:-1], out=is_first[1:])
+    del hashes
+    run = np.flatnonzero(is_first).astype(np.int32)
+    first = np.empty(len(texts), np.int32)
+    first[order] = np.repeat(order[run], np.diff(run, append=np.int32(len(texts))))
+    for n in np.flatnonzero(first != np.arange(len(texts), dtype=np.int32)):
+        if texts[n] != texts[first[n]]:
+            first[n] = n
+    return first
+
+
+def one_ahead(function: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
+    """function(item) for each item in order, computed in a thread while the caller works on the one before."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for item in items:
+            following = pool.submit(function, item)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = following
+        if waiting is not None:
+            yield waiting.result()
 
 
 def _inside_run(folder: Path) -> Path:

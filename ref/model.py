@@ -149,13 +149,16 @@ class Mistral(nn.Module):
 
 
 def fresh(arch: Architecture, *, seed: int) -> Mistral:
-    """A model with random weights: embeddings and matrices normal with deviation 1/sqrt(inputs), norms at one.
+    """A model with random weights: embeddings of deviation 0.02, matrices of 1/sqrt(inputs), norms at one.
 
-    The usual 0.02 fits a width of a few thousand; at width 128 it starts with attention that sees nothing.
+    The usual 0.02 for all fits a width of a few thousand; matrices of that size at width 128 start with attention that
+    sees nothing. Embeddings are normed before they are read, so their size sets only how fast they turn: AdamW moves
+    a weight by its rate, whatever its size.
     """
     generator = torch.Generator().manual_seed(seed)
     model = Mistral(arch)
     for parameter in model.parameters():
         if parameter.ndim == 2:
-            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5, generator=generator)
+            deviation = 0.02 if parameter is model.embed_tokens.weight else parameter.shape[1] ** -0.5
+            nn.init.normal_(parameter, std=deviation, generator=generator)
     return model

@@ -11,8 +11,9 @@ attention then runs over few groups of equal length. Called by embedder.py and g
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, chain, groupby
+from itertools import accumulate, groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,9 +53,9 @@ class Packed:
         return [(len(list(texts)), length) for length, texts in groupby(self.lengths)]
 
 
-def pack(texts: Sequence[Sequence[int]], *, device: torch.device, prefix_tokens: int = 0) -> Packed:
+def pack(texts: Sequence[Sequence[int] | np.ndarray], *, device: torch.device, prefix_tokens: int = 0) -> Packed:
     """Lay token lists (each with at least one id) end to end."""
-    ids_T = torch.tensor(list(chain.from_iterable(texts)), dtype=torch.int64)
+    ids_T = torch.from_numpy(np.concatenate(texts, dtype=np.int64))
     if device.type == "cuda":
         ids_T = ids_T.pin_memory()
     return Packed(ids_T.to(device, non_blocking=True), tuple(map(len, texts)), prefix_tokens)

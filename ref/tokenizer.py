@@ -20,6 +20,7 @@ from ref.config import read_json
 
 BEGIN, END, UNKNOWN = "<s>", "</s>", "<unk>"
 LONGEST_TOKEN_CHARS = 32  # a text is cut to this many characters for each token asked, before it is encoded
+TEXTS_AT_A_TIME = 1000  # the library keeps some hundred bytes for each token of the texts it is given together
 
 
 class TextTokenizer:
@@ -61,14 +62,17 @@ class TextTokenizer:
 
     def encode(self, texts: Sequence[str], *, max_tokens: int) -> list[list[int]]:
         """The first `max_tokens` ids of each text, without `<s>` and `</s>`; ValueError for half a surrogate pair."""
-        cut = [text[: max_tokens * LONGEST_TOKEN_CHARS] for text in texts]
-        try:
-            encoded = self.library.encode_batch_fast(cut, add_special_tokens=False)
-        except TypeError:
-            half = next(text for text in cut if any("\ud800" <= character <= "\udfff" for character in text))
-            raise ValueError(f"text {half!r:.60} has half a surrogate pair. Expected is valid Unicode. "
-                             "Remove it.") from None
-        return [e.ids[:max_tokens] for e in encoded]
+        ids: list[list[int]] = []
+        for start in range(0, len(texts), TEXTS_AT_A_TIME):
+            cut = [text[: max_tokens * LONGEST_TOKEN_CHARS] for text in texts[start : start + TEXTS_AT_A_TIME]]
+            try:
+                encoded = self.library.encode_batch_fast(cut, add_special_tokens=False)
+            except TypeError:
+                half = next(text for text in cut if any("\ud800" <= character <= "\udfff" for character in text))
+                raise ValueError(f"text {half!r:.60} has half a surrogate pair. Expected is valid Unicode. "
+                                 "Remove it.") from None
+            ids += [e.ids[:max_tokens] for e in encoded]
+        return ids
 
     def cut(self, text: str, *, max_tokens: int) -> str:
         """The characters that the first `max_tokens` ids of a text stand for."""

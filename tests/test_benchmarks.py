@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import b7_loss
+from benchmarks import loss
 from benchmarks.measure import agree, difference, measure, peak_bytes
 
 ROOT = Path(__file__).parent.parent
@@ -20,12 +20,12 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read 
 @linux
 def test_the_loss_on_a_cpu_needs_a_quarter_of_eagers_memory():
     """At the shape of B7; what both must return, the gradients, counts in."""
-    inputs = b7_loss.case(1024, 256, device=CPU, dtype=torch.float32)
+    inputs = loss.case(1024, 256, device=CPU, dtype=torch.float32)
     peak = {}
-    for loss in (b7_loss.ours, b7_loss.eager):
-        b7_loss.gradients(loss, *inputs)
-        peak[loss] = peak_bytes(lambda loss=loss: b7_loss.gradients(loss, *inputs), CPU)
-    assert 0 < peak[b7_loss.ours] <= peak[b7_loss.eager] / 4
+    for path in (loss.ours, loss.eager):
+        loss.gradients(path, *inputs)
+        peak[path] = peak_bytes(lambda path=path: loss.gradients(path, *inputs), CPU)
+    assert 0 < peak[loss.ours] <= peak[loss.eager] / 4
 
 
 @linux

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import Result, agree, difference, measure
+from benchmarks.measure import Result, Target, agree, difference, measure
 from ref.loss import Groups, Rule, TorchEpilogue, blocked_loss
 
 TEMPERATURE, MARGIN, CANDIDATES = 0.02, 0.1, 8
@@ -116,7 +116,7 @@ def differences(loss: Loss, truth: tuple[Tensor, ...], *inputs: Any) -> float:
     return max(difference(a, b) for a, b in zip(gradients(loss, *inputs), truth, strict=True))
 
 
-def run(device: torch.device, *, quick: bool = False) -> Result:
+def b7(device: torch.device, *, quick: bool = False) -> Result:
     """Check, then measure."""
     cuda = device.type == "cuda"
     queries, width = (4096, 4096) if cuda else (1024, 256)
@@ -154,7 +154,7 @@ def run(device: torch.device, *, quick: bool = False) -> Result:
     gradient_bytes = (queries * (1 + CANDIDATES)) * width * dtype.itemsize
     beyond = {name: c.peak_bytes - gradient_bytes for name, c in found.items() if not c.missing}
     mine, plain = found["ours"], found["torch eager"]
-    targets: dict[str, tuple[float, str, float]] = {}
+    targets: dict[str, Target] = {}
     if not quick:
         targets["torch eager / ours, time"] = (plain.median_s / mine.median_s, ">=", 1.2 if cuda else 1.0)
     if cuda and not quick:

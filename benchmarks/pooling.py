@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import Contestant, Result, agree, difference, measure
+from benchmarks.measure import Contestant, Result, Target, agree, difference, measure
 from ref.pooling import last_token_pool
 
 EPS = 1e-5
@@ -91,7 +91,7 @@ def launch_s(call: Callable[[], object], device: torch.device) -> float:
     return (time.perf_counter() - start_s) / LAUNCHES
 
 
-def run(device: torch.device, *, quick: bool = False) -> Result:
+def b8(device: torch.device, *, quick: bool = False) -> Result:
     """Check, then measure; on the CPU a dry run at a small shape that says nothing about speed."""
     cuda = device.type == "cuda"
     texts, tokens, width = (512, 512, 4096) if cuda and not quick else (16, 8, 256)
@@ -110,7 +110,7 @@ def run(device: torch.device, *, quick: bool = False) -> Result:
              for name, call in calls.items()}
     figures = {f"{name}, launch from Python, us": 1e6 * launch_s(lambda call=call: call(*given), device)  # type: ignore[misc]
                for name, call in calls.items() if not isinstance(call, str)}
-    targets: dict[str, tuple[float, str, float]] = {}
+    targets: dict[str, Target] = {}
     if cuda and not quick:
         mine = found["ours"].median_s
         targets["torch chain / ours"] = (found["torch chain"].median_s / mine, ">=", 3)

@@ -1,0 +1,243 @@
+"""B1 to B4 and B10: texts to vectors, against transformers and sentence-transformers on the same weights.
+
+    B1     equal lengths, token ids given                     B2    mixed lengths, from texts
+    B3     queries behind one prefix of solved examples       B4    the last layer for pooled tokens only
+    B10    texts to vectors, three in ten of them repeated
+
+Matrix products are counted as 2 x weights x tokens, the last layer as if it were full: its saving counts as speed.
+"""
+
+import random
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import shapes
+from benchmarks.measure import Contestant, Result, Target, agree, difference, growth, measure
+from ref.embedder import Embedder
+from ref.model import Mistral
+from ref.packing import pack
+from ref.pooling import embed, last_token_pool
+from ref.prompts import Example, Prompter
+
+NOT_THERE = "sentence-transformers is not installed"
+
+
+class Setting:
+    """One shape: a checkpoint on disk, our embedder on it, and the peers on the same weights."""
+
+    def __init__(self, device: torch.device, *, quick: bool) -> None:
+        self.device, self.quick = device, quick
+        self.arch = shapes.architecture(device, quick=quick)
+        self.scratch = tempfile.TemporaryDirectory(prefix="benchmarks-")
+        self.folder = Path(self.scratch.name) / "model"
+        shapes.write_checkpoint(self.arch, self.folder, device)
+        self.model, self.twin = shapes.loaded(self.folder, self.arch, device)
+        self.tokens = shapes.tokenizer(self.arch)
+        self.embedder = Embedder(self.model, Prompter(self.tokens))
+        self.rounds = 5
+        self.bound = 1e-5 if device.type == "cpu" else 2e-2
+
+    def sized(self, gpu: int, cpu: int, quick: int) -> int:
+        """A number of the shape: on a GPU, on a CPU, in a dry run."""
+        return quick if self.quick else gpu if self.device.type == "cuda" else cpu
+
+    def sentence_transformer(self) -> Any:
+        """sentence-transformers on the same folder; a text, why not, if it is missing."""
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError:
+            return NOT_THERE
+        if self.device.type == "cuda":
+            return "the checkpoint of the GPU shape has no modules.json"
+        return SentenceTransformer(str(self.folder), device=str(self.device))
+
+    def ids(self, texts: list[str]) -> list[list[int]]:
+        """Ids with `<s>` and `</s>`."""
+        return [[self.tokens.begin, *ids, self.tokens.end] for ids in self.tokens.encode(texts, max_tokens=4096)]
+
+
+@cache
+def setting(device: torch.device, quick: bool) -> Setting:
+    """The one setting of a process."""
+    return Setting(device, quick=quick)
+
+
+def weights_in_products(model: Mistral) -> int:
+    """P of the floors: the weights of all linear layers."""
+    return sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+
+
+def matrix_rate(arch: Any, device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the model's largest matrix product, measured now."""
+    rows = 8192
+    x_TD, weight_FD = (torch.randn(n, arch.width, device=device, dtype=dtype) for n in (rows, arch.ffn_width))
+    found = measure({"": lambda: x_TD @ weight_FD.T}, device=device, rounds=7)[""]
+    return 2 * rows * arch.width * arch.ffn_width / found.median_s
+
+
+def b1(device: torch.device, *, quick: bool = False) -> Result:
+    """Equal lengths: no padding for anyone, sorting does nothing; what is left is the forward pass."""
+    s = setting(device, quick)
+    texts, length = s.sized(128, 64, 4), s.sized(512, 128, 16)
+    ids_BT = torch.randint(3, 7000, (texts, length), device=device)
+    packed = pack(list(ids_BT.cpu().numpy()), device=device)
+
+    @torch.inference_mode()
+    def ours() -> Tensor:
+        return embed(s.model, packed, kernels=s.embedder.kernels)
+
+    @torch.inference_mode()
+    def theirs() -> Tensor:
+        return shapes.last_token(s.twin, ids_BT)
+
+    compiled: Any = "left out on the CPU"
+    if device.type == "cuda":
+        module = torch.compile(s.twin, dynamic=False)
+        compiled = torch.inference_mode()(lambda: shapes.last_token(module, ids_BT))
+    checks = {"ours against transformers": difference(ours(), theirs())}
+    agree(checks, s.bound)
+    found = measure({"ours": ours, "transformers, SDPA": theirs, "transformers, compiled": compiled},
+                    device=device, rounds=s.rounds)
+    mine = found["ours"].median_s
+    flop = 2 * weights_in_products(s.model) * texts * length
+    rate = matrix_rate(s.arch, device, s.model.norm.weight.dtype)
+    share = flop / mine / rate
+    targets: dict[str, Target] = {}
+    if not quick:
+        cuda = device.type == "cuda"
+        targets = {"transformers / ours": (found["transformers, SDPA"].median_s / mine, ">=", 1.2 if cuda else 1.1),
+                   "share of the matrix rate": (share, ">=", 0.75 if cuda else 0.7)}
+        if not found["transformers, compiled"].missing:
+            targets["compiled / ours"] = (found["transformers, compiled"].median_s / mine, ">=", 1.05)
+    figures = {"ours, tokens/s": texts * length / mine, "matrix rate, GFLOP/s": rate / 1e9,
+               "share of the matrix rate": share}
+    return Result("B1", {"texts": texts, "tokens": length}, found, checks, targets, figures)
+
+
+def b2(device: torch.device, *, quick: bool = False) -> Result:
+    """Mixed lengths: what padding costs."""
+    s = setting(device, quick)
+    draw = random.Random(torch.initial_seed())
+    mean, cap = s.sized(172, 172, 20), s.sized(512, 512, 60)
+    texts = shapes.mixed_texts(s.sized(4096, 256, 24), mean=mean, cap=cap, draw=draw)
+    peer = s.sentence_transformer()
+
+    @torch.inference_mode()
+    def loop(texts: list[str] = texts) -> Tensor:
+        parts = []
+        for batch in shapes.by_batch(texts, 32):
+            ids_BT, mask_BT = shapes.padded(s.ids(batch), device)
+            parts.append(shapes.last_token(s.twin, ids_BT, mask_BT).cpu())
+        return torch.cat(parts)
+
+    calls: dict[str, Any] = {"ours": lambda: s.embedder.encode(texts), "padded loop, unsorted": loop,
+                             "sentence-transformers": peer if isinstance(peer, str) else lambda: peer.encode(texts)}
+    few = texts[:16]
+    ours = torch.from_numpy(s.embedder.encode(few))
+    checks = {"ours against the padded loop": difference(ours, loop(few))}
+    if not isinstance(peer, str):
+        checks["ours against sentence-transformers"] = difference(ours, torch.from_numpy(peer.encode(few)))
+    agree(checks, s.bound)
+    found = measure(calls, device=device, rounds=s.rounds)
+    tokens = sum(map(len, s.ids(texts)))
+    figures = {"ours, tokens/s": tokens / found["ours"].median_s, "mean tokens": tokens / len(texts)}
+    if not quick:
+        sizes = [64, 256, 1024] if device.type == "cpu" else [4096, 16384, 65536]
+        figures |= growth(lambda n: s.embedder.encode(
+            shapes.mixed_texts(n, mean=60, cap=256, draw=random.Random(n))), sizes, device)
+    cuda = device.type == "cuda"
+    return Result("B2", {"texts": len(texts), "mean": mean, "cap": cap}, found, checks, {} if quick else against(
+        found, {"padded loop, unsorted": 2.5, "sentence-transformers": 1.35 if cuda else 2.0}), figures)
+
+
+def against(found: dict[str, Contestant], wanted: dict[str, float]) -> dict[str, Target]:
+    """Targets "peer / ours >= wanted" for the peers that ran."""
+    mine = found["ours"].median_s
+    return {f"{name} / ours": (found[name].median_s / mine, ">=", factor)
+            for name, factor in wanted.items() if not found[name].missing}
+
+
+def b3(device: torch.device, *, quick: bool = False) -> Result:
+    """Queries behind one prefix: computed once here, with every query by the peers that have no prefix."""
+    s = setting(device, quick)
+    draw = random.Random(torch.initial_seed())
+    queries, length = s.sized(512, 64, 6), s.sized(64, 32, 6)
+    wanted = s.sized(1024, 256, 40)
+    texts = [shapes.text(length - 1, draw) for _ in range(queries)]  # and </s>
+    each = (wanted - 4) // 8  # of each side of four examples
+    examples = [Example(shapes.text(each - 2, draw), shapes.text(each - 2, draw)) for _ in range(4)]
+    embedder = Embedder(s.model, Prompter(s.tokens))
+    prefix = embedder.prompter.prefix("w1", examples)
+    rows = [[*prefix.ids, *ids] for ids in embedder.prompter.texts(texts, prefix)]
+    ids_BT = torch.tensor(rows, device=device)
+
+    def ours() -> Any:
+        return embedder.encode(texts, instruction="w1", examples=examples)
+
+    @torch.inference_mode()
+    def theirs() -> Tensor:
+        return torch.cat([shapes.last_token(s.twin, part).cpu() for part in ids_BT.split(16)])
+
+    checks = {"ours against prefix and query in full": difference(torch.from_numpy(ours()), theirs())}
+    agree(checks, s.bound)
+    found = measure({"ours": ours, "prefix and query for each query": theirs}, device=device, rounds=s.rounds)
+    gain = found["prefix and query for each query"].median_s / found["ours"].median_s
+    ideal = queries * len(rows[0]) / (len(prefix.ids) + queries * (len(rows[0]) - len(prefix.ids)))
+    targets: dict[str, Target] = {}
+    if not quick:
+        targets["gain"] = (gain, ">=", 10 if device.type == "cuda" else 5)
+        if device.type == "cuda":
+            targets["share of the ideal gain"] = (gain / ideal, ">=", 0.6)
+    return Result("B3", {"prefix": len(prefix.ids), "query": length, "queries": queries}, found, checks, targets,
+                  {"gain": gain, "ideal gain": ideal})
+
+
+def b4(device: torch.device, *, quick: bool = False) -> Result:
+    """The last layer for pooled tokens only, against our own path with a full last layer."""
+    s = setting(device, quick)
+    texts, length = s.sized(128, 64, 4), s.sized(512, 128, 16)
+    packed = pack([list(range(3, 3 + length))] * texts, device=device)
+    norm = s.model.norm
+
+    @torch.inference_mode()
+    def ours() -> Tensor:
+        return embed(s.model, packed, kernels=s.embedder.kernels)
+
+    @torch.inference_mode()
+    def full() -> Tensor:
+        hidden_TD = s.model(packed, every_token=True)
+        return last_token_pool(hidden_TD, packed.last_B, norm.weight, eps=norm.eps, kernels=s.embedder.kernels)
+
+    checks = {"ours against a full last layer": difference(ours(), full())}
+    agree(checks, s.bound)
+    found = measure({"ours": ours, "full last layer": full}, device=device, rounds=s.rounds)
+    wanted = 1.025 if device.type == "cuda" else 1.10
+    return Result("B4", {"texts": texts, "tokens": length}, found, checks,
+                  {} if quick else against(found, {"full last layer": wanted}))
+
+
+def b10(device: torch.device, *, quick: bool = False) -> Result:
+    """From texts to vectors on the host, three in ten texts repeated."""
+    s = setting(device, quick)
+    draw = random.Random(torch.initial_seed())
+    count = s.sized(20_000, 500, 20)
+    different = shapes.mixed_texts(count * 7 // 10, mean=s.sized(172, 100, 12), cap=s.sized(512, 256, 40), draw=draw)
+    texts = different + draw.choices(different, k=count - len(different))
+    draw.shuffle(texts)
+    peer = s.sentence_transformer()
+    checks = {}
+    if not isinstance(peer, str):
+        few = [torch.from_numpy(encode(texts[:16])) for encode in (s.embedder.encode, peer.encode)]
+        checks["ours against sentence-transformers"] = difference(*few)
+    agree(checks, s.bound)
+    found = measure({"ours": lambda: s.embedder.encode(texts),
+                     "sentence-transformers": peer if isinstance(peer, str) else lambda: peer.encode(texts)},
+                    device=device, rounds=s.rounds)
+    wanted = {"sentence-transformers": 1.6 if device.type == "cuda" else 2.0}
+    return Result("B10", {"texts": count, "different": len(different)}, found, checks,
+                  {} if quick else against(found, wanted), {"ours, texts/s": count / found["ours"].median_s})
