@@ -176,10 +176,11 @@ def pick_device(name: str | None = None) -> torch.device:
 PRESETS: dict[str, dict[str, Any]] = {
     # What the report and its closest lineage say, see the README's table: the defaults of `Options` themselves.
     "report": {},
-    # What a small model with fresh weights wants: a larger rate, smaller batches, softer temperatures.
+    # What a small model with fresh weights wants: a larger rate and decay, smaller batches, a softer temperature.
     "small": {
-        "queries": 32, "queries_symmetric": 32, "in_batch": "all", "temperature": 0.05, "teacher_temperature": 0.1,
-        "learning_rate": 1.5e-3, "schedule": "cosine", "max_examples": 0, "max_text_tokens": 96, "epochs": 24,
+        "queries": 64, "queries_symmetric": 64, "negatives": 4, "in_batch": "all", "temperature": 0.05,
+        "teacher_temperature": 0.05, "learning_rate": 2e-3, "schedule": "cosine", "weight_decay": 0.3,
+        "max_examples": 0, "max_text_tokens": 96, "epochs": 24,
     },
 }
 

@@ -46,7 +46,8 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         down_TR = F.linear(F.dropout(x_TD, self.dropout, self.training), self.lora_A.to(x_TD.dtype))
-        return F.linear(x_TD, self.weight) + F.linear(down_TR, self.lora_B.to(x_TD.dtype)) * (self.alpha / self.rank)
+        plain_TF = F.linear(x_TD, self.weight)  # the product of the thin matrices is added to it where it lies
+        return plain_TF.addmm_(down_TR, self.lora_B.to(x_TD.dtype).T, alpha=self.alpha / self.rank)
 
     def product(self) -> Tensor:
         """(alpha / R) B A, fp32, the shape of the weight."""
