@@ -34,8 +34,8 @@ TRAIN_QUERIES, TEST_QUERIES = 300, 40  # per pair of tasks; a task is in two pai
 TRAIN_NOTES, RAW_NOTES, TEST_NOTES = 50, 8, 4  # notes on the board about each value
 POSITIVES, RELATED, TEMPTING, NEGATIVES = 3, 2, 2, 7  # of a row; tempting: positive under another instruction
 PLANTED = 0.3  # chance that one of the negatives is a false one
-TEACHER = {2: 0.90, 1: 0.66, 0: 0.26}  # score by grade ...
-NOISE = 0.02  # ... give or take: 0.88 / 0.92 > 0.95
+TEACHER = {2: 0.90, 1: 0.78, 0: 0.58}  # score by grade, as far apart as an embedder's cosines ...
+NOISE = 0.01  # ... give or take: 0.89 / 0.91 > 0.95
 
 TASKS = {"trade": "IsleTrade", "home": "IsleHome", "pet": "IslePet"}
 INSTRUCTIONS = {"trade": "Who does similar work?", "home": "Who lives close by?", "pet": "Who keeps a similar pet?"}
