@@ -24,12 +24,14 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ref.packing import Packed
+from ref.packing import Packed, to_device
 
+BLOCK = 128  # rows and keys of a block that FlexAttention visits or skips
 KeyValue = tuple[Tensor, Tensor]  # rotated keys (S, G, K) and values (S, G, K) of a shared prefix, one layer
 
 
@@ -91,12 +93,10 @@ def attend_flex(
 
     if prefix is not None:
         k_TGK, v_TGK = (torch.cat(pair) for pair in zip(prefix, (k_TGK, v_TGK), strict=True))
-    block_mask = _block_mask(packed, len(q_NHK), window_keys)
-    attention: Any = flex_attention
-    if q_NHK.device.type == "cuda":
-        attention = _compiled(flex_attention)
+    attention: Any = compiled(flex_attention) if q_NHK.device.type == "cuda" else flex_attention
     q, k, v = (x.transpose(0, 1)[None] for x in (q_NHK, k_TGK, v_TGK))
-    return attention(q, k, v, block_mask=block_mask, enable_gqa=True)[0].transpose(0, 1)
+    mask = _block_mask(packed, len(q_NHK), window_keys)
+    return attention(q, k, v, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
 
 
 def visible_rule(
@@ -119,21 +119,66 @@ def visible_rule(
     return visible
 
 
+def block_table(
+    packed: Packed, rows: int, window_keys: int | None, *, block: int = BLOCK,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which blocks of `block` query rows by `block` keys hold something visible, and which nothing else: bool arrays.
+
+    From the offsets, on the host: T / block numbers a side, never T x T. The first may name a block too many (the
+    mask function still decides inside it), the second never. Two texts of 3 tokens, blocks of 2, no window:
+
+                  keys 0-1  2-3  4-5
+        rows 0-1        x    .    .
+        rows 2-3        x    x    .      row 2 ends the first text, row 3 begins the second
+        rows 4-5        .    x    x
+    """
+    prefix, window = packed.prefix_tokens, window_keys or 2**62
+    start_B, length_B = packed.offsets[:-1], np.array(packed.lengths)
+    text_T = np.repeat(np.arange(len(length_B)), length_B)
+    position_T = np.arange(len(text_T)) - np.repeat(start_B, length_B) + prefix
+    row_N = np.arange(len(text_T)) if rows == len(text_T) else packed.offsets[1:] - 1
+    text_of_key = np.concatenate((np.full(prefix, -1), text_T))
+    place_of_key = np.concatenate((np.arange(prefix), position_T))
+
+    def ranges(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        starts = np.arange(0, len(values), block)
+        return np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts)
+
+    (q_text_low, q_text_high), (q_low, q_high) = ranges(text_T[row_N]), ranges(position_T[row_N])
+    (k_text_low, k_text_high), (k_low, k_high) = ranges(text_of_key), ranges(place_of_key)
+    by_row = lambda x: x[:, None]  # noqa: E731
+    holds_prefix = k_text_low < 0
+    shares_text = holds_prefix | (by_row(q_text_low) <= k_text_high) & (k_text_low <= by_row(q_text_high))
+    some = shares_text & (k_low <= by_row(q_high)) & (by_row(q_low) - k_high < window)
+    one_text = (q_text_low == q_text_high)[:, None] & (k_text_low == k_text_high) & (by_row(q_text_low) == k_text_low)
+    every = (one_text | (k_text_high < 0)) & (k_high <= by_row(q_low)) & (by_row(q_high) - k_low < window)
+    every[len(row_N) // block :] = False  # a block that is cut off holds what is not there
+    every[:, len(place_of_key) // block :] = False
+    return some, every
+
+
 def _block_mask(packed: Packed, rows: int, window_keys: int | None) -> Any:
-    """The rule as a table of blocks; all layers of a forward pass ask for the same one, so it is kept on `packed`."""
-    from torch.nn.attention.flex_attention import create_block_mask
+    """Rule and table for FlexAttention; all layers of a forward pass ask for the same, so they stay on `packed`."""
+    from torch.nn.attention.flex_attention import BlockMask
 
     key = f"_block_mask_{rows}_{window_keys}"
     if key not in packed.__dict__:
-        device = packed.ids_T.device
-        build: Callable[..., Any] = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
-        keys = packed.prefix_tokens + len(packed.ids_T)
-        packed.__dict__[key] = build(
-            visible_rule(packed, rows, window_keys), B=None, H=None, Q_LEN=rows, KV_LEN=keys, device=device)
+        some, every = block_table(packed, rows, window_keys)
+        partly, full = ([to_device(x, packed.ids_T.device) for x in _listed(table)] for table in (some & ~every, every))
+        packed.__dict__[key] = BlockMask.from_kv_blocks(
+            partly[0], partly[1], full[0], full[1], BLOCK_SIZE=BLOCK, mask_mod=visible_rule(packed, rows, window_keys),
+            seq_lengths=(rows, packed.prefix_tokens + len(packed.ids_T)))
     return packed.__dict__[key]
 
 
+def _listed(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How many blocks a row of blocks has, and their numbers, the others after them: (1, 1, rows[, columns]) int32."""
+    order = np.argsort(~table, axis=1, kind="stable").astype(np.int32)
+    return table.sum(1, dtype=np.int32)[None, None], order[None, None]
+
+
 @cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """One compiled version for all token counts."""
-    return torch.compile(function, dynamic=True)
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` through torch.compile, one version for all token counts; an error where it cannot be one graph."""
+    torch._dynamo.config.recompile_limit = 64  # by gradient or not, prefix or not, all rows or the last ones
+    return torch.compile(function, dynamic=True, fullgraph=True)

@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ref.attention import KeyValue
 from ref.config import Kernels
 from ref.model import Mistral
-from ref.packing import cut_by_tokens, pack
+from ref.packing import cut_by_tokens, pack, to_device
 from ref.pooling import embed
 
 KeyValues = list[KeyValue] | None
@@ -70,14 +71,15 @@ class GradientCache:
             for segment in self.segments:
                 prefix = self._first(self._prefix, segment)
                 self.parts += [self._first(self._chunk, segment, chunk, prefix) for chunk in segment.chunks]
-        rows = torch.tensor(list(self._rows()), device=self.device)
-        self.leaf = torch.cat(self.parts).detach()[rows.argsort()].requires_grad_()
-        self.gradients = lambda: self.leaf.grad[rows].split([len(p) for p in self.parts])  # type: ignore[index]
+        rows = np.fromiter(self._rows(), np.int64)
+        back, self.rows = (to_device(order, self.device) for order in (rows.argsort(), rows))
+        self.leaf = torch.cat(self.parts).detach()[back].requires_grad_()
         return self.leaf
 
     def backward(self) -> None:
         """Push the gradient of the vectors into the weights."""
-        gradients = self.gradients()
+        assert self.leaf.grad is not None, "the loss must go backward first"
+        gradients = self.leaf.grad[self.rows].split([len(part) for part in self.parts])
         if self.fits:
             torch.autograd.backward(self.parts, gradients)
             return

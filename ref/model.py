@@ -14,13 +14,13 @@ Source: Mistral 7B, arXiv 2310.06825; RMSNorm, arXiv 1910.07467; SwiGLU, arXiv 2
 """
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ref.attention import KeyValue, attend
+from ref.attention import KeyValue, attend, compiled
 from ref.config import Architecture
 from ref.packing import Packed
 from ref.rope import rotary_tables, rotate
@@ -42,11 +42,9 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention: H query heads share G key/value heads."""
 
-    def __init__(
-        self, width: int, heads: int, kv_heads: int, head_width: int, window_keys: int | None,
-    ) -> None:
+    def __init__(self, width: int, heads: int, kv_heads: int, head_width: int) -> None:
         super().__init__()
-        self.head_width, self.window_keys = head_width, window_keys
+        self.head_width = head_width
         self.q_proj = nn.Linear(width, heads * head_width, bias=False)
         self.k_proj = nn.Linear(width, kv_heads * head_width, bias=False)
         self.v_proj = nn.Linear(width, kv_heads * head_width, bias=False)
@@ -57,17 +55,23 @@ class Attention(nn.Module):
         k_TGK, v_TGK = (f(x_TD).unflatten(-1, (-1, self.head_width)) for f in (self.k_proj, self.v_proj))
         return rotate(k_TGK, *rotary), v_TGK
 
-    def forward(
-        self, x_TD: Tensor, own: KeyValue, packed: Packed, rotary: tuple[Tensor, Tensor], *,
-        prefix: KeyValue | None = None, rows: Tensor | None = None,
-    ) -> Tensor:
-        """Mixed values of the tokens that ask: all (T, D), or those that `rows` (B,) names (B, D)."""
-        cos, sin = rotary
-        if rows is not None:
-            x_TD, cos, sin = x_TD[rows], cos[rows], sin[rows]
-        q_NHK = rotate(self.q_proj(x_TD).unflatten(-1, (-1, self.head_width)), cos, sin)
-        out_NHK = attend(q_NHK, *own, packed, window_keys=self.window_keys, prefix=prefix)
-        return self.o_proj(out_NHK.flatten(-2))
+    def query(self, x_ND: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotated queries (N, H, K) of the tokens that ask."""
+        return rotate(self.q_proj(x_ND).unflatten(-1, (-1, self.head_width)), *rotary)
+
+
+class SiluTimes(torch.autograd.Function):
+    """silu(gate) * up, keeping gate and up alone for backward: autograd would keep silu(gate) as well."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_TF, up_TF)
+        return F.silu(gate_TF).mul_(up_TF)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TF: Tensor) -> tuple[Tensor, Tensor]:
+        gate_TF, up_TF = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad_TF * up_TF, gate_TF), F.silu(gate_TF).mul_(grad_TF)
 
 
 class SwiGLU(nn.Module):
@@ -80,17 +84,20 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(ffn_width, width, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        return self.down_proj(SiluTimes.apply(self.gate_proj(x_TD), self.up_proj(x_TD)))
 
 
 class Block(nn.Module):
-    """One layer: attention and SwiGLU, each on a normalised copy, added to the residual stream."""
+    """One layer: attention and SwiGLU, each on a normalised copy, added to the residual stream.
+
+    All but the attention itself is two halves, before and after it. On CUDA each is compiled, once for all layers.
+    """
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(arch.width, arch.norm_eps)
-        self.self_attn = Attention(
-            arch.width, arch.heads, arch.kv_heads, arch.head_width, arch.window_keys)
+        self.self_attn = Attention(arch.width, arch.heads, arch.kv_heads, arch.head_width)
+        self.window_keys = arch.window_keys
         self.post_attention_layernorm = RMSNorm(arch.width, arch.norm_eps)
         self.mlp = SwiGLU(arch.width, arch.ffn_width)
 
@@ -99,11 +106,26 @@ class Block(nn.Module):
         prefix: KeyValue | None = None, rows: Tensor | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """The next hidden states of all tokens, or of those that `rows` names; and this layer's keys and values."""
+        before, after = Block.before, Block.after
+        if x_TD.device.type == "cuda":
+            before, after = compiled(before), compiled(after)
+        q_NHK, own = before(self, x_TD, rotary, rows)
+        mixed_NHK = attend(q_NHK, *own, packed, window_keys=self.window_keys, prefix=prefix)
+        return after(self, x_TD, mixed_NHK, rows), own
+
+    def before(self, x_TD: Tensor, rotary: tuple[Tensor, Tensor], rows: Tensor | None) -> tuple[Tensor, KeyValue]:
+        """Queries (N, H, K) of the tokens that ask, keys and values (T, G, K) of all."""
         normed_TD = self.input_layernorm(x_TD)
         own = self.self_attn.key_value(normed_TD, rotary)
-        mixed = self.self_attn(normed_TD, own, packed, rotary, prefix=prefix, rows=rows)
-        x_TD = (x_TD if rows is None else x_TD[rows]) + mixed
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD)), own
+        if rows is not None:
+            cos_TK, sin_TK = rotary
+            normed_TD, rotary = normed_TD[rows], (cos_TK[rows], sin_TK[rows])
+        return self.self_attn.query(normed_TD, rotary), own
+
+    def after(self, x_TD: Tensor, mixed_NHK: Tensor, rows: Tensor | None) -> Tensor:
+        """The next hidden states (N, D), from the values that attention has mixed."""
+        x_ND = (x_TD if rows is None else x_TD[rows]) + self.self_attn.o_proj(mixed_NHK.flatten(-2))
+        return x_ND + self.mlp(self.post_attention_layernorm(x_ND))
 
 
 class Mistral(nn.Module):

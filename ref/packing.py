@@ -11,7 +11,7 @@ attention then runs over few groups of equal length. Called by embedder.py and g
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, groupby
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -27,26 +27,25 @@ class Packed:
     prefix_tokens: int = 0  # length S of the prefix that all texts of the stream share
 
     @property
-    def offsets(self) -> list[int]:
-        """Where each text starts, and at the end T: B + 1 token counts."""
-        return [0, *accumulate(self.lengths)]
+    def offsets(self) -> np.ndarray:
+        """Where each text starts, and at the end T: (B + 1,) int64 token counts."""
+        return np.cumsum((0, *self.lengths))
 
     @cached_property
     def text_T(self) -> Tensor:
         """Which text a token belongs to, (T,) int64."""
-        lengths_B = torch.tensor(self.lengths)
-        return torch.arange(len(self.lengths)).repeat_interleave(lengths_B).to(self.ids_T.device)
+        return to_device(np.repeat(np.arange(len(self.lengths)), self.lengths), self.ids_T.device)
 
     @cached_property
     def position_T(self) -> Tensor:
         """Position of each token in its text, the shared prefix counted, (T,) int64."""
-        steps = [torch.arange(self.prefix_tokens, self.prefix_tokens + n) for n in self.lengths]
-        return torch.cat(steps).to(self.ids_T.device)
+        start_T = np.repeat(self.offsets[:-1], self.lengths)
+        return to_device(np.arange(len(start_T)) - start_T + self.prefix_tokens, self.ids_T.device)
 
     @cached_property
     def last_B(self) -> Tensor:
         """Index of each text's last token in the stream, (B,) int64."""
-        return torch.tensor(self.offsets[1:], device=self.ids_T.device) - 1
+        return to_device(self.offsets[1:] - 1, self.ids_T.device)
 
     def runs_of_equal_length(self) -> list[tuple[int, int]]:
         """(number of texts, tokens of each) for neighbours of one length."""
@@ -55,10 +54,14 @@ class Packed:
 
 def pack(texts: Sequence[Sequence[int] | np.ndarray], *, device: torch.device, prefix_tokens: int = 0) -> Packed:
     """Lay token lists (each with at least one id) end to end."""
-    ids_T = torch.from_numpy(np.concatenate(texts, dtype=np.int64))
-    if device.type == "cuda":
-        ids_T = ids_T.pin_memory()
-    return Packed(ids_T.to(device, non_blocking=True), tuple(map(len, texts)), prefix_tokens)
+    ids_T = np.concatenate(texts, dtype=np.int64)
+    return Packed(to_device(ids_T, device), tuple(map(len, texts)), prefix_tokens)
+
+
+def to_device(numbers: np.ndarray | Tensor, device: torch.device) -> Tensor:
+    """Numbers of the host on the device; from pinned memory, so that neither waits for the other."""
+    tensor = torch.as_tensor(numbers)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def cut_by_tokens(lengths: Sequence[int], *, tokens_per_batch: int) -> list[list[int]]:

@@ -18,6 +18,7 @@ from ref.data import KINDS, Batch, SoftLabels
 from ref.gradcache import GradientCache, Segment
 from ref.loss import LossTerms, training_loss
 from ref.model import Mistral
+from ref.packing import to_device
 from ref.prompts import Prefix, Prompter
 from ref.runs import trainable
 
@@ -72,9 +73,9 @@ class Trainer:
         query_QD, passage_PD = vectors.split([len(batch.queries), len(batch.passages)])
         options = self.options
         groups = dataclasses.replace(batch.groups, **{
-            name: value.to(self.device) for name, value in vars(batch.groups).items()})
+            name: to_device(value, self.device) for name, value in vars(batch.groups).items()})
         return training_loss(
-            query_QD, passage_PD, groups, batch.teacher_QC.to(self.device), temperature=options.temperature,
+            query_QD, passage_PD, groups, to_device(batch.teacher_QC, self.device), temperature=options.temperature,
             teacher_temperature=options.teacher_temperature, hard_weight=options.hard_weight,
             soft_weight=options.soft_weight, in_batch=batch.in_batch, margin=options.false_negative_margin,
             kernels=options.kernels or "eager")

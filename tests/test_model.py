@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL, edit_json, scatter_weights
@@ -21,10 +22,12 @@ from torch import Tensor
 from transformers import MistralConfig, MistralModel
 from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 
+import ref.attention
 import ref.model
-from ref.attention import KeyValue, attend_by_length, attend_flex
+from ref.attention import KeyValue, attend_by_length, attend_flex, block_table, visible_rule
 from ref.checkpoint import load_model, save_model
-from ref.model import Mistral
+from ref.lora import adapters, attach
+from ref.model import Block, Mistral
 from ref.packing import Packed, cut_by_tokens, pack
 from ref.rope import rotary_tables, rotate
 
@@ -174,7 +177,7 @@ def test_bf16_is_as_close_to_fp32_as_that_of_transformers(tmp_path: Path) -> Non
 def window_of(change: int) -> Callable[[Mistral, pytest.MonkeyPatch], None]:
     def apply(model: Mistral, _: pytest.MonkeyPatch) -> None:
         for layer in model.layers:
-            layer.self_attn.window_keys += change
+            layer.window_keys += change
     return apply
 
 
@@ -263,7 +266,7 @@ def test_cut_by_tokens(lengths: list[int], budget: int) -> None:
 def test_pack_says_where_texts_lie() -> None:
     packed = pack([[5, 6, 7], [8, 9]], device=CPU, prefix_tokens=4)
     assert packed.ids_T.tolist() == [5, 6, 7, 8, 9]
-    assert packed.offsets == [0, 3, 5] and packed.last_B.tolist() == [2, 4]
+    assert packed.offsets.tolist() == [0, 3, 5] and packed.last_B.tolist() == [2, 4]
     assert packed.text_T.tolist() == [0, 0, 0, 1, 1] and packed.position_T.tolist() == [4, 5, 6, 4, 5]
 
 
@@ -407,6 +410,88 @@ def test_one_packed_batch_serves_two_windows(attention: Callable[..., Tensor]) -
         truth = attend_by_loops(q, k, v, packed, window_keys=window_keys)
         torch.testing.assert_close(attention(q, k, v, packed, window_keys=window_keys).double(), truth,
                                    rtol=1e-5, atol=1e-6)
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.sampled_from((0, 1, 5, 9, 30)),
+       st.sampled_from((None, 1, 3, 7, 20)), st.sampled_from((2, 3, 4, 8)), st.booleans())
+def test_the_table_of_blocks_names_what_is_visible(
+    lengths: list[int], prefix_tokens: int, window_keys: int | None, block: int, last_only: bool,
+) -> None:
+    """Every visible pair lies in a named block; a block that is named whole is visible as a whole, and not cut off."""
+    packed = pack([[0] * n for n in lengths], device=CPU, prefix_tokens=prefix_tokens)
+    rows, keys = len(lengths) if last_only else sum(lengths), prefix_tokens + sum(lengths)
+    visible = visible_rule(packed, rows, window_keys)(
+        torch.zeros(()), torch.zeros(()), torch.arange(rows)[:, None], torch.arange(keys)[None])
+    some, every = block_table(packed, rows, window_keys, block=block)
+    for (i, j), named in np.ndenumerate(some):
+        inside = visible[i * block : (i + 1) * block, j * block : (j + 1) * block]
+        assert named or not inside.any()
+        assert not every[i, j] or (named and inside.all() and inside.shape == (block, block))
+
+
+def test_blocks_that_see_nothing_are_skipped_and_whole_ones_known() -> None:
+    """64 texts of 512 tokens: 10 of 4 x 4 blocks each hold something, 6 of them nothing else."""
+    some, every = block_table(pack([[0] * 512] * 64, device=CPU), 64 * 512, 4096)
+    assert (some.sum(), every.sum()) == (64 * 10, 64 * 6)
+    some, _ = block_table(pack([[0] * 512] * 64, device=CPU), 64, 4096)
+    assert some.sum() == 64 * 4  # the last tokens alone: one block of rows, all blocks of keys
+
+
+@pytest.mark.record
+@torch.no_grad()
+def test_compiled_flex_attention_follows_the_table() -> None:
+    """Uncompiled it reads the rule alone; compiled, a block that the table leaves out is not visited: the control."""
+    attention = torch.compile(torch.nn.attention.flex_attention.flex_attention, fullgraph=True)
+    for lengths, prefix_tokens, window_keys in (((300, 300, 50, 7), 0, None), ((290, 100, 60), 100, 64)):
+        packed = pack([[0] * n for n in lengths], device=CPU, prefix_tokens=prefix_tokens)
+        q, k, v = (torch.randn(packed.offsets[-1], heads, 32) for heads in (4, 2, 2))
+        prefix = (torch.randn(prefix_tokens, 2, 32), torch.randn(prefix_tokens, 2, 32))
+        truth = attend_by_length(q, k, v, packed, window_keys=window_keys, prefix=prefix)
+        stream = [x.transpose(0, 1)[None] for x in (q, torch.cat((prefix[0], k)), torch.cat((prefix[1], v)))]
+        mask = ref.attention._block_mask(packed, len(q), window_keys)
+        ours = attention(*stream, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+        torch.testing.assert_close(ours, truth, rtol=1e-5, atol=3e-6)
+        mask.kv_num_blocks[..., 1] -= 1
+        other = attention(*stream, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+        assert (other - truth).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_the_halves_of_a_block_are_compiled_once_for_all_layers_and_lengths(
+    train: bool, small_model: Callable[..., Mistral],
+) -> None:
+    """As on CUDA, but for the backend: one graph, no break, the same for every layer and token count; equal results."""
+    graphs = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    before, after = (torch.compile(half, dynamic=True, fullgraph=True, backend=counting)
+                     for half in (Block.before, Block.after))
+    model = small_model(layers=4)
+    if train:
+        attach(model, rank=4, alpha=8.0, dropout=0.0, targets=["q_proj", "down_proj"])
+        for layer in adapters(model).values():
+            torch.nn.init.normal_(layer.lora_B, std=0.1)
+    with torch.set_grad_enabled(train):
+        for lengths in ((5, 5, 3), (9, 2), (4, 7, 7, 1)):
+            packed = pack(random_texts(lengths), device=CPU)
+            rotary = model._rotary(packed.position_T)
+            plain_TD = compiled_TD = model.embed_tokens(packed.ids_T).requires_grad_(train)
+            for block in model.layers:
+                plain_TD, _ = block(plain_TD, packed, rotary)
+                q_THK, own = before(block, compiled_TD, rotary, None)
+                mixed_THK = attend_by_length(q_THK, *own, packed, window_keys=block.window_keys)
+                compiled_TD = after(block, compiled_TD, mixed_THK, None)
+            assert relative(compiled_TD, plain_TD) <= 1e-6
+            if train:
+                for weight in (model.layers[0].self_attn.q_proj.lora_A, model.layers[2].mlp.down_proj.lora_B):
+                    plain, ours = (torch.autograd.grad(x.sum(), weight, retain_graph=True)[0]
+                                   for x in (plain_TD, compiled_TD))
+                    assert relative(ours, plain) <= 1e-5
+    assert len(graphs) == 2
 
 
 # ------------------------------------------------------------------------------------------------- RoPE
