@@ -44,8 +44,8 @@ class Rule:
         column_QC = self.groups.column_QC
         inside_QC = (column_QC >= first) & (column_QC < first + count)
         local_QC = (column_QC - first).where(inside_QC, count)  # all others fall into a spare column
-        label = self.label_QC.new_zeros(len(column_QC), count + 1).scatter_add(1, local_QC, self.label_QC)
-        own = torch.zeros_like(label, dtype=torch.bool).scatter(1, local_QC, True)
+        label = self.label_QC.new_zeros(len(column_QC), count + 1).scatter_add_(1, local_QC, self.label_QC)
+        own = torch.zeros_like(label, dtype=torch.bool).scatter_(1, local_QC, True)
         return label[:, :count], own[:, :count]
 
     def false_negatives(self, cosine: Tensor, own: Tensor, first: int) -> Tensor:
@@ -54,7 +54,7 @@ class Rule:
         leaves = cosine > self.limit_Q[:, None]
         for known_Q in self.groups.known_QX.T:
             leaves |= text_P == known_Q[:, None]
-        return leaves & ~own
+        return leaves.masked_fill_(own, False)
 
 
 @dataclass
