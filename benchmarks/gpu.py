@@ -3,6 +3,7 @@
     suite       tests/test_kernels.py, natively in bf16, fp16 and fp32 (off a GPU: in Triton's interpreter)
     sanitizer   compute-sanitizer's memcheck and racecheck over every kernel at small shapes, where the tool runs
     B7 … B10    see their files
+    run         run_train.py on a 7B model of random weights, a few steps
 
 Each part writes benchmarks/results/gpu/PART.json when it ends, so that a slot that is cut short keeps what was done.
 Without a GPU everything runs at small shapes on the CPU: a dry run of the script, which measures nothing.
@@ -10,16 +11,20 @@ Without a GPU everything runs at small shapes on the CPU: a dry run of the scrip
 
 import json
 import os
+import random
 import shutil
+import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import encoding, loss, pooling, training
+import run_train
+from benchmarks import encoding, loss, pooling, shapes, training
 from benchmarks.measure import RESULTS, Result, report
 from ref.runs import machine, now
 
@@ -82,10 +87,40 @@ def benchmark(run: Callable[..., Any]) -> Callable[[bool], dict[str, Any]]:
 
 
 BENCHMARKS: dict[str, Callable[..., Result]] = {
-    "B7": loss.b7, "B8": pooling.b8, "B1": encoding.b1, "B5": training.b5, "B3": encoding.b3, "B6": training.b6,
-    "B2": encoding.b2, "B4": encoding.b4, "B10": encoding.b10}
+    "B1": encoding.b1, "B2": encoding.b2, "B3": encoding.b3, "B4": encoding.b4, "B5": training.b5, "B6": training.b6,
+    "B7": loss.b7, "B8": pooling.b8, "B10": encoding.b10}
+def training_run(cuda: bool) -> dict[str, Any]:
+    """run_train.py itself on random weights: one step to warm up, three timed, of 512 queries x (1+7)."""
+    device = torch.device("cuda" if cuda else "cpu")
+    s = encoding.setting(device, not cuda)
+    draw = random.Random(0)
+    queries, tokens = (512, 96) if cuda else (8, 12)
+    rows = [{"query": shapes.text(draw.randrange(8, 33), draw), "prompt": "w1", "pos_scores": [0.9],
+             "pos": [shapes.text(draw.randrange(tokens // 3, tokens), draw)], "neg_scores": [0.5] * 7,
+             "neg": [shapes.text(draw.randrange(tokens // 3, tokens), draw) for _ in range(7)]} for _ in range(queries)]
+    with tempfile.TemporaryDirectory(prefix="benchmarks-") as scratch:
+        data, output = Path(scratch) / "soft_labels.jsonl", Path(scratch) / "run"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        code = run_train.main([
+            "--data", str(data), "--model", str(s.folder), "--preset", "report", "--lora-rank", "32", "--steps", "4",
+            "--queries", str(queries), "--max-text-tokens", "96", "--max-examples", "0", "--output", str(output)])
+        if code:
+            return {"error": f"run_train.py ended with {code}"}
+        steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][1:]
+    rate = statistics.median(step["tokens_per_s"] for step in steps)
+    dtype = torch.bfloat16 if cuda else torch.float32
+    floor = encoding.matrix_rate(s.arch, device, dtype) / (6 * encoding.weights_in_products(s.model))
+    peak = torch.cuda.max_memory_allocated() if cuda else 0
+    return {"queries": queries, "tokens a step": steps[0]["tokens"], "tokens/s": [x["tokens_per_s"] for x in steps],
+            "median tokens/s": rate, "peak GB": peak / 1e9, "share of the floor of 6 P": rate / floor}
+
+
 PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {
-    "suite": suite, "sanitizer": sanitizer, **{name: benchmark(run) for name, run in BENCHMARKS.items()}}
+    "suite": suite, "sanitizer": sanitizer,
+    **{name: benchmark(BENCHMARKS[name]) for name in ("B7", "B8", "B1", "B5", "B3", "B6")}, "run": training_run,
+    **{name: benchmark(BENCHMARKS[name]) for name in ("B2", "B4", "B10")}}
 
 
 def main(names: list[str]) -> int:

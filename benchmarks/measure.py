@@ -21,6 +21,7 @@ import torch
 from ref.runs import machine, now, package_version
 
 RESULTS = Path(__file__).parent / "results"
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 PEERS = ("transformers", "peft", "sentence-transformers", "liger-kernel")
 
 
@@ -110,11 +111,16 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated() - before
     if sys.platform != "linux":
         return 0
-    ctypes.CDLL(None).malloc_trim(0)  # give freed memory back, so that it counts again
+    libc = ctypes.CDLL(None)
+    libc.mallopt(MMAP_THRESHOLD, 2**16)  # what is freed goes back at once: no holes are counted
+    libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = _status("VmRSS")
     call()
-    return _status("VmHWM") - before
+    peak = _status("VmHWM") - before
+    libc.mallopt(MMAP_THRESHOLD, 2**25)  # what glibc itself comes to once large blocks are freed
+    libc.mallopt(TRIM_THRESHOLD, 2**26)
+    return peak
 
 
 def _status(key: str) -> int:

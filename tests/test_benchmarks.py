@@ -33,7 +33,7 @@ def test_peak_memory_is_what_a_call_holds_at_once():
     megabytes = 10**6
     one_by_one = peak_bytes(lambda: [torch.ones(5 * megabytes).sum() for _ in range(4)], CPU)
     at_once = peak_bytes(lambda: [torch.ones(5 * megabytes) for _ in range(4)], CPU)
-    assert 18 * megabytes < one_by_one < 30 * megabytes < 75 * megabytes < at_once < 90 * megabytes
+    assert 18 * megabytes < one_by_one < 30 * megabytes < 78 * megabytes < at_once < 90 * megabytes
 
 
 def test_a_wrong_result_is_not_timed():
