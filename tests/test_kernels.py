@@ -140,11 +140,21 @@ def test_pool_gives_the_gradients_that_are_asked_for(needs):
     ({"last_B": torch.tensor([-1, 1])}, "from 0"),
     ({"last_B": torch.tensor([1, 4])}, "to 3"),
     ({"norm_weight_D": torch.ones(5)}, "weight"),
+    ({"norm_weight_D": torch.ones(6, device="meta")}, "one device"),
 ])
 def test_pool_refuses_bad_input(change, message):
     good = {"hidden_TD": torch.zeros(4, 6), "last_B": torch.tensor([1]), "norm_weight_D": torch.ones(6)}
     with pytest.raises(ValueError, match=message):
-        last_token_pool(**{name: x.to(DEVICE) for name, x in {**good, **change}.items()}, eps=1e-5, check_values=True)
+        last_token_pool(**{name: x if x.is_meta else x.to(DEVICE) for name, x in {**good, **change}.items()}, eps=1e-5,
+                        check_values=True)
+
+
+def test_control_another_norm_is_told_apart():
+    """Were the norm's weight left out, the budget of the first test would not hold."""
+    hidden_TD, last_B, weight_D, _ = pool_case(4, 9, 100, torch.float32)
+    truth = exact_pool(hidden_TD.double(), last_B, weight_D.double(), eps=1e-5)
+    other = last_token_pool(hidden_TD, last_B, torch.ones_like(weight_D), eps=1e-5).double()
+    assert (other - truth).abs().max() > 1e-3
 
 
 # ------------------------------------------------------------------------------------------------- loss
@@ -342,6 +352,7 @@ def test_control_a_write_outside_is_seen(bands):
 def test_control_another_rule_is_told_apart(variant):
     """Were the margin ignored, the budget would not hold."""
     query_QD, passage_PD, rule, grad_Q = loss_case(6, 3, 24, extra=4)
+    rule.groups.text_P[-1] = 10**6  # the near-duplicate of query 0: known by its cosine alone
     blind = Rule(rule.groups, rule.label_QC, torch.full_like(rule.limit_Q, torch.inf), rule.temperature)
     kernel = run(VARIANTS[variant], query_QD, passage_PD, blind, grad_Q)
     other = run(eager_loss, query_QD, passage_PD, rule, grad_Q)
@@ -356,6 +367,7 @@ def test_control_another_rule_is_told_apart(variant):
     ({"label": torch.ones(3, 3)}, "labels"),
     ({"column": torch.zeros(2, 3)}, "columns"),
     ({"text": torch.zeros(5, dtype=torch.int64)}, "texts"),
+    ({"text": torch.zeros(6, dtype=torch.int64, device="meta")}, "one device"),
     ({"column": torch.tensor([[0, 1, 6], [3, 4, 5]])}, "outside"),
     ({"column": torch.tensor([[-1, 1, 2], [3, 4, 5]])}, "positive"),
     ({"column": torch.tensor([[0, 1, 1], [3, 4, 5]])}, "twice"),
@@ -367,7 +379,8 @@ def test_control_another_rule_is_told_apart(variant):
 def test_loss_refuses_bad_input(variant, change, message):
     good = {"query": torch.zeros(2, 4), "passage": torch.zeros(6, 4), "column": torch.arange(6).view(2, 3),
             "label": torch.tensor([[1.0, 0, 0]] * 2), "text": torch.arange(6), "temperature": 0.1}
-    case = {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in {**good, **change}.items()}
+    case = {name: x.to(DEVICE) if isinstance(x, Tensor) and not x.is_meta else x
+            for name, x in {**good, **change}.items()}
     groups = Groups(case["column"], case["text"], torch.full((2, 1), -1, device=DEVICE))
     rule = Rule(groups, case["label"], torch.ones(2, device=DEVICE), case["temperature"])
     with pytest.raises(ValueError, match=message):
