@@ -1,6 +1,6 @@
 """All that needs an NVIDIA GPU, in the order of a short slot: `python -m benchmarks gpu [PART …]`.
 
-    suite       tests/test_kernels.py, natively in bf16, fp16 and fp32 (off a GPU: in Triton's interpreter)
+    suite       tests/test_kernels.py and tests/test_cuda.py, natively (off a GPU: some, in Triton's interpreter)
     sanitizer   compute-sanitizer's memcheck and racecheck over every kernel at small shapes, where the tool runs
     B7 … B10    see their files
     run         run_train.py on a 7B model of random weights, a few steps
@@ -50,10 +50,10 @@ def folder(cuda: bool) -> Path:
 
 
 def suite(cuda: bool) -> dict[str, Any]:
-    """The kernel tests in a process of their own."""
+    """The tests of kernels and CUDA paths in a process of their own."""
     environment = {**os.environ, "TRITON_INTERPRET": "0" if cuda else "1"}
     tests = [] if cuda else ["-k", "pool_of_a_zero_row or row_that_sees or agree_bit_for_bit"]
-    call = [sys.executable, "-m", "pytest", "tests/test_kernels.py", "-q", "-p", "no:cacheprovider", *tests]
+    call = [sys.executable, "-m", "pytest", "tests/test_kernels.py", "tests/test_cuda.py", "-q", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     return {"passed": done.returncode == 0, "last lines": done.stdout.strip().splitlines()[-8:]}
 

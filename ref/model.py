@@ -35,8 +35,31 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        normed_TD = F.rms_norm(x_TD.float(), self.weight.shape, eps=self.eps)
-        return normed_TD.to(x_TD.dtype) * self.weight.to(x_TD.dtype)
+        return Normed.apply(x_TD, self.weight, self.eps)
+
+
+class Normed(torch.autograd.Function):
+    """RMSNorm's arithmetic, with n = x r and r = 1 / sqrt(mean(x^2) + eps). Backward needs x and one number a token:
+
+        dx = r (g w - n mean(g w n))          dw = sum over tokens of g n
+
+    autograd would keep x twice and n, and pass over them a dozen times.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        wide_TD = x_TD.float()
+        r_T1 = torch.rsqrt(wide_TD.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x_TD, weight_D, r_T1)
+        return (wide_TD * r_T1).to(x_TD.dtype).mul_(weight_D.to(x_TD.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x_TD, weight_D, r_T1 = ctx.saved_tensors
+        n_TD, scaled_TD = x_TD.float() * r_T1, grad_TD.float() * weight_D.float()
+        x_grad_TD = scaled_TD.addcmul(n_TD, (scaled_TD * n_TD).mean(-1, keepdim=True), value=-1).mul_(r_T1)
+        weight_grad_D = (grad_TD.float() * n_TD).sum(0).to(weight_D.dtype) if ctx.needs_input_grad[1] else None
+        return x_grad_TD.to(x_TD.dtype), weight_grad_D, None
 
 
 class Attention(nn.Module):

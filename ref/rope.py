@@ -10,6 +10,8 @@ so that q_i' . k_j' is a function of i - j. Called once a forward pass (tables) 
 Source: Su et al., RoFormer, arXiv 2104.09864, section 3.2.2.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,25 @@ def rotary_tables(position_T: Tensor, *, head_width: int, base: float) -> tuple[
 
 def rotate(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
     """Turn the pairs of every head by their token's angles: (T, H, K) -> (T, H, K), computed in fp32."""
+    return Rotated.apply(x_THK, cos_TK, sin_TK)
+
+
+class Rotated(torch.autograd.Function):
+    """Backward turns the gradient back by the same angles: nothing is kept but the tables, which all layers share."""
+
+    @staticmethod
+    def forward(ctx: Any, x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_TK, sin_TK)
+        return turn(x_THK, cos_TK, sin_TK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_THK: Tensor) -> tuple[Tensor, None, None]:
+        cos_TK, sin_TK = ctx.saved_tensors
+        return turn(grad_THK, cos_TK, -sin_TK), None, None
+
+
+def turn(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
+    """The turn itself, two products and a sum for each number."""
     first, second = x_THK.float().chunk(2, dim=-1)
     cos, sin = cos_TK[:, None], sin_TK[:, None]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_THK.dtype)

@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import MistralConfig, MistralModel
 from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 
-import ref.attention
 import ref.model
 from ref.attention import KeyValue, attend_by_length, attend_flex, block_table, visible_rule
 from ref.checkpoint import load_model, save_model
@@ -435,25 +434,6 @@ def test_blocks_that_see_nothing_are_skipped_and_whole_ones_known() -> None:
     assert (some.sum(), every.sum()) == (64 * 10, 64 * 6)
     some, _ = block_table(pack([[0] * 512] * 64, device=CPU), 64, 4096)
     assert some.sum() == 64 * 4  # the last tokens alone: one block of rows, all blocks of keys
-
-
-@pytest.mark.record
-@torch.no_grad()
-def test_compiled_flex_attention_follows_the_table() -> None:
-    """Uncompiled it reads the rule alone; compiled, a block that the table leaves out is not visited: the control."""
-    attention = torch.compile(torch.nn.attention.flex_attention.flex_attention, fullgraph=True)
-    for lengths, prefix_tokens, window_keys in (((300, 300, 50, 7), 0, None), ((290, 100, 60), 100, 64)):
-        packed = pack([[0] * n for n in lengths], device=CPU, prefix_tokens=prefix_tokens)
-        q, k, v = (torch.randn(packed.offsets[-1], heads, 32) for heads in (4, 2, 2))
-        prefix = (torch.randn(prefix_tokens, 2, 32), torch.randn(prefix_tokens, 2, 32))
-        truth = attend_by_length(q, k, v, packed, window_keys=window_keys, prefix=prefix)
-        stream = [x.transpose(0, 1)[None] for x in (q, torch.cat((prefix[0], k)), torch.cat((prefix[1], v)))]
-        mask = ref.attention._block_mask(packed, len(q), window_keys)
-        ours = attention(*stream, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
-        torch.testing.assert_close(ours, truth, rtol=1e-5, atol=3e-6)
-        mask.kv_num_blocks[..., 1] -= 1
-        other = attention(*stream, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
-        assert (other - truth).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("train", [False, True])

@@ -1,0 +1,123 @@
+"""What only an NVIDIA GPU can show: the CUDA paths equal the CPU's, compile once, and do not wait for the device.
+
+Skipped without one; `python -m benchmarks gpu suite` runs it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import SMALL, scatter_weights
+from torch import Tensor
+
+from ref.attention import attend_by_length, attend_flex
+from ref.config import Architecture
+from ref.gradcache import GradientCache, Segment
+from ref.lora import adapters, attach
+from ref.loss import Groups, training_loss
+from ref.model import Mistral
+from ref.packing import pack
+from ref.pooling import embed
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+ARCH = replace(SMALL, width=64, head_width=32, ffn_width=160, layers=3, vocab_size=500)
+
+
+def built(arch: Architecture = ARCH, *, rank: int = 0) -> Mistral:
+    model = Mistral(arch)
+    scatter_weights(model)
+    if rank:
+        attach(model, rank=rank, alpha=8.0, dropout=0.0, targets=["q_proj", "v_proj", "down_proj"])
+        for layer in adapters(model).values():
+            torch.nn.init.normal_(layer.lora_B, std=0.1)
+    return model
+
+
+def texts_of(lengths: tuple[int, ...]) -> list[list[int]]:
+    return [torch.randint(3, ARCH.vocab_size, (n,)).tolist() for n in lengths]
+
+
+def relative(ours: Tensor, truth: Tensor) -> float:
+    return ((ours.cpu().double() - truth.cpu().double()).norm() / truth.cpu().double().norm()).item()
+
+
+@pytest.mark.parametrize("window_keys", [None, 1, 40, 129, 1000])
+@pytest.mark.parametrize(("prefix_tokens", "heads", "kv_heads"), [(0, 4, 4), (0, 4, 2), (150, 8, 1), (1, 6, 3)])
+@pytest.mark.parametrize("last_only", [False, True])
+def test_flex_attention_equals_the_cpus(window_keys, prefix_tokens, heads, kv_heads, last_only):
+    """Blocks skipped, masked and whole; forward and all gradients, fp32."""
+    lengths = (300, 300, 1, 90, 257)
+    rows, tokens = len(lengths) if last_only else sum(lengths), sum(lengths)
+    shapes = [(rows, heads, 32), (tokens, kv_heads, 32), (tokens, kv_heads, 32)] + [(prefix_tokens, kv_heads, 32)] * 2
+    inputs, weight = [torch.randn(shape) for shape in shapes], torch.randn(rows, heads, 32)
+
+    def run(attention: Callable[..., Tensor], device: torch.device) -> list[Tensor]:
+        q, k, v, *pair = leaves = [x.to(device, copy=True).requires_grad_() for x in inputs]
+        packed = pack([[0] * n for n in lengths], device=device, prefix_tokens=prefix_tokens)
+        out = attention(q, k, v, packed, window_keys=window_keys, prefix=tuple(pair) if prefix_tokens else None)
+        used = leaves if prefix_tokens else leaves[:3]
+        return [out, *torch.autograd.grad((out * weight.to(device)).sum(), used)]
+
+    for ours, truth in zip(run(attend_flex, CUDA), run(attend_by_length, CPU), strict=True):
+        torch.testing.assert_close(ours.cpu(), truth, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+def test_vectors_equal_the_cpus(dtype, bound):
+    model, lengths = built(), (70, 70, 9, 300)
+    prefix, texts = texts_of((200,)), texts_of(lengths)
+    vectors = {}
+    for device in (CPU, CUDA):
+        here = model.to(device, torch.float32 if device == CPU else dtype)
+        with torch.inference_mode():
+            shared = here.prefix(pack(prefix, device=device))
+            packed = pack(texts, device=device, prefix_tokens=200)
+            vectors[device] = embed(here, packed, prefix=shared, kernels="eager" if device == CPU else "triton")
+    assert relative(vectors[CUDA], vectors[CPU]) <= bound
+
+
+@contextmanager
+def no_recompilation() -> Iterator[None]:
+    """An error where torch.compile would compile again."""
+    torch._dynamo.config.error_on_recompile = True
+    try:
+        yield
+    finally:
+        torch._dynamo.config.error_on_recompile = False
+
+
+def gradient_step(model: Mistral, lengths: tuple[int, ...], *, chunk_tokens: int) -> None:
+    """A contrastive batch in chunks behind a shared prefix, all on the device."""
+    queries = len(lengths)
+    segments = [Segment(texts_of((40,))[0], texts_of(lengths)), Segment([], texts_of(lengths * 2))]
+    columns = torch.arange(2 * queries).view(2, queries).T.contiguous()
+    groups = Groups(*(x.to(CUDA) for x in (columns, torch.arange(2 * queries), torch.full((queries, 1), -1))))
+    teacher_QC = torch.rand(queries, 2).to(CUDA)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error" if chunk_tokens < 10**6 else "default")
+    try:
+        cache = GradientCache(model, segments, chunk_tokens=chunk_tokens, kernels="triton")
+        query_QD, passage_PD = cache.vectors().split([queries, 2 * queries])
+        training_loss(query_QD, passage_PD, groups, teacher_QC, temperature=0.05, teacher_temperature=0.05,
+                      hard_weight=1.0, soft_weight=1.0, in_batch=True, margin=0.1, kernels="triton").total.backward()
+        cache.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_after_a_warm_up_nothing_is_compiled_again_and_a_step_never_waits():
+    """Other token counts, text counts and chunk counts than those of the warm-up; any wait is an error."""
+    model = built(rank=8).to(CUDA)
+    gradient_step(model, (30, 30, 17), chunk_tokens=10**6)  # compiles: that may wait
+    gradient_step(model, (64, 20, 20, 5), chunk_tokens=2 * 10**6)
+    for lengths in ((30, 30, 17), (50, 41, 8, 8)):
+        try:
+            gradient_step(model, lengths, chunk_tokens=100)
+        except RuntimeError as error:  # the first passes in chunks compile as well
+            assert "synchroniz" in str(error)
+    with no_recompilation():
+        gradient_step(model, (90, 33, 21, 21, 7, 6), chunk_tokens=100)
+        gradient_step(model, (11, 10), chunk_tokens=60)
