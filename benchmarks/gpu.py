@@ -53,7 +53,8 @@ def suite(cuda: bool) -> dict[str, Any]:
     """The tests of kernels and CUDA paths in a process of their own."""
     environment = {**os.environ, "TRITON_INTERPRET": "0" if cuda else "1"}
     tests = [] if cuda else ["-k", "pool_of_a_zero_row or row_that_sees or agree_bit_for_bit"]
-    call = [sys.executable, "-m", "pytest", "tests/test_kernels.py", "tests/test_cuda.py", "-q", "-p", "no:cacheprovider", *tests]
+    call = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels.py",
+            "tests/test_cuda.py", *tests]
     done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     return {"passed": done.returncode == 0, "last lines": done.stdout.strip().splitlines()[-8:]}
 

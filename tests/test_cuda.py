@@ -89,15 +89,15 @@ def no_recompilation() -> Iterator[None]:
         torch._dynamo.config.error_on_recompile = False
 
 
-def gradient_step(model: Mistral, lengths: tuple[int, ...], *, chunk_tokens: int) -> None:
-    """A contrastive batch in chunks behind a shared prefix, all on the device."""
+def gradient_step(model: Mistral, lengths: tuple[int, ...], *, chunk_tokens: int, may_wait: bool) -> None:
+    """A contrastive batch in chunks behind a shared prefix, all on the device; a wait is an error unless it may."""
     queries = len(lengths)
     segments = [Segment(texts_of((40,))[0], texts_of(lengths)), Segment([], texts_of(lengths * 2))]
     columns = torch.arange(2 * queries).view(2, queries).T.contiguous()
     groups = Groups(*(x.to(CUDA) for x in (columns, torch.arange(2 * queries), torch.full((queries, 1), -1))))
     teacher_QC = torch.rand(queries, 2).to(CUDA)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error" if chunk_tokens < 10**6 else "default")
+    torch.cuda.set_sync_debug_mode("default" if may_wait else "error")
     try:
         cache = GradientCache(model, segments, chunk_tokens=chunk_tokens, kernels="triton")
         query_QD, passage_PD = cache.vectors().split([queries, 2 * queries])
@@ -111,13 +111,9 @@ def gradient_step(model: Mistral, lengths: tuple[int, ...], *, chunk_tokens: int
 def test_after_a_warm_up_nothing_is_compiled_again_and_a_step_never_waits():
     """Other token counts, text counts and chunk counts than those of the warm-up; any wait is an error."""
     model = built(rank=8).to(CUDA)
-    gradient_step(model, (30, 30, 17), chunk_tokens=10**6)  # compiles: that may wait
-    gradient_step(model, (64, 20, 20, 5), chunk_tokens=2 * 10**6)
     for lengths in ((30, 30, 17), (50, 41, 8, 8)):
-        try:
-            gradient_step(model, lengths, chunk_tokens=100)
-        except RuntimeError as error:  # the first passes in chunks compile as well
-            assert "synchroniz" in str(error)
+        for chunk_tokens in (10**6, 100):  # the batch as a whole, and in chunks
+            gradient_step(model, lengths, chunk_tokens=chunk_tokens, may_wait=True)
     with no_recompilation():
-        gradient_step(model, (90, 33, 21, 21, 7, 6), chunk_tokens=100)
-        gradient_step(model, (11, 10), chunk_tokens=60)
+        gradient_step(model, (90, 33, 21, 21, 7, 6), chunk_tokens=100, may_wait=False)
+        gradient_step(model, (11, 10), chunk_tokens=60, may_wait=False)
