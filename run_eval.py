@@ -39,7 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--tasks", metavar="all|CATEGORY|NAME,…", help="what to score (default: everything in --data-dir)")
     add("--model", metavar="FOLDER|HUB-ID", help="run, checkpoint folder or hub id (default: the newest run)")
-    add("--data-dir", metavar="DIR", type=Path, help="data sets as local folders (default: from the hub)")
+    add("--data-dir", metavar="DIR", type=Path, help="data sets as local folders (default: the sample world; "
+        "with --tasks: from the hub)")
+    add("--template", choices=("report", "bge-en-icl"), help="prompt template (default: the model's own, else report)")
     add("--output", metavar="DIR", type=Path, help="result folder (default: RUN/mteb, or results/MODEL)")
     add("--instructions", metavar="FILE", type=Path, help='JSON {"task": "instruction"} in place of mteb\'s')
     add("--runs", metavar="DIR", type=Path, default=Path("runs"), help="where runs are (default: %(default)s)")
@@ -74,7 +76,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
     from ref.embedder import Embedder
 
-    embedder = Embedder.from_pretrained(model, max_text_tokens=args.max_tokens)
+    embedder = Embedder.from_pretrained(model, max_text_tokens=args.max_tokens, template=args.template)
     name, revision = identity(model)
     if data_dir is not None:
         revision += "-local-data"  # never among results on the hub's data
@@ -85,7 +87,7 @@ def evaluate(args: argparse.Namespace) -> int:
         name=name,
         revision=revision,
         overrides=overrides,
-        settings={"max_tokens": args.max_tokens},
+        settings={"max_tokens": args.max_tokens, "template": args.template},
         progress=sys.stderr.isatty(),
     )
     rows, failed = score_all(encoder, selection.tasks, output)

@@ -22,8 +22,9 @@ from ref import runs
 from ref.config import PRESETS, OptionParser, Options, parse_options, pick_device, pick_kernels, read_json
 from ref.data import Batch, SoftLabels
 from ref.embedder import Embedder
-from ref.export import save_result
+from ref.export import save_merged, save_result
 from ref.held_out import retrieval_ndcg10
+from ref.model import Mistral
 from ref.prompts import Prompter
 from ref.trainer import Trainer
 
@@ -66,6 +67,7 @@ def train(trainer: Trainer, folder: Path) -> bool:
             if ended or (step > position["step"] and step % options.save_every == 0):
                 runs.save_state(folder, trainer.model, trainer.optimiser, {"step": step, "elapsed_s": clock.elapsed_s})
             if ended:
+                progress.close()
                 return done >= 1
             before_s = clock.elapsed_s
             torch.manual_seed(options.seed * 2**32 + step)  # LoRA dropout, the same after a resume
@@ -90,11 +92,10 @@ class NotFiniteError(ValueError):
     """The loss or its gradient is not a number: names the lines of the batch."""
 
     def __init__(self, step: int, loss: float, norm: float, batch: Batch, data: SoftLabels) -> None:
-        places = ", ".join(data.place(number) for number in batch.rows[:8])
-        more = f" and {len(batch.rows) - 8} more" if len(batch.rows) > 8 else ""
         super().__init__(
-            f"step {step}: loss {loss}, gradient norm {norm}, on lines {places}{more}. Expected are finite numbers. "
-            "Look at these lines, or lower --learning-rate; the last saved state is whole.")
+            f"step {step}: loss {loss}, gradient norm {norm}, on {data.places(batch.rows)}. Expected are finite "
+            "numbers. Look at these lines, or lower --learning-rate. What was saved before is whole: --resume starts "
+            "there.")
 
 
 def held_out_score(trainer: Trainer, folder: Path | None, when: str) -> float | None:
@@ -125,34 +126,53 @@ def prepare(arguments: list[str] | None) -> tuple[Trainer, Path, runs.Start]:
     options = dataclasses.replace(
         options, dtype=options.dtype or ("bfloat16" if device.type == "cuda" else "float32"),
         kernels=pick_kernels(options.kernels, device))
-    changed = ", ".join(f"{name} {value}" for name, value in PRESETS[options.preset or "report"].items())
-    print(f"preset: {options.preset} ({changed or 'the defaults'}), under what the command line says")
+    defaults = {name: getattr(Options(), name) for name in PRESETS["small"]}
+    values = {**defaults, **PRESETS[options.preset or "report"]}
+    print(f"preset: {options.preset} ({', '.join(f'{name} {value}' for name, value in values.items())}), "
+          "under what the command line says")
     print(f"weights that learn: {options.train}; device: {device}, {options.dtype}; "
           f"pooling and loss: {options.kernels}")
     data = SoftLabels([Path(path) for path in options.data], options)
     print(f"data: {len(data):,} lines, {len(data.tasks)} tasks, {data.with_labels:,} lines with soft labels, "
           f"{len(data) - data.with_labels:,} for the contrastive term alone")
     folder = runs.open_folder(options, start)
-    model, tokens = runs.build(start, options, data, device=device)
+    try:
+        model, prompter = ready(start, options, data, device)
+    except BaseException:
+        runs.drop_if_empty(folder)
+        raise
+    tokens = prompter.tokenizer
     weights = list(runs.trainable(model).values())
     print(f"weights: {sum(p.numel() for p in model.parameters()):,}, of which {sum(w.numel() for w in weights):,} "
           f"learn; vocabulary: {tokens.vocab_size:,} tokens")
-    prompter = Prompter(tokens, runs.checked_template(options.template), options.max_text_tokens,
-                        options.max_prompt_tokens, options.max_example_tokens)
-    for task in data.tasks:
-        prompter.prefix(task.instruction)
     optimiser = torch.optim.AdamW(weights, lr=options.learning_rate, weight_decay=options.weight_decay,
                                   fused=True)
     print(f"run: {folder}", flush=True)
     return Trainer(options, data, model, prompter, optimiser, device), folder, start
 
 
+def ready(start: runs.Start, options: Options, data: SoftLabels, device: torch.device) -> tuple[Mistral, Prompter]:
+    """The model and its prompts, every task's instruction tried."""
+    model, tokens = runs.build(start, options, data, device=device)
+    prompter = Prompter(tokens, runs.checked_template(options.template), options.max_text_tokens,
+                        options.max_prompt_tokens, options.max_example_tokens)
+    for task in data.tasks:
+        try:
+            prompter.prefix(task.instruction)
+        except ValueError as error:
+            raise ValueError(f"{data.first_line(task)}: prompt: {error}") from None
+    return model, prompter
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Train, save, score. Returns 0; 130 after Ctrl-C; 2 for bad input, with a message."""
     try:
         trainer, folder, start = prepare(arguments)
-        return run(trainer, folder, start)
-    except ValueError as error:
+        try:
+            return run(trainer, folder, start)
+        finally:
+            runs.drop_if_empty(folder)
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -175,14 +195,14 @@ def run(trainer: Trainer, folder: Path, start: runs.Start) -> int:
     complete = train(trainer, folder)
     save_result(folder, trainer.model, trainer.prompter, options, start, data)
     why_not = runs.plot_loss(folder)
-    if sys.stdout.isatty():
-        print()
     if why_not:
         print(why_not)
     if not complete:
         print(f"stopped and saved; go on with: python run_train.py --resume --output {folder}")
         return 130
     facts["held_out_after"] = held_out_score(trainer, sets_or_none, "after training")
+    if options.merge and options.train == "lora":
+        save_merged(folder, trainer.model, trainer.prompter, data)
     runs.write_json(folder / "run.json", {**facts, "complete": True, "finished": runs.now()})
     print(f"done: {folder}. Score it: python run_eval.py --model {folder}")
     return 0

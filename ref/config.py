@@ -244,7 +244,7 @@ class Options:
     epochs: float = _option(1.0, "passes over the data", above=0)
     steps: int | None = _option(None, "steps instead of epochs", least=1)
     minutes: float | None = _option(None, "minutes of training instead of epochs", above=0)
-    seed: int = _option(0, "same seed, same result (bit for bit on a CPU)", least=0)
+    seed: int = _option(0, "same seed, same result (bit for bit on a CPU)", least=0, below=2**31)
     save_every: int = _option(500, "steps between saved states", least=1)
     device: str | None = _option(None, "cpu or cuda (default: cuda where there is one)")
     dtype: Literal["bfloat16", "float32"] | None = _option(
@@ -264,6 +264,8 @@ class Options:
                 raise ValueError(f"--{item.name.replace('_', '-')} is {value}. {_range(limits)} Give another value.")
         if self.soft_weight == self.hard_weight == 0:
             raise ValueError("--soft-weight and --hard-weight are both 0: nothing is learnt. Give one of them above 0.")
+        if self.steps is not None and self.minutes is not None:
+            raise ValueError("--steps and --minutes are both given. Expected is one end of the run. Leave one out.")
 
 
 def _range(limits: Any) -> str:

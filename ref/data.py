@@ -16,8 +16,9 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -108,6 +109,11 @@ class SoftLabels:
         self.tasks = list(numbers)
         self.offset, self.file = np.array(offsets, np.int64), np.array(files, np.uint16)
         self.task = np.array(tasks, np.int32)
+        for number, task in enumerate(self.tasks):  # alone in its batch, a line has no negatives but its own
+            lines = np.flatnonzero(self.task == number)
+            if len(lines) == 1 and not self[int(lines[0])].negatives[: self._limit(task)]:
+                raise ValueError(f"{self.places([int(lines[0])])}: no negative, and the task has no other line. "
+                                 "Expected is at least one negative. Give some, or more lines of that task.")
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -119,12 +125,21 @@ class SoftLabels:
         path = self.paths[self.file[number]]
         return parse(file.readline(), f"{path} at byte {self.offset[number]}", path.stem, self.options.instruction)
 
-    def place(self, number: int) -> str:
-        """FILE:LINE of a line, for messages."""
-        file = self.files[self.file[number]]
-        file.seek(0)
-        before = file.read(int(self.offset[number])).count(b"\n")
-        return f"{self.paths[self.file[number]]}:{before + 1}"
+    def places(self, numbers: Iterable[int]) -> str:
+        """Where lines stand, for messages: "FILE lines 3, 8; OTHER lines 1"."""
+        found = []
+        for file_number, path in enumerate(self.paths):
+            offsets = {int(self.offset[n]) for n in numbers if self.file[n] == file_number}
+            if offsets:
+                self.files[file_number].seek(0)
+                ends = accumulate(map(len, self.files[file_number]), initial=0)
+                lines = [str(line) for line, offset in enumerate(ends, start=1) if offset in offsets]
+                found.append(f"{path} line{'s' if len(lines) > 1 else ''} {', '.join(lines)}")
+        return "; ".join(found)
+
+    def first_line(self, task: Task) -> str:
+        """Where a task's first line stands."""
+        return self.places([int(np.flatnonzero(self.task == self.tasks.index(task))[0])])
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         """Line numbers of every batch of an epoch: each line once, one task a batch, in a new order."""
@@ -133,7 +148,10 @@ class SoftLabels:
             draw = np.random.default_rng([self.options.seed, epoch, number])
             lines = draw.permutation(np.flatnonzero(self.task == number))
             size = self.options.queries if self.in_batch(task) else self.options.queries_symmetric
-            groups.append([lines[i : i + size] for i in range(0, len(lines), size)])
+            cuts = list(range(size, len(lines), size))
+            if size > 1 and len(lines) % size == 1 and cuts:
+                cuts.pop()  # a query left alone would have no passage of others to see
+            groups.append(np.split(lines, cuts))
         flat = [batch for group in groups for batch in group]
         order = np.random.default_rng([self.options.seed, epoch, len(groups)]).permutation(len(flat))
         batches = [flat[i] for i in order]
@@ -212,7 +230,8 @@ class SoftLabels:
             if line.strip():
                 where = f"{path} line {number}"
                 row = parse(line, where, path.stem, self.options.instruction)
-                if not self.in_batch(row.task) and not row.negatives[: self._limit(row.task)]:
+                sees_batch = self.in_batch(row.task) and self.options.queries > 1
+                if not sees_batch and not row.negatives[: self._limit(row.task)]:
                     why = "--negatives is 0" if row.negatives else "neg is empty"
                     raise ValueError(f"{where}: {why}, and type {row.task.kind} has no in-batch negatives. Expected is "
                                      "at least one negative. Give some, or use --in-batch all.")
@@ -224,12 +243,13 @@ class SoftLabels:
 def parse(line: bytes, where: str, file_name: str, instruction: str | None) -> Row:
     """Check one line; ValueError that names `where` and the field."""
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = json.loads(line.decode("utf-8").strip())
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 at its byte {error.start}. Expected is UTF-8. "
                          "Save the file so.") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not valid JSON ({error}). Expected is one object a line. "
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        raise ValueError(f"{where}: not valid JSON ({reason}). Expected is one object a line. "
                          "Write the line again.") from None
     if not isinstance(value, dict):
         raise ValueError(f"{where}: a {type(value).__name__}. Expected is one JSON object with query and pos. "

@@ -40,10 +40,7 @@ class Embedder:
     """A model with its tokenizer and its prompts."""
 
     def __init__(self, model: Mistral, prompter: Prompter, *, tokens_per_batch: int = 8192) -> None:
-        if prompter.tokenizer.vocab_size > model.arch.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {prompter.tokenizer.vocab_size} tokens and the model {model.arch.vocab_size}. "
-                "Expected are at most as many. Take both from one checkpoint.")
+        fitting(model, prompter.tokenizer)
         self.model, self.prompter, self.tokens_per_batch = model, prompter, tokens_per_batch
         self.kernels = pick_kernels(None, model.norm.weight.device)
 
@@ -62,7 +59,7 @@ class Embedder:
         if dtype not in (None, "bfloat16", "float32"):
             raise ValueError(f"dtype {dtype!r:.60} is not supported. Expected is bfloat16 or float32. Choose one.")
         precision = DTYPES[dtype or ("bfloat16" if where.type == "cuda" else "float32")]
-        folder = _inside_run(locate(str(name)))
+        folder = inside_run(locate(str(name)))
         model, tokenizer = load_with_adapter(folder, device=where, dtype=precision)
         given = {"template": template, "max_text_tokens": max_text_tokens}
         prompter = read_prompter(folder, tokenizer, **{k: v for k, v in given.items() if v is not None})
@@ -181,7 +178,7 @@ def one_ahead(function: Callable[[Item], Made], items: Iterable[Item]) -> Iterat
             yield waiting.result()
 
 
-def _inside_run(folder: Path) -> Path:
+def inside_run(folder: Path) -> Path:
     """The model inside a run folder; any other folder is itself."""
     if not (folder / "run.json").exists():
         return folder
@@ -197,7 +194,7 @@ def load_with_adapter(
 ) -> tuple[Mistral, TextTokenizer]:
     """Model and tokenizer of a checkpoint folder; an adapter folder's base is found, the adapter merged into it."""
     if not (folder / "adapter_config.json").exists():
-        return load_model(folder, device=device, dtype=dtype), TextTokenizer.from_folder(folder)
+        return fitting(load_model(folder, device=device, dtype=dtype), TextTokenizer.from_folder(folder))
     what = f"{folder / 'adapter_config.json'}: base_model_name_or_path"
     named = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     name = checked(named, str, what, "a folder or hub id")
@@ -206,6 +203,15 @@ def load_with_adapter(
     model, tokenizer = load_with_adapter(base, device=device, dtype=dtype)
     load_adapter(model, folder)
     merge(model)
+    return model, tokenizer
+
+
+def fitting(model: Mistral, tokenizer: TextTokenizer) -> tuple[Mistral, TextTokenizer]:
+    """Both, if every id of the tokenizer has a row in the model's embedding; else ValueError."""
+    if tokenizer.vocab_size > model.arch.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model {model.arch.vocab_size}. "
+            "Expected are at most as many. Take both from one checkpoint.")
     return model, tokenizer
 
 

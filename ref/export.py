@@ -1,7 +1,8 @@
 """What a run leaves: an adapter in PEFT's format, or a checkpoint that transformers and sentence-transformers load.
 
 sentence-transformers reads modules.json: the transformer, the last token's state, unit length; the end token comes from
-tokenizer.json (tokenizer.py). Its named prompts are the training instructions: encode(texts, prompt_name=TASK).
+tokenizer.json (tokenizer.py). Its named prompts are the training instructions: encode(texts, prompt_name=TASK). It cuts
+prompt and text together, we the text alone: its limit is ours for bare passages.
 Called by run_train.py.
 """
 
@@ -23,12 +24,12 @@ from ref.runs import Start, write_whole
 def save_result(
     folder: Path, model: Mistral, prompter: Prompter, options: Options, start: Start, data: SoftLabels,
 ) -> None:
-    """Write what was learnt: model/, or adapter/ (with base/ if its weights were fresh) and on request merged/."""
-    prompts = {task.name: task.instruction for task in data.tasks}
+    """Write what was learnt: model/, or adapter/ (with base/ if its weights were fresh)."""
+    prompts = named_prompts(data)
     if options.train == "all":
         write_whole(folder / "model", lambda draft: export(model, prompter, prompts, draft))
         return
-    base = start.name
+    base = str(Path(start.name).resolve()) if Path(start.name).is_dir() else start.name
     if start.architecture is not None:
         base = "../base"
         plain = frozen_base(model)
@@ -39,11 +40,22 @@ def save_result(
         lora.save_adapter(model, draft, base=base)
         write_prompter(draft, prompter)
     write_whole(folder / "adapter", write)
-    if options.merge:
-        layers = lora.adapters(model)
-        lora.merge(model)
-        write_whole(folder / "merged", lambda draft: export(model, prompter, prompts, draft))
-        lora.unmerge(model, layers)
+
+
+def save_merged(folder: Path, model: Mistral, prompter: Prompter, data: SoftLabels) -> None:
+    """Write merged/: base and adapter as one checkpoint. The model in memory stays merged."""
+    lora.merge(model)
+    write_whole(folder / "merged", lambda draft: export(model, prompter, named_prompts(data), draft))
+
+
+def named_prompts(data: SoftLabels) -> dict[str, str]:
+    """Instruction by the task's name; a second one under the same name gets a number."""
+    prompts: dict[str, str] = {}
+    for task in dict.fromkeys((task.name, task.instruction) for task in data.tasks):
+        name, instruction = task
+        again = sum(other == name or other.startswith(f"{name}-") for other in prompts)
+        prompts[f"{name}-{again + 1}" if name in prompts else name] = instruction
+    return prompts
 
 
 def frozen_base(model: Mistral) -> Mistral:
@@ -71,7 +83,7 @@ def export(model: Mistral, prompter: Prompter, prompts: dict[str, str], folder: 
     files = {
         "modules.json": [{"idx": n, "name": str(n), "path": path, "type": f"sentence_transformers.models.{kind}"}
                          for n, (path, kind) in enumerate(modules)],
-        "sentence_bert_config.json": {"max_seq_length": prompter.max_prompt_tokens, "do_lower_case": False},
+        "sentence_bert_config.json": {"max_seq_length": prompter.max_text_tokens + 2, "do_lower_case": False},
         "1_Pooling/config.json": {"word_embedding_dimension": model.arch.width, "pooling_mode_lasttoken": True,
                                   "pooling_mode_mean_tokens": False, "include_prompt": True},
         "config_sentence_transformers.json": {

@@ -10,7 +10,7 @@ A chunk is sized so that its activations fit; nothing is recomputed inside it, a
 is embedded once. A prefix that texts share is embedded once a pass; the chunks add up the gradient of its keys and
 values, which goes through the prefix at the end. Dropout repeats: each chunk's random state is put back.
 
-Called by run_train.py. Source: Gao et al., arXiv 2101.06983, section 3.
+Called by trainer.py. Source: Gao et al., arXiv 2101.06983, section 3.
 """
 
 from collections.abc import Callable, Iterator, Sequence

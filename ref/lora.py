@@ -8,7 +8,7 @@ optimiser moves, in steps that bf16 would swallow) and multiplied in the dtype o
 
 Adapter files are PEFT's: adapter_config.json and adapter_model.safetensors with the names
 `base_model.model.layers.0.self_attn.q_proj.lora_A.weight` (written), or with one more `model.` (read too).
-Called by embedder.py and runs.py. Source: arXiv 2106.09685, section 4.1.
+Called by embedder.py, runs.py and export.py. Source: arXiv 2106.09685, section 4.1.
 """
 
 import json

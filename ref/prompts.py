@@ -8,7 +8,7 @@ encoding gives it, which stands for the space after the colon. So the ids are th
 the prefix's keys and values serve every query. Only text is ever cut: to its own limit, and to what the
 prefix leaves; examples that do not fit are dropped whole, the last first, and counted.
 
-A passage is bare: `<s>` text `</s>`. Called by embedder.py, runs.py and run_train.py.
+A passage is bare: `<s>` text `</s>`. Called by embedder.py, trainer.py and run_train.py.
 Source: arXiv 2506.07438 (the template); arXiv 2409.15700 and its trainer (examples, the second template).
 """
 

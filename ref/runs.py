@@ -37,7 +37,7 @@ from ref import lora, tokenizer
 from ref.checkpoint import locate, read_tensors
 from ref.config import DTYPES, MISTRAL, TINY, Architecture, Options, read_json
 from ref.data import SoftLabels
-from ref.embedder import load_with_adapter
+from ref.embedder import inside_run, load_with_adapter
 from ref.model import Mistral, fresh
 from ref.prompts import TEMPLATES, Template
 from ref.tokenizer import TextTokenizer
@@ -69,7 +69,10 @@ def resumed(given: Namespace) -> Namespace:
     """The options of the run in --output, which --resume goes on with; others may not be given."""
     folder = Path(getattr(given, "output", None) or "")
     saved = read_json(folder / "run.json")
-    other = {k: v for k, v in vars(given).items() if k not in ("resume", "output") and v != saved["options"][k]}
+    if not isinstance(saved.get("options"), dict) or "model" not in saved or "data" not in saved:
+        raise ValueError(f"{folder / 'run.json'}: options, model or data are missing. Expected is a run of "
+                         "run_train.py. Start a new one.")
+    other = {k: v for k, v in vars(given).items() if k not in ("resume", "output") and v != saved["options"].get(k)}
     if other:
         raise ValueError(f"--resume goes on with the options of {folder}; given is another {', '.join(other)}. "
                          "Leave that out.")
@@ -86,7 +89,7 @@ def build(
     template = checked_template(options.template)
     frozen = DTYPES[options.dtype or "float32"] if options.train == "lora" else torch.float32
     if start.architecture is None:
-        model, tokens = load_with_adapter(locate(start.name), device=device, dtype=frozen)
+        model, tokens = load_with_adapter(inside_run(locate(start.name)), device=device, dtype=frozen)
     else:
         arch = start.architecture
         tokens = tokenizer.train(
@@ -119,7 +122,7 @@ def _all_texts(data: SoftLabels) -> Iterable[str]:
 def open_folder(options: Options, start: Start) -> Path:
     """The run's folder, made if it is new. Raises ValueError if it holds another run or cannot be written."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    folder = Path(options.output or f"runs/{Path(start.name).stem}-{stamp}")
+    folder = Path(options.output or f"runs/{Path(start.name).name.removesuffix('.json')}-{stamp}")
     if (folder / "run.json").exists() != options.resume:
         raise ValueError(f"{folder} holds {'no run' if options.resume else 'a run already'}. Expected is "
                          f"{'the folder of a stopped run' if options.resume else 'a new folder'}. Give another --output"
@@ -132,6 +135,12 @@ def open_folder(options: Options, start: Start) -> Path:
     except OSError as error:
         raise ValueError(f"{folder} cannot be written ({error.strerror}). Give another --output.") from None
     return folder
+
+
+def drop_if_empty(folder: Path) -> None:
+    """Take back `open_folder` of a run that did not begin."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -228,10 +237,12 @@ def save_state(folder: Path, model: nn.Module, optimiser: torch.optim.AdamW, pos
 
 
 def load_state(folder: Path, model: nn.Module, optimiser: torch.optim.AdamW) -> dict[str, Any]:
-    """Put back what `save_state` wrote; returns the position."""
+    """Put back what `save_state` wrote; returns the position: step 0, if the run ended before its first save."""
     state = folder / "state"
-    if not state.is_dir() and (folder / ".state.old").is_dir():  # stopped between the two renames
-        state = folder / ".state.old"
+    if not state.is_dir():
+        state = folder / ".state.old"  # stopped between the two renames
+    if not state.is_dir():
+        return {"step": 0, "elapsed_s": 0.0}
     position = read_json(state / "position.json")
     found = dict(read_tensors(state / "state.safetensors", device=torch.device("cpu")))
     for name, parameter in trainable(model).items():
@@ -241,7 +252,7 @@ def load_state(folder: Path, model: nn.Module, optimiser: torch.optim.AdamW) -> 
         with torch.no_grad():
             parameter.copy_(found[name])
         optimiser.state[parameter] = {
-            key.partition("/")[0]: value.to(parameter.device) if value.ndim else value
+            key.partition("/")[0]: value.to(parameter.device)  # AdamW's step, too: fused, it lies with the weights
             for key, value in found.items() if key.partition("/")[2] == name}
     return position
 
@@ -253,6 +264,8 @@ def plot_loss(folder: Path) -> str | None:
     except ImportError:
         return "loss.png is left out: matplotlib is not installed (pip install -e .[plots])"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    if not rows:
+        return "loss.png is left out: no step was done"
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     window = max(1, len(rows) // 50)
@@ -262,7 +275,7 @@ def plot_loss(folder: Path) -> str | None:
     axes.set(xlabel="step", ylabel=f"nats, mean of {window} steps", title="Training loss by term")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(folder / "loss.png", dpi=120)
+    write_whole(folder / "loss.png", lambda draft: figure.savefig(draft, dpi=120, format="png"))
     return None
 
 
@@ -283,7 +296,7 @@ def keep_metrics(folder: Path, steps: int) -> None:
     """Drop lines of steps that a resumed run will do again."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    path.write_text("".join(lines[:steps]))
+    write_whole(path, lambda draft: draft.write_text("".join(lines[:steps])))
 
 
 class StopAfterStep:
@@ -310,9 +323,11 @@ class Progress:
 
     def __init__(self, options: Options, total: int) -> None:
         self.options, self.total, self.shown_s, self.clock = options, total, -math.inf, Clock()
+        self.examples: list[float] = []
 
     def show(self, row: dict[str, Any]) -> None:
         """Print step, loss, speed and time left."""
+        self.examples.append(row["examples"])
         terminal = sys.stdout.isatty()
         if self.clock.elapsed_s - self.shown_s < (0.2 if terminal else 10):
             return
@@ -325,3 +340,12 @@ class Progress:
         line = (f"step {step}{of}  loss {row['loss']:.3f}: contrastive {row['hard']:.3f}, soft {row['soft']:.3f}  "
                 f"{row['tokens_per_s']:,.0f} tokens/s  left {int(left_s) // 60}:{int(left_s) % 60:02}")
         print(f"\r{line}\033[K" if terminal else line, end="" if terminal else "\n", flush=True)
+
+    def close(self) -> None:
+        """End the line, and say how many examples the prompts had, where some were wanted."""
+        if sys.stdout.isatty():
+            print()
+        if self.options.max_examples and self.examples:
+            mean = sum(self.examples) / len(self.examples)
+            why = "" if mean else ": every line of a task is in its batch; lower --queries to leave some for examples"
+            print(f"examples in a prompt: {mean:.2f} on average, of 0 to {self.options.max_examples}{why}")

@@ -6,10 +6,10 @@
 The loop around it stands in run_train.py.
 """
 
-import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -40,10 +40,12 @@ class Trainer:
         kernels = self.options.kernels or "eager"
         cache = GradientCache(self.model, segments, chunk_tokens=self.options.chunk_tokens, kernels=kernels)
         low = self.options.train == "all" and self.options.dtype == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16) if low else contextlib.nullcontext():
+        model_in = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=low)
+        with model_in():
             vectors = cache.vectors()
-            terms = self.loss(batch, vectors)
-            terms.total.backward()
+        terms = self.loss(batch, vectors)  # in fp32, whatever the model computes in
+        terms.total.backward()
+        with model_in():
             cache.backward()
         tokens = sum(s.tokens for s in segments)
         useful = tokens * cache.passes / cache.positions

@@ -163,7 +163,7 @@ def test_blank_lines_and_windows_line_ends_are_no_lines(tmp_path):
     path.write_bytes(b"\n" + json.dumps(GOOD).encode() + b"\r\n\r\n" + json.dumps(line(query="last")).encode())
     data = SoftLabels([path], Options())
     assert [data[i].query for i in range(len(data))] == ["q", "last"]
-    assert [data.place(i).rpartition(":")[2] for i in range(2)] == ["2", "4"]
+    assert data.places([0]).endswith(".jsonl line 2") and data.places([0, 1]).endswith(".jsonl lines 2, 4")
 
 
 def test_lines_without_negatives_need_others_in_the_batch(tmp_path):
@@ -171,12 +171,23 @@ def test_lines_without_negatives_need_others_in_the_batch(tmp_path):
     assert len(load(tmp_path, [alone, alone])) == 2
     with pytest.raises(ValueError, match="neg is empty"):
         load(tmp_path, [alone, alone], in_batch="none")
-    assert len(load(tmp_path, [line(neg=[], neg_scores=[], type="symmetric_sts")], in_batch="all")) == 1
+    assert len(load(tmp_path, [line(neg=[], neg_scores=[], type="symmetric_sts")] * 2, in_batch="all")) == 2
+    with pytest.raises(ValueError, match=r"some.jsonl line 3: no negative, and the task has no other line"):
+        load(tmp_path, [line(), line(), line(neg=[], neg_scores=[], task="lonely")], in_batch="all")
+    with pytest.raises(ValueError, match="neg is empty"):
+        load(tmp_path, [alone, alone], queries=1)
     with pytest.raises(ValueError, match="--negatives"):  # given, and yet none is used
         load(tmp_path, [GOOD], in_batch="none", negatives=0)
 
 
 # ------------------------------------------------------------------------------------------------- batches
+
+def test_no_query_is_left_alone(tmp_path):
+    """9 lines in batches of 4: the ninth joins the batch before."""
+    data = load(tmp_path, rows_of({"A": 9}), queries=4)
+    assert sorted(map(len, data.batches(0))) == [4, 5]
+    assert sorted(np.concatenate(data.batches(0)).tolist()) == list(range(9))
+
 
 def rows_of(tasks: dict[str, int], **changes: Any) -> list[dict[str, Any]]:
     """`count` lines of each task, with texts that occur nowhere else, tasks mixed."""
