@@ -103,7 +103,7 @@ def held_out_score(trainer: Trainer, folder: Path | None, when: str) -> float | 
     if folder is None:
         return None
     trainer.model.eval()
-    embedder = Embedder(trainer.model, trainer.prompter)
+    embedder = Embedder(trainer.model, trainer.prompter, kernels=trainer.options.kernels)
     scores = {task.parent.name: retrieval_ndcg10(embedder, task.parent) for task in sorted(folder.glob("*/task.json"))}
     if not scores:
         raise ValueError(f"{folder} holds no set. Expected are folders with task.json, corpus.jsonl, queries.jsonl and "
@@ -131,7 +131,7 @@ def prepare(arguments: list[str] | None) -> tuple[Trainer, Path, runs.Start]:
     print(f"preset: {options.preset} ({', '.join(f'{name} {value}' for name, value in values.items())}), "
           "under what the command line says")
     print(f"weights that learn: {options.train}; device: {device}, {options.dtype}; "
-          f"pooling and loss: {options.kernels}")
+          f"pooling and in-batch loss: {options.kernels}")
     data = SoftLabels([Path(path) for path in options.data], options)
     print(f"data: {len(data):,} lines, {len(data.tasks)} tasks, {data.with_labels:,} lines with soft labels, "
           f"{len(data) - data.with_labels:,} for the contrastive term alone")

@@ -69,13 +69,13 @@ def _rule_tile(
     text_ptr,  # (P,) int64
     known_ptr,  # (Q, X) int64
     limit_ptr,  # (Q,)
-    candidates, knowns, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr,
+    candidates, knowns, in_batch, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Labels of a tile and who leaves the set: the rule of ref/blocked.py, for all (i, j) at once."""
     m_q, m_p = o_q < queries, o_p < passages
     b_text = tl.load(text_ptr + o_p, mask=m_p, other=-2)
     b_limit = tl.load(limit_ptr + o_q, mask=m_q, other=float("inf"))
-    b_out = b_cosine > b_limit[:, None]
+    b_out = (b_cosine > b_limit[:, None]) | (in_batch == 0)
     b_label = tl.zeros((BLOCK_Q, BLOCK_P), b_cosine.dtype)
     b_own = tl.zeros((BLOCK_Q, BLOCK_P), tl.int1)
     for x in range(knowns):
@@ -90,6 +90,13 @@ def _rule_tile(
     return b_label, b_out & (b_own == 0) & m_p[None, :]
 
 
+def tensors_of(rule: Rule) -> tuple[Tensor, ...]:
+    """The rule's tensors in the order of the kernels' arguments, rows without gaps."""
+    groups = rule.groups
+    tensors = (groups.column_QC, rule.label_QC, groups.text_P, groups.known_QX, rule.limit_Q)
+    return tuple(tensor.contiguous() for tensor in tensors)
+
+
 # ------------------------------------------------------------------------------------------------- the smallest
 
 
@@ -98,7 +105,7 @@ def _forward_small(
     query_ptr, passage_ptr,  # (Q, D), (P, D)
     column_ptr, label_ptr, text_ptr, known_ptr, limit_ptr,  # the rule
     lse_ptr, target_ptr, masked_ptr,  # (Q,) out: log-sum-exp, label . score, columns that left
-    queries, passages, width, candidates, knowns, temperature,
+    queries, passages, width, candidates, knowns, in_batch, temperature,
     ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     o_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -111,10 +118,10 @@ def _forward_small(
         b_cosine = _score_tile(query_ptr, passage_ptr, o_q, o_p, queries, passages, width,
                                ACC, UPCAST, BLOCK_Q, BLOCK_P, BLOCK_D)
         b_label, b_out = _rule_tile(b_cosine, o_q, o_p, queries, passages, column_ptr, label_ptr, text_ptr, known_ptr,
-                                    limit_ptr, candidates, knowns, BLOCK_Q, BLOCK_P)
+                                    limit_ptr, candidates, knowns, in_batch, BLOCK_Q, BLOCK_P)
         b_score = b_cosine / temperature
         b_target += tl.sum(b_label * b_score, 1)
-        b_masked += tl.sum(b_out.to(tl.int32), 1)
+        b_masked += tl.sum(b_out.to(tl.int32), 1) * in_batch
         b_score = tl.where(b_out | (o_p >= passages)[None, :], float("-inf"), b_score)
         b_new = tl.maximum(b_max, tl.max(b_score, 1))
         b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)  # a tile may be masked as a whole
@@ -129,14 +136,14 @@ def _forward_small(
 @triton.jit
 def _coefficient_tile(
     query_ptr, passage_ptr, column_ptr, label_ptr, text_ptr, known_ptr, limit_ptr, lse_ptr, grad_ptr,
-    o_q, o_p, queries, passages, width, candidates, knowns, temperature,
+    o_q, o_p, queries, passages, width, candidates, knowns, in_batch, temperature,
     ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """g = (exp(s - lse) - y) dL / tau of a tile: its scores computed again, zero outside the set."""
     b_cosine = _score_tile(query_ptr, passage_ptr, o_q, o_p, queries, passages, width,
                            ACC, UPCAST, BLOCK_Q, BLOCK_P, BLOCK_D)
     b_label, b_out = _rule_tile(b_cosine, o_q, o_p, queries, passages, column_ptr, label_ptr, text_ptr, known_ptr,
-                                limit_ptr, candidates, knowns, BLOCK_Q, BLOCK_P)
+                                limit_ptr, candidates, knowns, in_batch, BLOCK_Q, BLOCK_P)
     m_q = o_q < queries
     b_lse = tl.load(lse_ptr + o_q, mask=m_q, other=0.0)
     b_grad = tl.load(grad_ptr + o_q, mask=m_q, other=0.0)
@@ -150,7 +157,7 @@ def _backward_query_small(
     query_ptr, passage_ptr, column_ptr, label_ptr, text_ptr, known_ptr, limit_ptr,  # as in forward
     lse_ptr, grad_ptr,  # (Q,) kept by forward; incoming gradient
     out_ptr,  # (Q, D) out: dQ
-    queries, passages, width, candidates, knowns, temperature,
+    queries, passages, width, candidates, knowns, in_batch, temperature,
     ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     o_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -159,7 +166,7 @@ def _backward_query_small(
     for p in range(0, passages, BLOCK_P):
         o_p = p + tl.arange(0, BLOCK_P)
         b_g = _coefficient_tile(query_ptr, passage_ptr, column_ptr, label_ptr, text_ptr, known_ptr, limit_ptr, lse_ptr,
-                                grad_ptr, o_q, o_p, queries, passages, width, candidates, knowns, temperature,
+                                grad_ptr, o_q, o_p, queries, passages, width, candidates, knowns, in_batch, temperature,
                                 ACC, UPCAST, BLOCK_Q, BLOCK_P, BLOCK_D)
         b_p = _load(passage_ptr, o_p, o_d, passages, width, ACC, True)
         b_dq += tl.dot(b_g, b_p, input_precision="ieee", out_dtype=ACC)
@@ -173,7 +180,7 @@ def _backward_passage_small(
     query_ptr, passage_ptr, column_ptr, label_ptr, text_ptr, known_ptr, limit_ptr,  # as in forward
     lse_ptr, grad_ptr,  # (Q,) kept by forward; incoming gradient
     out_ptr,  # (P, D) out: dP
-    queries, passages, width, candidates, knowns, temperature,
+    queries, passages, width, candidates, knowns, in_batch, temperature,
     ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     o_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -182,7 +189,7 @@ def _backward_passage_small(
     for q in range(0, queries, BLOCK_Q):
         o_q = q + tl.arange(0, BLOCK_Q)
         b_g = _coefficient_tile(query_ptr, passage_ptr, column_ptr, label_ptr, text_ptr, known_ptr, limit_ptr, lse_ptr,
-                                grad_ptr, o_q, o_p, queries, passages, width, candidates, knowns, temperature,
+                                grad_ptr, o_q, o_p, queries, passages, width, candidates, knowns, in_batch, temperature,
                                 ACC, UPCAST, BLOCK_Q, BLOCK_P, BLOCK_D)
         b_q = _load(query_ptr, o_q, o_d, queries, width, ACC, True)
         b_dp += tl.dot(tl.trans(b_g), b_q, input_precision="ieee", out_dtype=ACC)
@@ -197,9 +204,9 @@ class _Small(torch.autograd.Function):
         (queries, width), passages = query_QD.shape, len(passage_PD)
         exact = query_QD.dtype == torch.float64
         ctx.constants = {**TILE, "ACC": tl.float64 if exact else tl.float32, "UPCAST": interpreted()}
-        ctx.rule = (rule.groups.column_QC, rule.label_QC, rule.groups.text_P, rule.groups.known_QX, rule.limit_Q)
+        ctx.rule = tensors_of(rule)
         candidates, knowns = rule.label_QC.shape[1], rule.groups.known_QX.shape[1]
-        ctx.scalars = (queries, passages, width, candidates, knowns, rule.temperature)
+        ctx.scalars = (queries, passages, width, candidates, knowns, int(rule.in_batch), rule.temperature)
         dtype = torch.float64 if exact else torch.float32
         lse_Q, target_Q = (query_QD.new_empty(queries, dtype=dtype) for _ in range(2))
         masked_Q = torch.empty(queries, dtype=torch.int64, device=query_QD.device)
@@ -234,7 +241,7 @@ def _reduce_block(
     cosine_ptr,  # (Q, count) fp32
     column_ptr, label_ptr, text_ptr, known_ptr, limit_ptr,  # the rule
     max_ptr, sum_ptr, target_ptr, masked_ptr,  # (Q,) in and out: the row's statistics so far
-    queries, count, first, candidates, knowns, temperature,
+    queries, count, first, candidates, knowns, in_batch, temperature,
     BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     o_q = tl.program_id(0) + tl.arange(0, 1)
@@ -244,10 +251,10 @@ def _reduce_block(
     o_tile = o_q.to(tl.int64)[:, None] * count + o_local[None, :]
     b_cosine = tl.load(cosine_ptr + o_tile, mask=m_p, other=0.0)
     b_label, b_out = _rule_tile(b_cosine, o_q, o_p, queries, passages, column_ptr, label_ptr, text_ptr,
-                                known_ptr, limit_ptr, candidates, knowns, 1, BLOCK_P)
+                                known_ptr, limit_ptr, candidates, knowns, in_batch, 1, BLOCK_P)
     b_score = b_cosine / temperature
     b_target = tl.load(target_ptr + o_q) + tl.sum(b_label * b_score, 1)
-    b_masked = tl.load(masked_ptr + o_q) + tl.sum(b_out.to(tl.int32), 1)
+    b_masked = tl.load(masked_ptr + o_q) + tl.sum(b_out.to(tl.int32), 1) * in_batch
     b_score = tl.where(b_out | (m_p == 0), float("-inf"), b_score)
     b_max = tl.load(max_ptr + o_q)
     b_new = tl.maximum(b_max, tl.max(b_score, 1))
@@ -265,7 +272,7 @@ def _gradient_block(
     column_ptr, label_ptr, text_ptr, known_ptr, limit_ptr,  # the rule
     lse_ptr, grad_ptr,  # (Q,)
     out_ptr,  # (Q, count) out: g, in the dtype of the vectors
-    queries, count, first, candidates, knowns, temperature,
+    queries, count, first, candidates, knowns, in_batch, temperature,
     BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     o_q = tl.program_id(0) + tl.arange(0, 1)
@@ -275,7 +282,7 @@ def _gradient_block(
     o_tile = o_q.to(tl.int64)[:, None] * count + o_local[None, :]
     b_cosine = tl.load(cosine_ptr + o_tile, mask=m_p, other=0.0)
     b_label, b_out = _rule_tile(b_cosine, o_q, o_p, queries, passages, column_ptr, label_ptr, text_ptr,
-                                known_ptr, limit_ptr, candidates, knowns, 1, BLOCK_P)
+                                known_ptr, limit_ptr, candidates, knowns, in_batch, 1, BLOCK_P)
     b_lse, b_grad = tl.load(lse_ptr + o_q), tl.load(grad_ptr + o_q)
     b_probability = tl.where(b_out, 0.0, tl.exp(b_cosine / temperature - b_lse[:, None]))
     b_g = (b_probability - b_label) * (b_grad / temperature)[:, None]
@@ -299,10 +306,10 @@ class TritonEpilogue:
         return out
 
     def _launch(self, kernel: Any, cosine: Tensor, first: int, rule: Rule, *tensors: Tensor) -> None:
-        groups, (queries, count) = rule.groups, cosine.shape
+        queries, count = cosine.shape
         kernel[(queries,)](
-            cosine, groups.column_QC, rule.label_QC, groups.text_P, groups.known_QX, rule.limit_Q, *tensors,
-            queries, count, first, rule.label_QC.shape[1], groups.known_QX.shape[1], rule.temperature,
+            cosine, *tensors_of(rule), *tensors, queries, count, first, rule.label_QC.shape[1],
+            rule.groups.known_QX.shape[1], int(rule.in_batch), rule.temperature,
             BLOCK_P=triton.next_power_of_2(count), num_warps=4)
 
 
@@ -354,10 +361,16 @@ def check(query_QD: Tensor, passage_PD: Tensor, rule: Rule, *, values: bool) -> 
     if groups.column_QC.shape != shape or groups.column_QC.dtype != torch.int64:
         raise ValueError(f"columns are {tuple(groups.column_QC.shape)} {groups.column_QC.dtype}. "
                          f"Expected is {tuple(shape)} int64.")
-    if groups.text_P.shape != passage_PD.shape[:1] or groups.known_QX.shape[:1] != shape[:1]:
-        raise ValueError(f"texts are {tuple(groups.text_P.shape)} and known texts {tuple(groups.known_QX.shape)}. "
-                         f"Expected are ({len(passage_PD)},) and ({shape[0]}, X). "
-                         "Give one number a passage and one row a query.")
+    numbers = (groups.text_P, groups.known_QX)
+    if (groups.text_P.shape != passage_PD.shape[:1] or groups.known_QX.ndim != 2
+            or groups.known_QX.shape[:1] != shape[:1] or {x.dtype for x in numbers} != {torch.int64}):
+        raise ValueError(f"texts are {tuple(groups.text_P.shape)} and known texts {tuple(groups.known_QX.shape)}, "
+                         f"{groups.text_P.dtype} and {groups.known_QX.dtype}. Expected are ({len(passage_PD)},) and "
+                         f"({shape[0]}, X) int64. Give one number a passage and one row a query.")
+    wide = (torch.float32, torch.float64)
+    if rule.limit_Q.shape != shape[:1] or rule.limit_Q.dtype not in wide or rule.label_QC.dtype not in wide:
+        raise ValueError(f"limits are {tuple(rule.limit_Q.shape)} {rule.limit_Q.dtype}, labels {rule.label_QC.dtype}. "
+                         f"Expected are ({shape[0]},) and float32. Give one limit a query, inf for none.")
     if not 0 < rule.temperature < float("inf"):
         raise ValueError(f"temperature is {rule.temperature}. Expected is a finite number above 0. Give another.")
     devices = {x.device for x in (query_QD, passage_PD, rule.label_QC, rule.limit_Q, *vars(groups).values())}
@@ -374,9 +387,9 @@ def _check_values(rule: Rule, passages: int) -> None:
         "columns lie outside 0..P-1": (column_QC >= passages) | (column_QC < -1),
         "a query has no positive in its first column": column_QC[:, :1] < 0,
         "a column stands twice in a row": (sorted_QC[:, 1:] == sorted_QC[:, :-1]) & (sorted_QC[:, 1:] >= 0),
-        "labels are negative": label_QC < 0,
+        "labels are negative or NaN": ~(label_QC >= 0),
         "a weight stands where there is no column": (label_QC > 0) & (column_QC < 0),
-        "labels do not sum to 1, or all to 0, by row": ((sums_Q - 1).abs() > 1e-3) & (sums_Q != 0),
+        "labels do not sum to 1, or all to 0, by row": ~((sums_Q - 1).abs() <= 1e-3) & (sums_Q != 0),
     }
     found = torch.stack([fault.any() for fault in faults.values()]).tolist()  # the one wait
     for fault, is_there in zip(faults, found, strict=True):

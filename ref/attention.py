@@ -21,7 +21,7 @@ Source: Mistral 7B, arXiv 2310.06825, section 2; grouped queries: arXiv 2305.132
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -93,7 +93,9 @@ def attend_flex(
 
     if prefix is not None:
         k_TGK, v_TGK = (torch.cat(pair) for pair in zip(prefix, (k_TGK, v_TGK), strict=True))
-    attention: Any = compiled(flex_attention) if q_NHK.device.type == "cuda" else flex_attention
+    attention: Any = flex_attention
+    if q_NHK.device.type == "cuda":  # never the kernel for few rows: it has no configuration for 33 to 127 of them
+        attention = partial(compiled(flex_attention), kernel_options={"BACKEND": "TRITON"})
     q, k, v = (x.transpose(0, 1)[None] for x in (q_NHK, k_TGK, v_TGK))
     mask = _block_mask(packed, len(q_NHK), window_keys)
     return attention(q, k, v, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)

@@ -38,6 +38,7 @@ class Rule:
     label_QC: Tensor  # fp32, sums to one by row, or zeros: row ignored
     limit_Q: Tensor  # fp32; inf: no limit
     temperature: float
+    in_batch: bool = True  # False: a query sees its own candidates alone
 
     def label_block(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Labels, and who is a candidate, for the columns first..first+count-1: two (Q, count), fp32 and bool."""
@@ -48,8 +49,10 @@ class Rule:
         own = torch.zeros_like(label, dtype=torch.bool).scatter_(1, local_QC, True)
         return label[:, :count], own[:, :count]
 
-    def false_negatives(self, cosine: Tensor, own: Tensor, first: int) -> Tensor:
-        """Who leaves the set, (Q, count) bool: too close to be wrong, or known to be right; never a candidate."""
+    def leaves(self, cosine: Tensor, own: Tensor, first: int) -> Tensor:
+        """Who is not in the set, (Q, count) bool: too close to be wrong, or known to be right; never a candidate."""
+        if not self.in_batch:
+            return ~own
         text_P = self.groups.text_P[first : first + cosine.shape[1]]
         leaves = cosine > self.limit_Q[:, None]
         for known_Q in self.groups.known_QX.T:
@@ -89,10 +92,10 @@ class TorchEpilogue:
 
     def reduce(self, cosine: Tensor, first: int, rule: Rule, state: RowState) -> None:
         label, own = rule.label_block(first, cosine.shape[1])
-        masked = rule.false_negatives(cosine, own, first)
+        masked = rule.leaves(cosine, own, first)
         score = cosine.div_(rule.temperature)
         state.target += torch.linalg.vecdot(label, score)
-        state.masked += masked.sum(1)
+        state.masked += masked.sum(1) * rule.in_batch
         score.masked_fill_(masked, -torch.inf)
         maximum = torch.maximum(state.maximum, score.amax(1))
         safe = maximum.masked_fill(maximum == -torch.inf, 0.0)  # a block may be masked as a whole
@@ -101,7 +104,7 @@ class TorchEpilogue:
 
     def gradient(self, cosine: Tensor, first: int, rule: Rule, lse_Q: Tensor, grad_Q: Tensor) -> Tensor:
         label, own = rule.label_block(first, cosine.shape[1])
-        masked = rule.false_negatives(cosine, own, first)
+        masked = rule.leaves(cosine, own, first)
         probability = cosine.div_(rule.temperature).sub_(lse_Q[:, None]).exp_().masked_fill_(masked, 0.0)
         return probability.sub_(label).mul_((grad_Q / rule.temperature)[:, None])
 
@@ -135,6 +138,7 @@ class _Blocked(torch.autograd.Function):
                 add_product(query_grad, coefficient, passage_PD[block])
             if passage_grad is not None:
                 torch.mm(coefficient.T, query_QD, out=passage_grad[block])
+            del cosine, coefficient  # before the next block, and the last cast, ask for theirs
         return None if query_grad is None else query_grad.to(query_QD.dtype), passage_grad, None, None
 
 

@@ -180,7 +180,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": {
         "queries": 64, "queries_symmetric": 64, "negatives": 4, "in_batch": "all", "temperature": 0.05,
         "teacher_temperature": 0.05, "learning_rate": 2e-3, "schedule": "cosine", "weight_decay": 0.3,
-        "max_examples": 0, "max_text_tokens": 96, "epochs": 24,
+        "max_examples": 0, "max_text_tokens": 96, "epochs": 24, "chunk_tokens": 32768,
     },
 }
 
@@ -226,7 +226,7 @@ class Options:
     negatives: int = _option(7, "hard negatives of a query, at most", least=0)
     in_batch: Literal["by-type", "all", "none"] = _option("by-type", "who sees the batch's other passages as negatives")
     order: Literal["mixed", "sts-first"] = _option("mixed", "order of the batches within an epoch")
-    chunk_tokens: int = _option(32768, "tokens that pass with a graph at a time (gradient caching)", least=1)
+    chunk_tokens: int = _option(16384, "tokens that pass with a graph at a time; 3 MB each for 7B", least=1)
 
     temperature: float = _option(0.02, "tau of the scores", group="loss", above=0)
     teacher_temperature: float = _option(

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from ref.checkpoint import load_model, locate
-from ref.config import DTYPES, checked, pick_device, pick_kernels, read_json
+from ref.config import DTYPES, Kernels, checked, pick_device, pick_kernels, read_json
 from ref.lora import load_adapter, merge
 from ref.model import Mistral
 from ref.packing import cut_by_tokens, pack
@@ -39,10 +39,12 @@ Made = TypeVar("Made")
 class Embedder:
     """A model with its tokenizer and its prompts."""
 
-    def __init__(self, model: Mistral, prompter: Prompter, *, tokens_per_batch: int = 8192) -> None:
+    def __init__(
+        self, model: Mistral, prompter: Prompter, *, tokens_per_batch: int = 8192, kernels: Kernels | None = None,
+    ) -> None:
         fitting(model, prompter.tokenizer)
         self.model, self.prompter, self.tokens_per_batch = model, prompter, tokens_per_batch
-        self.kernels = pick_kernels(None, model.norm.weight.device)
+        self.kernels = pick_kernels(kernels, model.norm.weight.device)
 
     @classmethod
     def from_pretrained(

@@ -84,7 +84,7 @@ def soft_contrastive(
 
     `kernels` says who computes the loss over a batch, with equal results: "eager" (the plain page below), "blocked"
     (blocks of passages in torch), "triton" or "small" (Triton, fast or short). Over a query's own few candidates
-    (`in_batch` False) none is needed.
+    (`in_batch` False) (Q, C) scores are less work than any of them, which could do it too.
     """
     if not in_batch:
         return own_loss(query_QD, passage_PD, groups, label_QC, temperature)
@@ -116,8 +116,8 @@ def eager_loss(query_QD: Tensor, passage_PD: Tensor, rule: Rule) -> tuple[Tensor
     """The loss over the batch, plainly: every score, the mask, a log-sum-exp. The oracle of the faster ones."""
     cosine_QP = query_QD.float() @ passage_PD.float().T
     label_QP, own_QP = rule.label_block(0, len(passage_PD))
-    masked_QP = rule.false_negatives(cosine_QP.detach(), own_QP, 0)
+    masked_QP = rule.leaves(cosine_QP.detach(), own_QP, 0)
     score_QP = cosine_QP / rule.temperature
     lse_Q = score_QP.masked_fill(masked_QP, -torch.inf).logsumexp(1)
     loss_Q = lse_Q - (label_QP * score_QP).sum(1)
-    return loss_Q * rule.label_QC.any(1), masked_QP.sum(1)
+    return loss_Q * rule.label_QC.any(1), masked_QP.sum(1) * rule.in_batch
