@@ -1,7 +1,8 @@
 """Compile every kernel for an NVIDIA architecture without a GPU: `python -m benchmarks.compile_kernels 90`.
 
-Prints JSON: kernel -> registers, stack bytes, local bytes, shared bytes, by the cuobjdump that Triton brings. A spill
-shows as stack or local above 0. TRITON_INTERPRET must not be set.
+Prints JSON: kernel and type of the vectors -> registers, stack bytes, local bytes, shared bytes, by the cuobjdump that
+Triton brings. A spill shows as stack or local above 0. Compiled as a launch at the usual shapes does it: pointers and
+sizes divisible by 16. TRITON_INTERPRET must not be set.
 """
 
 import json
@@ -23,16 +24,18 @@ POINTERS = {
     "column_ptr": "*i64", "text_ptr": "*i64", "known_ptr": "*i64", "masked_ptr": "*i64",
 }
 SCALARS = {"eps": "fp32", "temperature": "fp32"}
+SIZES = ("queries", "passages", "count", "first", "width", "stride", "rows")
 
 
-def signature(kernel: Any, out: str) -> dict[str, str]:
-    """A type for each argument: pointers by name (else fp32), scalars i32 or fp32, constants."""
+def signature(kernel: Any, out: str, vectors: str) -> dict[str, str]:
+    """A type for each argument: pointers by name (else fp32; bf16 stands for `vectors`), scalars, constants."""
     types = {}
     for parameter in kernel.params:
         if parameter.is_constexpr:
             types[parameter.name] = "constexpr"
         elif parameter.name.endswith("_ptr"):
-            types[parameter.name] = out if parameter.name == "out_ptr" else POINTERS.get(parameter.name, "*fp32")
+            pointer = out if parameter.name == "out_ptr" else POINTERS.get(parameter.name, "*fp32")
+            types[parameter.name] = pointer.replace("bf16", vectors)
         else:
             types[parameter.name] = SCALARS.get(parameter.name, "i32")
     return types
@@ -75,9 +78,13 @@ def main() -> None:
     target = GPUTarget("cuda", int(sys.argv[1]), 32)
     report = {}
     for name, (kernel, out, constants, warps) in variants().items():
-        source = ASTSource(kernel, signature(kernel, out), constexprs=constants)
-        compiled = triton.compile(source, target=target, options={"num_warps": warps})
-        report[name] = {**resources(compiled.asm["cubin"]), "shared": compiled.metadata.shared}
+        for vectors in ("bf16", "fp16", "fp32"):
+            types = signature(kernel, out, vectors)
+            aligned: Any = {(n,): [["tt.divisibility", 16]] for n, argument in enumerate(types)
+                            if argument.endswith("_ptr") or argument in SIZES}
+            source = ASTSource(kernel, types, constexprs=constants, attrs=aligned)
+            compiled = triton.compile(source, target=target, options={"num_warps": warps})
+            report[f"{name}, {vectors}"] = {**resources(compiled.asm["cubin"]), "shared": compiled.metadata.shared}
     print(json.dumps(report, indent=1))
 
 

