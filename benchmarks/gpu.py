@@ -1,6 +1,7 @@
 """All that needs an NVIDIA GPU, in the order of a short slot: `python -m benchmarks gpu [PART …]`.
 
-    suite       tests/test_kernels.py and tests/test_cuda.py, natively (off a GPU: some, in Triton's interpreter)
+    suite       tests/test_kernels.py, natively (off a GPU: some of it, in Triton's interpreter)
+    paths       tests/test_cuda.py: attention, compilation, no waits
     sanitizer   compute-sanitizer's memcheck and racecheck over every kernel at small shapes, where the tool runs
     B7 … B10    see their files
     run         run_train.py on a 7B model of random weights, a few steps
@@ -49,14 +50,28 @@ def folder(cuda: bool) -> Path:
     return RESULTS / ("gpu" if cuda else "dry-run")
 
 
-def suite(cuda: bool) -> dict[str, Any]:
-    """The tests of kernels and CUDA paths in a process of their own."""
+def run_tests(file: str, cuda: bool, chosen: tuple[str, ...]) -> dict[str, Any]:
+    """A file of tests in a process of its own."""
     environment = {**os.environ, "TRITON_INTERPRET": "0" if cuda else "1"}
-    tests = [] if cuda else ["-k", "pool_of_a_zero_row or row_that_sees or agree_bit_for_bit"]
-    call = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels.py",
-            "tests/test_cuda.py", *tests]
-    done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    call = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", file, *chosen]
+    try:
+        done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S,
+                              check=False)
+    except subprocess.TimeoutExpired as error:
+        said = (error.stdout or b"").decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
+        return {"passed": False, "last lines": [f"not done after {LIMIT_S} s", *said.strip().splitlines()[-8:]]}
     return {"passed": done.returncode == 0, "last lines": done.stdout.strip().splitlines()[-8:]}
+
+
+def suite(cuda: bool) -> dict[str, Any]:
+    """The kernel tests; off a GPU three of them."""
+    few = ("-k", "pool_of_a_zero_row or row_that_sees or agree_bit_for_bit")
+    return run_tests("tests/test_kernels.py", cuda, () if cuda else few)
+
+
+def paths(cuda: bool) -> dict[str, Any]:
+    """The tests of the CUDA paths; off a GPU they are skipped."""
+    return run_tests("tests/test_cuda.py", cuda, ())
 
 
 def sanitizer(cuda: bool) -> dict[str, Any]:
@@ -67,14 +82,16 @@ def sanitizer(cuda: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for kind in ("memcheck", "racecheck"):
         call = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, "-c", CASE_FOR_SANITIZER]
+        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else allocations hide in large blocks
         try:
-            done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S // 2, check=False)
+            done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S // 2,
+                                  check=False)
         except subprocess.TimeoutExpired:
             found[kind] = {"not available": f"not done after {LIMIT_S // 2} s"}
             continue
         lines = [line for line in (done.stdout + done.stderr).splitlines() if "=========" in line]
         found[kind] = {"clean": done.returncode == 0, "last lines": lines[-4:]}
-    return found
+    return {**found, "passed": all(tool.get("clean", True) for tool in found.values())}
 
 
 def benchmark(run: Callable[..., Any]) -> Callable[[bool], dict[str, Any]]:
@@ -95,6 +112,9 @@ def training_run(cuda: bool) -> dict[str, Any]:
     device = torch.device("cuda" if cuda else "cpu")
     s = encoding.setting(device, not cuda)
     draw = random.Random(0)
+    weights = encoding.weights_in_products(s.model)
+    del s.model, s.twin, s.embedder  # the run loads its own
+    encoding.setting.cache_clear()
     queries, tokens = (512, 96) if cuda else (8, 12)
     rows = [{"query": shapes.text(draw.randrange(8, 33), draw), "prompt": "w1", "pos_scores": [0.9],
              "pos": [shapes.text(draw.randrange(tokens // 3, tokens), draw)], "neg_scores": [0.5] * 7,
@@ -112,14 +132,14 @@ def training_run(cuda: bool) -> dict[str, Any]:
         steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][1:]
     rate = statistics.median(step["tokens_per_s"] for step in steps)
     dtype = torch.bfloat16 if cuda else torch.float32
-    floor = encoding.matrix_rate(s.arch, device, dtype) / (6 * encoding.weights_in_products(s.model))
+    floor = encoding.matrix_rate(s.arch, device, dtype) / (6 * weights)
     peak = torch.cuda.max_memory_allocated() if cuda else 0
     return {"queries": queries, "tokens a step": steps[0]["tokens"], "tokens/s": [x["tokens_per_s"] for x in steps],
             "median tokens/s": rate, "peak GB": peak / 1e9, "share of the floor of 6 P": rate / floor}
 
 
 PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {
-    "suite": suite, "sanitizer": sanitizer,
+    "suite": suite, "paths": paths, "sanitizer": sanitizer,
     **{name: benchmark(BENCHMARKS[name]) for name in ("B7", "B8", "B1", "B5", "B3", "B6")}, "run": training_run,
     **{name: benchmark(BENCHMARKS[name]) for name in ("B2", "B4", "B10")}}
 

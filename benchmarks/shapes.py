@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from tokenizers import models, pre_tokenizers
 from torch import Tensor
 
-from ref.checkpoint import load_model, save_model
+from ref.checkpoint import load_model
 from ref.config import Architecture
 from ref.export import export
 from ref.model import Mistral
@@ -52,12 +52,7 @@ def write_checkpoint(arch: Architecture, folder: Path, device: torch.device) -> 
         if weight.ndim == 2:
             state[name].normal_(std=0.02 if "embed" in name else weight.shape[1] ** -0.5, generator=draw)
     model.load_state_dict(state, assign=True)
-    if device.type == "cpu":
-        export(model, Prompter(tokenizer(arch)), {}, folder)
-    else:  # the hub's form alone: 14 GB are written once
-        folder.mkdir()
-        save_model(model, folder, dtype=dtype)
-        tokenizer(arch).save(folder)
+    export(model, Prompter(tokenizer(arch)), {}, folder)
 
 
 def tokenizer(arch: Architecture) -> TextTokenizer:
@@ -95,8 +90,10 @@ def transformers_twin(ours: Mistral) -> Any:
 def last_token(twin: Any, ids_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
     """Unit vectors by transformers: padding on the right, the last real token, (B, D) fp32."""
     state = twin(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
-    last_B = torch.full((len(ids_BT),), ids_BT.shape[1] - 1) if mask_BT is None else mask_BT.sum(1).cpu() - 1
-    return F.normalize(state[torch.arange(len(state)), last_B].float(), dim=-1)
+    if mask_BT is None:
+        return F.normalize(state[:, -1].float(), dim=-1)
+    row_B = torch.arange(len(state), device=state.device)
+    return F.normalize(state[row_B, mask_BT.sum(1) - 1].float(), dim=-1)
 
 
 def padded(ids: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,6 @@ from benchmarks import shapes
 from benchmarks.encoding import Setting, against, weights_in_products
 from benchmarks.measure import Result, Target, agree, difference, measure
 from ref import lora
-from ref.checkpoint import load_model
 from ref.gradcache import GradientCache, Segment
 from ref.loss import Groups, training_loss
 from ref.model import Mistral
@@ -27,13 +26,16 @@ from ref.packing import pack
 from ref.pooling import embed
 
 RANK, ALPHA = 32, 32
+MOST_TEXTS = 256
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TEMPERATURE = 0.02
 
 
 def adapted(s: Setting) -> Mistral:
     """Our model with a fresh adapter."""
-    model = load_model(s.folder, device=s.device, dtype=s.model.norm.weight.dtype)
+    with torch.device("meta"):
+        model = Mistral(s.arch)
+    model.load_state_dict(s.model.state_dict(), assign=True)  # the very same tensors: there is room for one 7B
     lora.attach(model, rank=RANK, alpha=ALPHA, dropout=0.0, targets=TARGETS)
     return model
 
@@ -69,15 +71,16 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 
 def largest(step: Callable[[int], object], start: int) -> int:
-    """The largest power-of-two multiple of `start` texts that a step survives on this GPU."""
+    """The largest power-of-two multiple of `start` texts, up to MOST_TEXTS, that a step survives on this GPU."""
     count = start
-    while True:
+    while 2 * count <= MOST_TEXTS:
         try:
             step(2 * count)
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
             return count
         count *= 2
+    return count
 
 
 def b5(device: torch.device, *, quick: bool = False) -> Result:
@@ -89,12 +92,13 @@ def b5(device: torch.device, *, quick: bool = False) -> Result:
     peers = {"PEFT": adapted_twin(model, s.model),
              "PEFT, checkpointing": adapted_twin(model, s.model, checkpointing=True)}
     own = optimiser(model)
-    ids_BT = torch.randint(3, 7000, (256, length), device=device)
-    direction_BD = torch.randn(256, s.arch.width, device=device)
+    ids = torch.randint(3, 7000, (MOST_TEXTS, length))
+    ids_BT, lists = ids.to(device), list(ids.numpy())
+    direction_BD = torch.randn(MOST_TEXTS, s.arch.width, device=device)
 
     def ours(count: int = texts) -> None:
         own.zero_grad(set_to_none=True)
-        packed = pack(list(ids_BT[:count].cpu().numpy()), device=device)
+        packed = pack(lists[:count], device=device)
         (embed(model, packed, kernels=s.embedder.kernels) * direction_BD[:count]).sum().backward()
         own.step()
 
@@ -103,7 +107,9 @@ def b5(device: torch.device, *, quick: bool = False) -> Result:
 
         def step(count: int) -> None:
             other.zero_grad(set_to_none=True)
-            (shapes.last_token(peer, ids_BT[:count]) * direction_BD[:count]).sum().backward()
+            with torch.autocast(device.type, torch.bfloat16, enabled=cuda):  # as users train: its adapters are fp32
+                vector_BD = shapes.last_token(peer, ids_BT[:count])
+            (vector_BD * direction_BD[:count]).sum().backward()
             other.step()
         return step
 
@@ -151,7 +157,7 @@ def b6(device: torch.device, *, quick: bool = False) -> Result:
     model = adapted(s)
     own = optimiser(model)
     half = sum(map(len, s.ids(texts))) // 2  # two chunks, so that gradient caching has something to do
-    chunk_tokens = s.sized(32768, half, half)
+    chunk_tokens = s.sized(16384, half, half)
     passages = [text for group in zip(*columns[1:], strict=True) for text in group]
     groups = Groups(torch.arange(8 * queries, device=device).view(queries, 8),
                     torch.full((8 * queries,), -2, device=device), torch.full((queries, 1), -1, device=device))
@@ -177,7 +183,7 @@ def b6(device: torch.device, *, quick: bool = False) -> Result:
     if not isinstance(peer, str):
         checks["loss, ours against sentence-transformers"] = difference(ours(), peer(columns))
     agree(checks, 1e-4 if device.type == "cpu" else 2e-2)
-    found = measure(calls, device=device, rounds=s.rounds)
+    found = measure(calls, device=device, rounds=s.few_rounds)
     wanted = {"sentence-transformers, cached": 2.5 if device.type == "cuda" else 2.0}
     return Result("B6", {"queries": queries, "passages": 8 * queries, "chunk tokens": chunk_tokens}, found, checks,
                   {} if quick else against(found, wanted))
@@ -200,8 +206,10 @@ def trainer_peer(s: Setting, model: Mistral, *, texts_at_a_time: int) -> Callabl
     def step(columns: list[list[str]]) -> Tensor:
         other.zero_grad(set_to_none=True)
         features = [library.preprocess(column) for column in columns]
-        value = loss(features, torch.empty(0))
-        value.backward()
+        with torch.autocast(s.device.type, torch.bfloat16, enabled=s.device.type == "cuda"):
+            value = loss([{k: v.to(s.device) if isinstance(v, Tensor) else v for k, v in f.items()} for f in features],
+                         torch.empty(0))
+            value.backward()
         other.step()
         return value.detach()
     return step
