@@ -75,6 +75,7 @@ def soft_labels(teacher_QC: Tensor, column_QC: Tensor, teacher_temperature: floa
 def soft_contrastive(
     query_QD: Tensor, passage_PD: Tensor, groups: Groups, label_QC: Tensor, *,
     temperature: float, in_batch: bool, margin: float | None, kernels: Kernels | Literal["small"] = "eager",
+    check_values: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The loss of each query, (Q,) fp32, and how many columns left its set, (Q,) int64.
 
@@ -85,6 +86,9 @@ def soft_contrastive(
     `kernels` says who computes the loss over a batch, with equal results: "eager" (the plain page below), "blocked"
     (blocks of passages in torch), "triton" or "small" (Triton, fast or short). Over a query's own few candidates
     (`in_batch` False) (Q, C) scores are less work than any of them, which could do it too.
+
+    Raises ValueError for tensors that the Triton kernels would read wrongly; with `check_values` also for wrong numbers
+    on a device, which waits for it once.
     """
     if not in_batch:
         return own_loss(query_QD, passage_PD, groups, label_QC, temperature)
@@ -98,7 +102,7 @@ def soft_contrastive(
         return blocked_loss(query_QD, passage_PD, rule, TorchEpilogue())
     from ref.kernels.soft_contrastive import small_loss, triton_loss
 
-    return {"small": small_loss, "triton": triton_loss}[kernels](query_QD, passage_PD, rule)
+    return {"small": small_loss, "triton": triton_loss}[kernels](query_QD, passage_PD, rule, check_values=check_values)
 
 
 def own_loss(

