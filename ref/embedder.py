@@ -8,15 +8,13 @@
 
 Nothing is computed twice: equal texts are embedded once, instruction and examples pass through the model once
 for all texts, and batches are packed from texts of nearly one length. Nothing waits: a thread turns the next window of
-texts into ids while the model is at work, and vectors are copied to the host a batch late. Beyond the vectors the
-host holds at most 32 bytes a text, the ids of two windows and two batches.
+texts into ids while the model is at work, and vectors are copied to the host a batch late (overlap.py). Beyond the
+vectors the host holds at most 32 bytes a text, the ids of two windows and two batches.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +23,7 @@ from ref.checkpoint import load_model, locate
 from ref.config import DTYPES, Kernels, checked, pick_device, pick_kernels, read_json
 from ref.lora import load_adapter, merge
 from ref.model import Mistral
+from ref.overlap import LateCopies, first_of_equal, one_ahead
 from ref.packing import cut_by_tokens, pack
 from ref.pooling import embed
 from ref.prompts import TEMPLATES, Example, Prompter
@@ -32,8 +31,6 @@ from ref.tokenizer import TextTokenizer
 
 TEXTS_PER_WINDOW = 50_000  # sorted by length together; bounds the memory for token ids
 SETTINGS = "embedder.json"  # template and lengths, beside a model of ours
-Item = TypeVar("Item")
-Made = TypeVar("Made")
 
 
 class Embedder:
@@ -98,7 +95,7 @@ class Embedder:
             return rows, [np.array([*ahead, *text], np.int32) for text in ids]
 
         vectors = np.empty((len(texts), self.width), np.float32)
-        late = _LateCopies(vectors)
+        late = LateCopies(vectors)
         done = 0
         for rows, ids in one_ahead(tokenise, windows):
             for batch in cut_by_tokens([len(text) for text in ids], tokens_per_batch=self.tokens_per_batch):
@@ -108,76 +105,11 @@ class Embedder:
             if progress:
                 print(f"  {done:,} of {len(different):,} texts", flush=True)
         late.finish()
-        for start in range(0, len(texts), TEXTS_PER_WINDOW):
-            repeated = start + np.flatnonzero(first[start : start + TEXTS_PER_WINDOW] != np.arange(
-                start, min(start + TEXTS_PER_WINDOW, len(texts))))
+        for start in range(0, len(texts), TEXTS_PER_WINDOW):  # a window at a time: a copy of all would double them
+            rows = np.arange(start, min(start + TEXTS_PER_WINDOW, len(texts)))
+            repeated = rows[first[rows] != rows]
             vectors[repeated] = vectors[first[repeated]]
         return vectors
-
-
-class _LateCopies:
-    """Vectors from the device to their rows on the host, one batch late, so that the device has the next in hand."""
-
-    def __init__(self, vectors: np.ndarray) -> None:
-        self.vectors = vectors
-        self.waiting: list[tuple[np.ndarray, torch.Tensor, torch.cuda.Event | None]] = []
-
-    def add(self, rows: np.ndarray, vector_BD: torch.Tensor) -> None:
-        """Start a copy; end the one before it."""
-        arrived = None
-        if vector_BD.device.type == "cuda":
-            host_BD = torch.empty(vector_BD.shape, dtype=vector_BD.dtype, pin_memory=True)
-            vector_BD = host_BD.copy_(vector_BD, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        self.waiting.append((rows, vector_BD, arrived))
-        if len(self.waiting) > 1:
-            self._end()
-
-    def finish(self) -> None:
-        """End all copies."""
-        while self.waiting:
-            self._end()
-
-    def _end(self) -> None:
-        rows, host_BD, arrived = self.waiting.pop(0)
-        if arrived is not None:
-            arrived.synchronize()
-        self.vectors[rows] = host_BD.numpy()
-
-
-def first_of_equal(texts: Sequence[str]) -> np.ndarray:
-    """For each text the index of the first one equal to it, (texts,) int32: its own where it is the first.
-
-    Example: a b a -> 0 1 0. Sorting hashes takes at most 32 bytes a text, whatever the texts; two different texts
-    of one hash are told apart by comparison and stand for themselves.
-    """
-    hashes = np.fromiter(map(hash, texts), np.int64, len(texts))
-    order = hashes.argsort(kind="stable").astype(np.int32)
-    hashes = hashes[order]
-    is_first = np.ones(len(texts), np.bool_)
-    np.not_equal(hashes[1:], hashes[:-1], out=is_first[1:])
-    del hashes
-    run = np.flatnonzero(is_first).astype(np.int32)
-    first = np.empty(len(texts), np.int32)
-    first[order] = np.repeat(order[run], np.diff(run, append=np.int32(len(texts))))
-    for n in np.flatnonzero(first != np.arange(len(texts), dtype=np.int32)):
-        if texts[n] != texts[first[n]]:
-            first[n] = n
-    return first
-
-
-def one_ahead(function: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
-    """function(item) for each item in order, computed in a thread while the caller works on the one before."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting = None
-        for item in items:
-            following = pool.submit(function, item)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = following
-        if waiting is not None:
-            yield waiting.result()
 
 
 def inside_run(folder: Path) -> Path:

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ref import embedder as module
-from ref.embedder import Embedder, first_of_equal, one_ahead
+from ref.embedder import Embedder
 from ref.model import fresh
+from ref.overlap import first_of_equal, one_ahead
 from ref.prompts import Prompter
 from ref.tokenizer import train
 

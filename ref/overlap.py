@@ -1,0 +1,84 @@
+"""What an embedder of many texts need not do: a text twice, and wait.
+
+    first_of_equal    a text that came before has its vector already
+    one_ahead         a thread turns the next texts into ids while the model is at work on these
+    LateCopies        vectors travel to the host one batch late, while the device works on the next
+
+Called by embedder.py.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+def first_of_equal(texts: Sequence[str]) -> np.ndarray:
+    """For each text the index of the first one equal to it, (texts,) int32: its own where it is the first.
+
+    Example: a b a -> 0 1 0. Sorting hashes takes at most 32 bytes a text, whatever the texts; two different texts
+    of one hash are told apart by comparison and stand for themselves.
+    """
+    hashes = np.fromiter(map(hash, texts), np.int64, len(texts))
+    order = hashes.argsort(kind="stable").astype(np.int32)
+    hashes = hashes[order]
+    is_first = np.ones(len(texts), np.bool_)
+    np.not_equal(hashes[1:], hashes[:-1], out=is_first[1:])
+    del hashes
+    run = np.flatnonzero(is_first).astype(np.int32)
+    first = np.empty(len(texts), np.int32)
+    first[order] = np.repeat(order[run], np.diff(run, append=np.int32(len(texts))))
+    for n in np.flatnonzero(first != np.arange(len(texts), dtype=np.int32)):
+        if texts[n] != texts[first[n]]:
+            first[n] = n
+    return first
+
+
+def one_ahead(function: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
+    """function(item) for each item in order, computed in a thread while the caller works on the one before."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for item in items:
+            following = pool.submit(function, item)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = following
+        if waiting is not None:
+            yield waiting.result()
+
+
+class LateCopies:
+    """Vectors from the device to their rows of `vectors` on the host, one batch late."""
+
+    def __init__(self, vectors: np.ndarray) -> None:
+        self.vectors = vectors
+        self.waiting: list[tuple[np.ndarray, Tensor, torch.cuda.Event | None]] = []
+
+    def add(self, rows: np.ndarray, vector_BD: Tensor) -> None:
+        """Start a copy; end the one before it."""
+        arrived = None
+        if vector_BD.device.type == "cuda":
+            host_BD = torch.empty(vector_BD.shape, dtype=vector_BD.dtype, pin_memory=True)
+            vector_BD = host_BD.copy_(vector_BD, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self.waiting.append((rows, vector_BD, arrived))
+        if len(self.waiting) > 1:
+            self._end()
+
+    def finish(self) -> None:
+        """End all copies."""
+        while self.waiting:
+            self._end()
+
+    def _end(self) -> None:
+        rows, host_BD, arrived = self.waiting.pop(0)
+        if arrived is not None:
+            arrived.synchronize()
+        self.vectors[rows] = host_BD.numpy()
