@@ -13,7 +13,8 @@ So `x_TD` is one vector of the model for each packed token and `score_QP` is a q
 
 Reading order, each file one idea: config, rope, attention, model, checkpoint, lora, tokenizer, prompts,
 packing, pooling, loss, blocked, gradcache, data, overlap, embedder, runs, trainer, export, held_out, tasks, scoring;
-then run_train.py and run_eval.py. The Triton kernels in kernels/ come after pooling and blocked, whose results they equal.
+then run_train.py and run_eval.py. The Triton kernels in kernels/ come after pooling and blocked, whose results they
+equal.
 """
 
 from pathlib import Path
