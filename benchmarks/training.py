@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import shapes
-from benchmarks.encoding import Setting, against, weights_in_products
+from benchmarks.encoding import Setting, against, matrix_rate, setting, weights_in_products
 from benchmarks.measure import Result, Target, agree, difference, measure
 from ref import lora
 from ref.gradcache import GradientCache, Segment
@@ -85,7 +85,7 @@ def largest(step: Callable[[int], object], start: int) -> int:
 
 def b5(device: torch.device, *, quick: bool = False) -> Result:
     """One LoRA step, in tokens a second."""
-    s = encoding_setting(device, quick)
+    s = setting(device, quick)
     cuda = device.type == "cuda"
     length, texts = s.sized(512, 128, 16), s.sized(8, 8, 4)
     model = adapted(s)
@@ -133,23 +133,14 @@ def b5(device: torch.device, *, quick: bool = False) -> Result:
                 targets[f"tokens/s, ours / {name}"] = (rate["ours"] / rate[name], ">=", wanted)
     figures = {f"{name}, tokens/s at {batch[name]} texts": value for name, value in rate.items()}
     if cuda:
-        from benchmarks.encoding import matrix_rate
-
         floor = matrix_rate(s.arch, device, s.model.norm.weight.dtype) / (4 * weights_in_products(s.model))
         targets["share of the floor of 4 P"] = (rate["ours"] / floor, ">=", 0.55)
     return Result("B5", {"tokens": length, "rank": RANK}, found, checks, targets, figures)
 
 
-def encoding_setting(device: torch.device, quick: bool) -> Setting:
-    """The setting that the encoding benchmarks use, so that a process writes one checkpoint."""
-    from benchmarks.encoding import setting
-
-    return setting(device, quick)
-
-
 def b6(device: torch.device, *, quick: bool = False) -> Result:
     """A contrastive batch of queries with one positive and seven negatives each, in chunks."""
-    s = encoding_setting(device, quick)
+    s = setting(device, quick)
     draw = random.Random(torch.initial_seed())
     queries = s.sized(64, 8, 2)
     texts = shapes.mixed_texts(queries * 9, mean=s.sized(172, 64, 10), cap=s.sized(512, 256, 30), draw=draw)

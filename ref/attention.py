@@ -135,9 +135,7 @@ def block_table(
         rows 4-5        .    x    x
     """
     prefix, window = packed.prefix_tokens, window_keys or 2**62
-    start_B, length_B = packed.offsets[:-1], np.array(packed.lengths)
-    text_T = np.repeat(np.arange(len(length_B)), length_B)
-    position_T = np.arange(len(text_T)) - np.repeat(start_B, length_B) + prefix
+    text_T, position_T = packed.on_host
     row_N = np.arange(len(text_T)) if rows == len(text_T) else packed.offsets[1:] - 1
     text_of_key = np.concatenate((np.full(prefix, -1), text_T))
     place_of_key = np.concatenate((np.arange(prefix), position_T))

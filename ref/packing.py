@@ -32,15 +32,20 @@ class Packed:
         return np.cumsum((0, *self.lengths))
 
     @cached_property
+    def on_host(self) -> tuple[np.ndarray, np.ndarray]:
+        """`text_T` and `position_T` where they are computed."""
+        text_T = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        return text_T, np.arange(len(text_T)) - self.offsets[text_T] + self.prefix_tokens
+
+    @cached_property
     def text_T(self) -> Tensor:
         """Which text a token belongs to, (T,) int64."""
-        return to_device(np.repeat(np.arange(len(self.lengths)), self.lengths), self.ids_T.device)
+        return to_device(self.on_host[0], self.ids_T.device)
 
     @cached_property
     def position_T(self) -> Tensor:
         """Position of each token in its text, the shared prefix counted, (T,) int64."""
-        start_T = np.repeat(self.offsets[:-1], self.lengths)
-        return to_device(np.arange(len(start_T)) - start_T + self.prefix_tokens, self.ids_T.device)
+        return to_device(self.on_host[1], self.ids_T.device)
 
     @cached_property
     def last_B(self) -> Tensor:

@@ -276,6 +276,41 @@ def test_resuming_what_is_no_run_is_an_error(tmp_path, capsys):
     assert "options, model or data are missing" in capsys.readouterr().err
 
 
+def test_an_adapter_names_its_base_by_a_path_that_holds_anywhere(place, whole, monkeypatch):
+    monkeypatch.chdir(place.folder)
+    assert place.train("relative", "--model", "whole/model", "--train", "lora", "--lora-rank", 2, "--steps", 1) == 0
+    config = json.loads((place.folder / "relative/adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str((whole / "model").resolve())
+
+
+def test_two_instructions_under_one_name_are_both_exported(place, tmp_path):
+    rows = [{**row, "task": "same"} for row in lines()]
+    assert place.train("names", "--data", write_data(tmp_path / "same.jsonl", rows), "--steps", 1) == 0
+    settings = json.loads((place.folder / "names/model/config_sentence_transformers.json").read_text())
+    prompts = {name: text for name, text in settings["prompts"].items() if "Instruct" in text}
+    assert set(prompts) == {"same", "same-2"} and len(set(prompts.values())) == 2
+
+
+def test_merging_does_not_touch_what_the_held_out_score_is_of(place, monkeypatch):
+    """The adapter is scored, and merged after that."""
+    order = []
+    for name in ("held_out_score", "save_merged"):
+        call = getattr(run_train, name)
+        monkeypatch.setattr(run_train, name, lambda *a, name=name, call=call: (order.append(name), call(*a))[1])
+    assert place.train("order", "--train", "lora", "--lora-rank", 2, "--merge", "--steps", 1) == 0
+    assert order == ["held_out_score", "held_out_score", "save_merged"]
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--steps", 2, "--minutes", 1], "--steps and --minutes are both given"),
+    (["--seed", 2**31], "--seed is 2147483648"),
+])
+def test_options_that_cannot_be_are_refused(place, capsys, options, message):
+    assert place.train("never", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (place.folder / "never").exists()
+
+
 def test_a_run_that_ends_before_its_first_step(place, capsys):
     assert place.train("short", "--minutes", "1e-9") == 0
     assert "no step was done" in capsys.readouterr().out
