@@ -8,10 +8,10 @@ that runs, with everything saved; `--resume --output FOLDER` goes on.
 """
 
 import dataclasses
-import json
 import math
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from ref.embedder import Embedder
 from ref.export import save_merged, save_result
 from ref.held_out import retrieval_ndcg10
 from ref.model import Mistral
+from ref.overlap import one_ahead
 from ref.prompts import Prompter
-from ref.trainer import Trainer
+from ref.trainer import Trainer, Work
 
 
 def learning_rate(options: Options, progress: float) -> float:
@@ -57,41 +58,39 @@ def train(trainer: Trainer, folder: Path) -> bool:
         position = runs.load_state(folder, trainer.model, trainer.optimiser)
     clock = runs.Clock(position["elapsed_s"])
     runs.keep_metrics(folder, position["step"])
-    stop = runs.StopAfterStep()
-    progress = runs.Progress(options, total)
+    log = runs.StepLog(folder, runs.Progress(options, total), clock)
     trainer.model.train()
-    with (folder / "metrics.jsonl").open("a") as metrics, stop:
-        for step, epoch, lines in schedule(data, position["step"]):
+
+    def prepare(item: tuple[int, int, np.ndarray]) -> Work:
+        step, epoch, lines = item
+        return trainer.prepare(lines, epoch=epoch, step=step)
+
+    with runs.StopAfterStep() as stop:
+        for work in one_ahead(prepare, schedule(data, position["step"])):
+            step = work.step
             done = clock.elapsed_s / (60 * options.minutes) if options.minutes else step / total
             ended = done >= 1 or stop.asked
             if ended or (step > position["step"] and step % options.save_every == 0):
+                log.flush()  # what is not finite is noticed here, and not saved
                 runs.save_state(folder, trainer.model, trainer.optimiser, {"step": step, "elapsed_s": clock.elapsed_s})
             if ended:
-                progress.close()
+                log.close()
                 return done >= 1
-            before_s = clock.elapsed_s
             torch.manual_seed(options.seed * 2**32 + step)  # LoRA dropout, the same after a resume
-            batch = data.batch(lines, epoch=epoch, step=step)
-            terms, counts = trainer.step(batch)
+            terms, counts = trainer.step(work)
             rate = learning_rate(options, done + (0 if options.minutes else 1 / total / 2))
             norm = trainer.update(rate)
-            loss = terms.total.item()
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise NotFiniteError(step, loss, norm, batch, data)
-            row = {"step": step, "epoch": epoch, "task": batch.task.name, "loss": loss, "hard": terms.hard.item(),
-                   "soft": terms.soft.item(), "learning_rate": rate, "gradient_norm": norm,
-                   "masked": int(terms.masked), "label_entropy": terms.label_entropy.item(), **counts,
-                   "tokens_per_s": counts["tokens"] / (clock.elapsed_s - before_s), "elapsed_s": clock.elapsed_s}
-            metrics.write(json.dumps(row) + "\n")
-            metrics.flush()
-            progress.show(row)
+            log.add({"step": step, "epoch": work.epoch, "task": work.batch.task.name, "learning_rate": rate, **counts},
+                    {"loss": terms.total, "hard": terms.hard, "soft": terms.soft, "gradient_norm": norm,
+                     "masked": terms.masked, "label_entropy": terms.label_entropy},
+                    partial(NotFiniteError, step, work.batch, data))
     raise AssertionError("the schedule does not end")
 
 
 class NotFiniteError(ValueError):
     """The loss or its gradient is not a number: names the lines of the batch."""
 
-    def __init__(self, step: int, loss: float, norm: float, batch: Batch, data: SoftLabels) -> None:
+    def __init__(self, step: int, batch: Batch, data: SoftLabels, loss: float, norm: float) -> None:
         super().__init__(
             f"step {step}: loss {loss}, gradient norm {norm}, on {data.places(batch.rows)}. Expected are finite "
             "numbers. Look at these lines, or lower --learning-rate. What was saved before is whole: --resume starts "

@@ -2,6 +2,7 @@
 
     B1, B2, B3, B4, B10    texts to vectors (encoding.py)        B5, B6    training steps (training.py)
     B7                     the loss (loss.py)                    B8        pooling (pooling.py)
+    plot                   the results as bars and growth curves (plot.py), drawn at the end
     gpu                    all that needs an NVIDIA GPU, part by part (gpu.py); without one a dry run
 
 The studies have commands of their own: python -m benchmarks.world, benchmarks.choose, benchmarks.compile_kernels.
@@ -26,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     cuda = torch.cuda.is_available() if given.device is None else given.device == "cuda"
     if not cuda:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, by the next lines
-    from benchmarks import gpu
+    from benchmarks import gpu, plot
     from benchmarks.measure import RESULTS, report
 
     if given.names[:1] == ["gpu"]:
@@ -38,9 +39,11 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"{unknown[0]} is unknown. Expected are some of {', '.join(gpu.BENCHMARKS)}, or gpu.")
     device = torch.device("cuda" if cuda else "cpu")
-    for name in given.names or gpu.BENCHMARKS:
+    every = [name for name in gpu.BENCHMARKS if cuda or name != "B8"]  # interpreted, a kernel's speed says nothing
+    for name in given.names or every:
         result = gpu.BENCHMARKS[name](device, quick=given.quick)
         print(report(result, RESULTS / ("dry-run" if given.quick else device.type)), flush=True)
+    print(plot.draw(RESULTS / ("dry-run" if given.quick else device.type)))
     return 0
 
 

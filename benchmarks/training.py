@@ -113,8 +113,14 @@ def b5(device: torch.device, *, quick: bool = False) -> Result:
             other.step()
         return step
 
+    def ours_checkpointing(count: int) -> None:
+        model.checkpointing = True
+        ours(count)
+        model.checkpointing = False
+
     calls: dict[str, Callable[[int], None] | str] = {
-        "ours": ours, **{name: peer if isinstance(peer, str) else theirs(peer) for name, peer in peers.items()}}
+        "ours": ours, "ours, checkpointing": ours_checkpointing,
+        **{name: peer if isinstance(peer, str) else theirs(peer) for name, peer in peers.items()}}
     for call in calls.values():
         if not isinstance(call, str):
             call(texts)
@@ -132,10 +138,26 @@ def b5(device: torch.device, *, quick: bool = False) -> Result:
             if name in rate and (cuda or name == "PEFT"):
                 targets[f"tokens/s, ours / {name}"] = (rate["ours"] / rate[name], ">=", wanted)
     figures = {f"{name}, tokens/s at {batch[name]} texts": value for name, value in rate.items()}
+    cost, added = lora_cost(s, model, lists[: batch["ours"]])
+    figures |= {"LoRA, time over merged, forward": cost, "LoRA, operations over merged": added}
+    if not quick:
+        targets["LoRA's cost over merged" + ("" if cuda else ", by its operations")] = (
+            (cost, "<=", 0.05) if cuda else (cost / added, "<=", 1.1))
     if cuda:
         floor = matrix_rate(s.arch, device, s.model.norm.weight.dtype) / (4 * weights_in_products(s.model))
         targets["share of the floor of 4 P"] = (rate["ours"] / floor, ">=", 0.55)
     return Result("B5", {"tokens": length, "rank": RANK}, found, checks, targets, figures)
+
+
+def lora_cost(s: Setting, model: Mistral, texts: list[Any]) -> tuple[float, float]:
+    """What the adapters add to a forward pass: the share of its time, and of its operations."""
+    packed = pack(texts, device=s.device)
+    forward = torch.no_grad()(partial(embed, packed=packed, kernels=s.embedder.kernels))
+    found = measure({"adapted": lambda: forward(model), "merged": lambda: forward(s.model)}, device=s.device,
+                    rounds=2 * s.rounds + 1)
+    layers = lora.adapters(model).values()
+    thin = sum(layer.rank * (layer.in_features + layer.out_features) for layer in layers)
+    return found["adapted"].median_s / found["merged"].median_s - 1, thin / sum(x.weight.numel() for x in layers)
 
 
 def b6(device: torch.device, *, quick: bool = False) -> Result:

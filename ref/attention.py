@@ -65,7 +65,7 @@ def attend_by_length(
                 for p_SGK, x in zip(prefix, (k, v), strict=True)
             )
         outputs.append(rectangle(q, k, v, window_keys).transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def rectangle(q: Tensor, k: Tensor, v: Tensor, window_keys: int | None) -> Tensor:
@@ -179,6 +179,10 @@ def _listed(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` through torch.compile, one version for all token counts; an error where it cannot be one graph."""
+    """`function` through torch.compile, one version for all token counts; an error where it cannot be one graph.
+
+    What backward can have again by elementwise work (normed states, silu(gate) * up) is computed again, not kept.
+    """
     torch._dynamo.config.recompile_limit = 64  # by gradient or not, prefix or not, all rows or the last ones
+    torch._functorch.config.ban_recompute_materialized_backward = False
     return torch.compile(function, dynamic=True, fullgraph=True)

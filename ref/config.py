@@ -228,6 +228,10 @@ class Options:
     order: Literal["mixed", "sts-first"] = _option("mixed", "order of the batches within an epoch")
     chunk_tokens: int = _option(16384, "tokens that pass with a graph at a time; 3 MB each for 7B", least=1)
 
+    checkpointing: bool = _option(
+        False, "keep only the blocks' inputs and compute the blocks again in backward: a third more work, for small "
+        "cards; lower --chunk-tokens first")
+
     temperature: float = _option(0.02, "tau of the scores", group="loss", above=0)
     teacher_temperature: float = _option(
         0.05, "T of the soft labels: 0.05 suits cosines, 1 a reranker's logits", above=0)

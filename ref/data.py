@@ -131,9 +131,9 @@ class SoftLabels:
         for file_number, path in enumerate(self.paths):
             offsets = {int(self.offset[n]) for n in numbers if self.file[n] == file_number}
             if offsets:
-                self.files[file_number].seek(0)
-                ends = accumulate(map(len, self.files[file_number]), initial=0)
-                lines = [str(line) for line, offset in enumerate(ends, start=1) if offset in offsets]
+                with path.open("rb") as file:  # its own, since another thread may read the next batch
+                    ends = accumulate(map(len, file), initial=0)
+                    lines = [str(line) for line, offset in enumerate(ends, start=1) if offset in offsets]
                 found.append(f"{path} line{'s' if len(lines) > 1 else ''} {', '.join(lines)}")
         return "; ".join(found)
 

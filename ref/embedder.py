@@ -30,6 +30,7 @@ from ref.prompts import TEMPLATES, Example, Prompter
 from ref.tokenizer import TextTokenizer
 
 TEXTS_PER_WINDOW = 50_000  # sorted by length together; bounds the memory for token ids
+TOKENS_PER_BATCH = {"cuda": 8192, "cpu": 1024}  # a CPU wants its activations in the cache, a GPU large products
 SETTINGS = "embedder.json"  # template and lengths, beside a model of ours
 
 
@@ -37,16 +38,19 @@ class Embedder:
     """A model with its tokenizer and its prompts."""
 
     def __init__(
-        self, model: Mistral, prompter: Prompter, *, tokens_per_batch: int = 8192, kernels: Kernels | None = None,
+        self, model: Mistral, prompter: Prompter, *, tokens_per_batch: int | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
         fitting(model, prompter.tokenizer)
-        self.model, self.prompter, self.tokens_per_batch = model, prompter, tokens_per_batch
-        self.kernels = pick_kernels(kernels, model.norm.weight.device)
+        device = model.norm.weight.device
+        self.model, self.prompter = model, prompter
+        self.tokens_per_batch = tokens_per_batch or TOKENS_PER_BATCH[device.type]
+        self.kernels = pick_kernels(kernels, device)
 
     @classmethod
     def from_pretrained(
         cls, name: str | Path, *, device: str | None = None, dtype: str | None = None, template: str | None = None,
-        max_text_tokens: int | None = None, tokens_per_batch: int = 8192,
+        max_text_tokens: int | None = None, tokens_per_batch: int | None = None,
     ) -> "Embedder":
         """Load a run folder of run_train.py, a checkpoint or adapter folder, or a hub id.
 

@@ -45,7 +45,8 @@ class LoRALinear(nn.Linear):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        down_TR = F.linear(F.dropout(x_TD, self.dropout, self.training), self.lora_A.to(x_TD.dtype))
+        dropped_TD = F.dropout(x_TD, self.dropout, self.training) if self.dropout else x_TD  # at 0 it would be a copy
+        down_TR = F.linear(dropped_TD, self.lora_A.to(x_TD.dtype))
         plain_TF = F.linear(x_TD, self.weight)  # the product of the thin matrices is added to it where it lies
         return plain_TF.addmm_(down_TR, self.lora_B.to(x_TD.dtype).T, alpha=self.alpha / self.rank)
 

@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ref.attention import KeyValue, attend, compiled
 from ref.config import Architecture
@@ -49,7 +50,7 @@ class Normed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         wide_TD = x_TD.float()
-        r_T1 = torch.rsqrt(wide_TD.square().mean(-1, keepdim=True) + eps)
+        r_T1 = torch.rsqrt(torch.linalg.vector_norm(wide_TD, dim=-1, keepdim=True).square() / x_TD.shape[-1] + eps)
         ctx.save_for_backward(x_TD, weight_D, r_T1)
         return (wide_TD * r_T1).to(x_TD.dtype).mul_(weight_D.to(x_TD.dtype))
 
@@ -160,6 +161,7 @@ class Mistral(nn.Module):
         self.embed_tokens = nn.Embedding(arch.vocab_size, arch.width)
         self.layers = nn.ModuleList(Block(arch) for _ in range(arch.layers))
         self.norm = RMSNorm(arch.width, arch.norm_eps)
+        self.checkpointing = False  # keep a block's input alone and compute the block again in backward
 
     def forward(
         self, packed: Packed, *, prefix: Sequence[KeyValue] | None = None, every_token: bool = False,
@@ -173,8 +175,8 @@ class Mistral(nn.Module):
         rotary = self._rotary(packed.position_T)
         for number, block in enumerate(self.layers):
             last = number == len(self.layers) - 1 and not every_token
-            x_TD, _ = block(
-                x_TD, packed, rotary,
+            x_TD, _ = self._through(
+                block, x_TD, packed, rotary,
                 prefix=prefix[number] if prefix else None, rows=packed.last_B if last else None)
         return x_TD
 
@@ -185,9 +187,14 @@ class Mistral(nn.Module):
         *all_but_last, last = cast(list[Block], list(self.layers))
         pairs = []
         for block in all_but_last:
-            x_TD, own = block(x_TD, packed, rotary)
+            x_TD, own = self._through(block, x_TD, packed, rotary)
             pairs.append(own)
         return [*pairs, last.self_attn.key_value(last.input_layernorm(x_TD), rotary)]
+
+    def _through(self, block: nn.Module, *inputs: Any, **more: Any) -> tuple[Tensor, KeyValue]:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False, **more)
+        return block(*inputs, **more)
 
     def _rotary(self, position_T: Tensor) -> tuple[Tensor, Tensor]:
         return rotary_tables(position_T, head_width=self.arch.head_width, base=self.arch.rope_base)

@@ -2,9 +2,10 @@
 
     first_of_equal    a text that came before has its vector already
     one_ahead         a thread turns the next texts into ids while the model is at work on these
+    to_host           a copy to the host that is waited for only when its numbers are read
     LateCopies        vectors travel to the host one batch late, while the device works on the next
 
-Called by embedder.py.
+Called by embedder.py and run_train.py.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -53,22 +54,31 @@ def one_ahead(function: Callable[[Item], Made], items: Iterable[Item]) -> Iterat
             yield waiting.result()
 
 
+def to_host(numbers: Tensor) -> Callable[[], np.ndarray]:
+    """Start a copy to the host; the call it returns waits for the copy and gives the numbers."""
+    if numbers.device.type != "cuda":
+        return numbers.numpy
+    host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    host.copy_(numbers, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> np.ndarray:
+        arrived.synchronize()
+        return host.numpy()
+    return wait
+
+
 class LateCopies:
     """Vectors from the device to their rows of `vectors` on the host, one batch late."""
 
     def __init__(self, vectors: np.ndarray) -> None:
         self.vectors = vectors
-        self.waiting: list[tuple[np.ndarray, Tensor, torch.cuda.Event | None]] = []
+        self.waiting: list[tuple[np.ndarray, Callable[[], np.ndarray]]] = []
 
     def add(self, rows: np.ndarray, vector_BD: Tensor) -> None:
         """Start a copy; end the one before it."""
-        arrived = None
-        if vector_BD.device.type == "cuda":
-            host_BD = torch.empty(vector_BD.shape, dtype=vector_BD.dtype, pin_memory=True)
-            vector_BD = host_BD.copy_(vector_BD, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        self.waiting.append((rows, vector_BD, arrived))
+        self.waiting.append((rows, to_host(vector_BD)))
         if len(self.waiting) > 1:
             self._end()
 
@@ -78,7 +88,5 @@ class LateCopies:
             self._end()
 
     def _end(self) -> None:
-        rows, host_BD, arrived = self.waiting.pop(0)
-        if arrived is not None:
-            arrived.synchronize()
-        self.vectors[rows] = host_BD.numpy()
+        rows, arrived = self.waiting.pop(0)
+        self.vectors[rows] = arrived()

@@ -39,6 +39,7 @@ from ref.config import DTYPES, MISTRAL, TINY, Architecture, Options, read_json
 from ref.data import SoftLabels
 from ref.embedder import inside_run, load_with_adapter
 from ref.model import Mistral, fresh
+from ref.overlap import to_host
 from ref.prompts import TEMPLATES, Template
 from ref.tokenizer import TextTokenizer
 
@@ -96,6 +97,7 @@ def build(
             _all_texts(data), vocab_size=arch.vocab_size, lowercase=options.lowercase, markers=template.markers)
         model = fresh(dataclasses.replace(arch, vocab_size=tokens.vocab_size, dtype="float32"), seed=options.seed)
         model = model.to(device, frozen)
+    model.checkpointing = options.checkpointing
     if options.train == "lora":
         torch.manual_seed(options.seed)
         lora.attach(model, rank=options.lora_rank, alpha=options.lora_alpha, dropout=options.lora_dropout,
@@ -297,6 +299,44 @@ def keep_metrics(folder: Path, steps: int) -> None:
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     write_whole(path, lambda draft: draft.write_text("".join(lines[:steps])))
+
+
+class StepLog:
+    """metrics.jsonl and the line of progress, one step late: a step's figures are read when the next is on its way."""
+
+    def __init__(self, folder: Path, progress: "Progress", clock: Clock) -> None:
+        self.file, self.progress, self.clock = (folder / "metrics.jsonl").open("a"), progress, clock
+        self.read_s = clock.elapsed_s
+        self.waiting: tuple[dict[str, Any], Callable[[], Any], Callable[[float, float], Exception]] | None = None
+
+    def add(self, row: dict[str, Any], figures: dict[str, Tensor],
+            not_finite: Callable[[float, float], Exception]) -> None:
+        """Note a step whose `figures` are still being computed; write the one before it."""
+        arrived = to_host(torch.stack([value.detach().float() for value in figures.values()]))
+        self.flush()
+        self.waiting = {**row, **dict.fromkeys(figures)}, arrived, not_finite
+
+    def flush(self) -> None:
+        """Write the step that waits; raises what `not_finite` makes of its loss and gradient norm, if one is not."""
+        if self.waiting is None:
+            return
+        (row, arrived, not_finite), self.waiting = self.waiting, None
+        numbers = iter(arrived().tolist())
+        row = {name: next(numbers) if value is None else value for name, value in row.items()}
+        if not (math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"])):
+            raise not_finite(row["loss"], row["gradient_norm"])
+        now_s = self.clock.elapsed_s
+        row |= {"masked": int(row["masked"]), "tokens_per_s": row["tokens"] / (now_s - self.read_s), "elapsed_s": now_s}
+        self.read_s = now_s
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        self.progress.show(row)
+
+    def close(self) -> None:
+        """Write what waits and end the line of progress."""
+        self.flush()
+        self.progress.close()
+        self.file.close()
 
 
 class StopAfterStep:

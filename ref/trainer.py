@@ -1,16 +1,17 @@
 """One training step: a batch of lines -> prompts -> vectors -> loss -> gradient -> AdamW.
 
-    trainer.step(batch)      leaves the gradient of both loss terms in the weights that learn
+    trainer.prepare(lines)   reads a batch and turns it into ids: the host's part, done a step ahead in a thread
+    trainer.step(work)       leaves the gradient of both loss terms in the weights that learn
     trainer.update(rate)     clips it and moves them
 
-The loop around it stands in run_train.py.
+Neither of the last two reads a number from the device, so the host never waits for it. The loop stands in run_train.py.
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 
 from ref.config import Options
@@ -21,6 +22,17 @@ from ref.model import Mistral
 from ref.packing import to_device
 from ref.prompts import Prefix, Prompter
 from ref.runs import trainable
+
+
+@dataclass(frozen=True)
+class Work:
+    """A batch, ready for the model."""
+
+    step: int
+    epoch: int
+    batch: Batch
+    segments: list[Segment]
+    examples: float  # in a prompt, on average
 
 
 @dataclass
@@ -34,22 +46,26 @@ class Trainer:
     optimiser: torch.optim.AdamW
     device: torch.device
 
-    def step(self, batch: Batch) -> tuple[LossTerms, dict[str, float]]:
+    def prepare(self, lines: np.ndarray, *, epoch: int, step: int) -> Work:
+        """Read the lines of a batch and tokenise its prompts."""
+        batch = self.data.batch(lines, epoch=epoch, step=step)
+        return Work(step, epoch, batch, *self.segments(batch))
+
+    def step(self, work: Work) -> tuple[LossTerms, dict[str, float]]:
         """Leave the gradient of a batch's loss in the weights; returns the loss and counts of what was read."""
-        segments, examples = self.segments(batch)
         kernels = self.options.kernels or "eager"
-        cache = GradientCache(self.model, segments, chunk_tokens=self.options.chunk_tokens, kernels=kernels)
+        cache = GradientCache(self.model, work.segments, chunk_tokens=self.options.chunk_tokens, kernels=kernels)
         low = self.options.train == "all" and self.options.dtype == "bfloat16"
         model_in = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=low)
         with model_in():
             vectors = cache.vectors()
-        terms = self.loss(batch, vectors)  # in fp32, whatever the model computes in
+        terms = self.loss(work.batch, vectors)  # in fp32, whatever the model computes in
         terms.total.backward()
         with model_in():
             cache.backward()
-        tokens = sum(s.tokens for s in segments)
+        tokens = sum(s.tokens for s in work.segments)
         useful = tokens * cache.passes / cache.positions
-        return terms, {"tokens": tokens, "useful_token_share": useful, "examples": examples}
+        return terms, {"tokens": tokens, "useful_token_share": useful, "examples": work.examples}
 
     def segments(self, batch: Batch) -> tuple[list[Segment], float]:
         """Queries, then passages, as ids behind their prefixes; and the mean number of examples that got in."""
@@ -82,13 +98,12 @@ class Trainer:
             soft_weight=options.soft_weight, in_batch=batch.in_batch, margin=options.false_negative_margin,
             kernels=options.kernels or "eager")
 
-    def update(self, rate: float) -> float:
-        """Clip the gradient and take AdamW's step; returns the gradient's norm before clipping."""
+    def update(self, rate: float) -> torch.Tensor:
+        """Clip the gradient and take AdamW's step; returns the gradient's norm before clipping, on the device."""
         weights = list(trainable(self.model).values())
-        norm = torch.nn.utils.clip_grad_norm_(weights, self.options.max_grad_norm).item()
+        norm = torch.nn.utils.clip_grad_norm_(weights, self.options.max_grad_norm)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        if math.isfinite(norm):
-            self.optimiser.step()
+        self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         return norm

@@ -101,7 +101,9 @@ def no_recompilation() -> Iterator[None]:
 
 
 def gradient_step(model: Mistral, lengths: tuple[int, ...], *, chunk_tokens: int, may_wait: bool) -> None:
-    """A contrastive batch in chunks behind a shared prefix, all on the device; a wait is an error unless it may."""
+    """A contrastive batch in chunks behind a shared prefix, then AdamW; a wait is an error unless it may."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(weights, lr=0.0, fused=True)
     queries = len(lengths)
     segments = [Segment(texts_of((40,))[0], texts_of(lengths)), Segment([], texts_of(lengths * 2))]
     columns = torch.arange(2 * queries).view(2, queries).T.contiguous()
@@ -115,6 +117,9 @@ def gradient_step(model: Mistral, lengths: tuple[int, ...], *, chunk_tokens: int
         training_loss(query_QD, passage_PD, groups, teacher_QC, temperature=0.05, teacher_temperature=0.05,
                       hard_weight=1.0, soft_weight=1.0, in_batch=True, margin=0.1, kernels="triton").total.backward()
         cache.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -313,6 +313,23 @@ def test_shared_prefix_equals_concatenated_text(
 
 
 @torch.no_grad()
+def test_a_shared_prefix_in_bf16_is_as_close_to_fp32_as_the_concatenated_text(
+    small_model: Callable[..., Mistral],
+) -> None:
+    """Error budget: 1.2 times what the concatenated text in bf16 is off, root mean square; windows cut the prefix."""
+    for window_keys in (None, 20):
+        model = small_model(window_keys=window_keys, layers=4)
+        [prefix], texts = random_texts([40]), random_texts([25] * 8 + [9] * 8)
+        whole = [prefix + text for text in texts]
+        truth = hidden(model, whole)[pack(whole, device=CPU).position_T >= 40]
+        model = model.bfloat16()
+        concatenated = hidden(model, whole)[pack(whole, device=CPU).position_T >= 40]
+        shared = model.norm(with_prefix(model, prefix, texts, every_token=True))
+        shared_off, whole_off = ((out.float() - truth).square().mean().sqrt().item() for out in (shared, concatenated))
+        assert 0 < shared_off <= 1.2 * whole_off
+
+
+@torch.no_grad()
 def test_prefix_matters(small_model: Callable[..., Mistral]) -> None:
     """Control of the test above: a prefix at other positions, or another prefix, is noticed."""
     model, texts, [prefix] = small_model(window_keys=None), random_texts([5, 5]), random_texts([9])
@@ -434,6 +451,66 @@ def test_blocks_that_see_nothing_are_skipped_and_whole_ones_known() -> None:
     assert (some.sum(), every.sum()) == (64 * 10, 64 * 6)
     some, _ = block_table(pack([[0] * 512] * 64, device=CPU), 64, 4096)
     assert some.sum() == 64 * 4  # the last tokens alone: one block of rows, all blocks of keys
+
+
+def bytes_kept(call: Callable[[], object], model: Mistral) -> int:
+    """What autograd keeps for backward, weights left out, each storage once."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        call()
+    return sum(kept.values())
+
+
+def test_a_compiled_block_keeps_what_backward_needs_and_no_more(
+    small_model: Callable[..., Mistral], monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Norm inputs, q, k, v, attention output, gate and up, and the adapters' R numbers, as torch's partitioner cuts."""
+    monkeypatch.setattr(torch._functorch.config, "ban_recompute_materialized_backward", False)  # as attention.compiled
+    torch._dynamo.reset()
+    before, after = (torch.compile(half, dynamic=True, fullgraph=True, backend="aot_eager_decomp_partition")
+                     for half in (Block.before, Block.after))
+    model, rank = small_model(layers=1, width=64, ffn_width=224), 2
+    attach(model, rank=rank, alpha=8.0, dropout=0.0, targets=[
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    block = model.layers[0]
+    packed = pack(random_texts([64] * 4), device=CPU)
+    x_TD, rotary = model.embed_tokens(packed.ids_T).requires_grad_(), model._rotary(packed.position_T)
+
+    def compiled_block() -> None:
+        q_THK, own = before(block, x_TD, rotary, None)
+        after(block, x_TD, attend_by_length(q_THK, *own, packed, window_keys=None), None).sum()
+
+    compiled_block()
+    arch = model.arch
+    q, kv, tokens = arch.heads * arch.head_width, arch.kv_heads * arch.head_width, 256
+    needed = 4 * tokens * (2 * arch.width + 2 * q + 2 * kv + 2 * arch.ffn_width + 7 * rank)
+    angles_and_norms = 4 * tokens * (arch.head_width + arch.heads + 3)
+    assert needed < bytes_kept(compiled_block, model) <= needed + angles_and_norms
+    plain = bytes_kept(lambda: block(x_TD, packed, rotary)[0].sum(), model)
+    assert plain > needed + angles_and_norms  # eager code keeps the two normed states and silu(gate) * up as well
+
+
+@pytest.mark.parametrize("prefix_tokens", [0, 9])
+def test_checkpointing_keeps_the_inputs_of_blocks_alone_and_gives_the_same_gradients(
+    prefix_tokens: int, small_model: Callable[..., Mistral],
+) -> None:
+    model, texts = small_model(layers=3), random_texts([11, 11, 30])
+    [prefix] = random_texts([max(1, prefix_tokens)])
+
+    def forward() -> Tensor:
+        return with_prefix(model, prefix, texts, every_token=False) if prefix_tokens else model(pack(texts, device=CPU))
+    weight = torch.randn_like(forward())
+    truth, kept = gradients(model, forward(), weight), bytes_kept(forward, model)
+    model.checkpointing = True
+    assert_same_gradients(gradients(model, forward(), weight), truth)
+    assert bytes_kept(forward, model) < kept / 3
 
 
 @pytest.mark.parametrize("train", [False, True])
