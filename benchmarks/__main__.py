@@ -2,6 +2,7 @@
 
     B1, B2, B3, B4, B10    texts to vectors (encoding.py)        B5, B6    training steps (training.py)
     B7                     the loss (loss.py)                    B8        pooling (pooling.py)
+    B9                     mining (mining.py)
     plot                   the results as bars and growth curves (plot.py), drawn at the end
     gpu                    all that needs an NVIDIA GPU, part by part (gpu.py); without one a dry run
 
@@ -17,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run what is named; 1 if something failed."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="B1 to B8, B10, or gpu and its parts (default: all benchmarks)")
+    parser.add_argument("names", nargs="*", help="B1 to B10, or gpu and its parts (default: all benchmarks)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--quick", action="store_true", help="small shapes: shows that it runs, measures nothing")
     given = parser.parse_args(arguments)

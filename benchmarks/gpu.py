@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import run_train
-from benchmarks import encoding, loss, pooling, shapes, training
+from benchmarks import encoding, loss, mining, pooling, shapes, training
 from benchmarks.measure import RESULTS, Result, report
 from ref.runs import machine, now
 
@@ -106,7 +106,9 @@ def benchmark(run: Callable[..., Any]) -> Callable[[bool], dict[str, Any]]:
 
 BENCHMARKS: dict[str, Callable[..., Result]] = {
     "B1": encoding.b1, "B2": encoding.b2, "B3": encoding.b3, "B4": encoding.b4, "B5": training.b5, "B6": training.b6,
-    "B7": loss.b7, "B8": pooling.b8, "B10": encoding.b10}
+    "B7": loss.b7, "B8": pooling.b8, "B9": mining.b9, "B10": encoding.b10}
+
+
 def training_run(cuda: bool) -> dict[str, Any]:
     """run_train.py itself on random weights: one step to warm up, three timed, of 512 queries x (1+7)."""
     device = torch.device("cuda" if cuda else "cpu")
@@ -141,7 +143,7 @@ def training_run(cuda: bool) -> dict[str, Any]:
 PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {
     "suite": suite, "paths": paths, "sanitizer": sanitizer,
     **{name: benchmark(BENCHMARKS[name]) for name in ("B7", "B8", "B1", "B5", "B3", "B6")}, "run": training_run,
-    **{name: benchmark(BENCHMARKS[name]) for name in ("B2", "B4", "B10")}}
+    **{name: benchmark(BENCHMARKS[name]) for name in ("B2", "B4", "B9", "B10")}}
 
 
 def main(names: list[str]) -> int:

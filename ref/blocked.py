@@ -49,15 +49,21 @@ class Rule:
         own = torch.zeros_like(label, dtype=torch.bool).scatter_(1, local_QC, True)
         return label[:, :count], own[:, :count]
 
-    def leaves(self, cosine: Tensor, own: Tensor, first: int) -> Tensor:
-        """Who is not in the set, (Q, count) bool: too close to be wrong, or known to be right; never a candidate."""
+    def candidates(self, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The same as a list: row, local column and label of each candidate in the block. Waits for the device."""
+        column_QC = self.groups.column_QC
+        row, slot = ((column_QC >= first) & (column_QC < first + count)).nonzero(as_tuple=True)
+        return row, column_QC[row, slot] - first, self.label_QC[row, slot]
+
+    def leaves(self, cosine: Tensor, first: int) -> Tensor:
+        """Who is not in the set, (Q, count) bool, unless it is a candidate: too close to be wrong, or known right."""
         if not self.in_batch:
-            return ~own
-        text_P = self.groups.text_P[first : first + cosine.shape[1]]
+            return torch.ones_like(cosine, dtype=torch.bool)
+        text_P = self.groups.text_P[first : first + cosine.shape[1]].int()  # half the traffic of int64
         leaves = cosine > self.limit_Q[:, None]
-        for known_Q in self.groups.known_QX.T:
+        for known_Q in self.groups.known_QX.T.int():
             leaves |= text_P == known_Q[:, None]
-        return leaves.masked_fill_(own, False)
+        return leaves
 
 
 @dataclass
@@ -91,10 +97,11 @@ class TorchEpilogue:
     """The epilogue in plain torch."""
 
     def reduce(self, cosine: Tensor, first: int, rule: Rule, state: RowState) -> None:
-        label, own = rule.label_block(first, cosine.shape[1])
-        masked = rule.leaves(cosine, own, first)
+        row, column, label = rule.candidates(first, cosine.shape[1])
+        masked = rule.leaves(cosine, first)
+        masked[row, column] = False
         score = cosine.div_(rule.temperature)
-        state.target += torch.linalg.vecdot(label, score)
+        state.target.index_add_(0, row, label * score[row, column])
         state.masked += masked.sum(1) * rule.in_batch
         score.masked_fill_(masked, -torch.inf)
         maximum = torch.maximum(state.maximum, score.amax(1))
@@ -103,10 +110,12 @@ class TorchEpilogue:
         state.maximum = maximum
 
     def gradient(self, cosine: Tensor, first: int, rule: Rule, lse_Q: Tensor, grad_Q: Tensor) -> Tensor:
-        label, own = rule.label_block(first, cosine.shape[1])
-        masked = rule.leaves(cosine, own, first)
+        row, column, label = rule.candidates(first, cosine.shape[1])
+        masked = rule.leaves(cosine, first)
+        masked[row, column] = False
         probability = cosine.div_(rule.temperature).sub_(lse_Q[:, None]).exp_().masked_fill_(masked, 0.0)
-        return probability.sub_(label).mul_((grad_Q / rule.temperature)[:, None])
+        probability.index_put_((row, column), -label.to(probability.dtype), accumulate=True)
+        return probability.mul_((grad_Q / rule.temperature)[:, None])
 
 
 class _Blocked(torch.autograd.Function):

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ref.config import Options
 from ref.loss import Groups
+from ref.mining import fold
 from ref.prompts import Example
 
 MAX_TEXT_CHARS = 1_000_000
@@ -262,11 +263,12 @@ def parse(line: bytes, where: str, file_name: str, instruction: str | None) -> R
     if prompt is None:
         raise ValueError(f"{where}: prompt is missing. Expected is the task's instruction. "
                          "Give one, or use --instruction.")
-    query = _text(value.get("query"), f"{where}: query")
+    query = checked_text(value.get("query"), f"{where}: query")
     positives, negatives = (_texts(value, name, where) for name in ("pos", "neg"))
     if not positives:
         raise ValueError(f"{where}: pos is missing or empty. Expected is a list of at least one text. Give one.")
-    task = Task(_text(value.get("task") or file_name, f"{where}: task"), _text(prompt, f"{where}: prompt"), kind)
+    name = checked_text(value.get("task") or file_name, f"{where}: task")
+    task = Task(name, checked_text(prompt, f"{where}: prompt"), kind)
     positive_scores = _scores(value, "pos_scores", positives, where)
     negative_scores = _scores(value, "neg_scores", negatives, where)
     if not negatives and positive_scores is not None:
@@ -277,7 +279,8 @@ def parse(line: bytes, where: str, file_name: str, instruction: str | None) -> R
     return Row(task, query, positives, negatives, positive_scores, negative_scores)
 
 
-def _text(value: Any, what: str) -> str:
+def checked_text(value: Any, what: str) -> str:
+    """The value, if it is a text that can be read; else ValueError that names `what`."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{what} is {value!r:.60}. Expected is a text that is not empty. "
                          "Give one, or drop the line.")
@@ -296,7 +299,7 @@ def _texts(value: dict[str, Any], name: str, where: str) -> list[str]:
     texts = value.get(name) or []
     if not isinstance(texts, list):
         raise ValueError(f"{where}: {name} is {texts!r:.60}. Expected is a list of texts. Put it in brackets.")
-    return [_text(text, f"{where}: {name}[{n}]") for n, text in enumerate(texts)]
+    return [checked_text(text, f"{where}: {name}[{n}]") for n, text in enumerate(texts)]
 
 
 def _scores(value: dict[str, Any], name: str, texts: list[str], where: str) -> list[float] | None:
@@ -312,11 +315,6 @@ def _scores(value: dict[str, Any], name: str, texts: list[str], where: str) -> l
             raise ValueError(f"{where}: {name}[{n}] is {score!r:.60}. Expected is a finite number. "
                              "Score that text again, or drop it.")
     return [float(score) for score in scores]
-
-
-def fold(text: str) -> str:
-    """The text with each run of white space as one space: what counts as the same text."""
-    return " ".join(text.split())
 
 
 def _groups(columns: list[list[int]], rows: list[Row], passages: list[str]) -> Groups:

@@ -120,7 +120,7 @@ def eager_loss(query_QD: Tensor, passage_PD: Tensor, rule: Rule) -> tuple[Tensor
     """The loss over the batch, plainly: every score, the mask, a log-sum-exp. The oracle of the faster ones."""
     cosine_QP = query_QD.float() @ passage_PD.float().T
     label_QP, own_QP = rule.label_block(0, len(passage_PD))
-    masked_QP = rule.leaves(cosine_QP.detach(), own_QP, 0)
+    masked_QP = rule.leaves(cosine_QP.detach(), 0).masked_fill(own_QP, False)
     score_QP = cosine_QP / rule.temperature
     lse_Q = score_QP.masked_fill(masked_QP, -torch.inf).logsumexp(1)
     loss_Q = lse_Q - (label_QP * score_QP).sum(1)

@@ -149,7 +149,11 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file or folder under another name, then put it in the place of `path`."""
     draft = path.with_name(f".{path.name}.draft")
     remove(draft)
-    write(draft)
+    try:
+        write(draft)
+    except BaseException:  # a full disk, say: nothing half-written stays
+        remove(draft)
+        raise
     old = path.with_name(f".{path.name}.old")
     remove(old)
     if path.is_dir():

@@ -1,0 +1,168 @@
+"""B9: hard negatives from given vectors: the exact top-k alone, and the whole of mining.
+
+    top k      scores of all queries and passages, the best 100 of each query; peer: torch's product and topk, whole
+    mining     a stub in the model's place gives the vectors; top k, the 95 % rule, seven negatives in plain Python;
+               peer: sentence-transformers' mine_hard_negatives
+
+Checked first: the best 100 are those of a full sort, the negatives those of brute force and, by query, the peer's.
+"""
+
+import random
+import time
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.measure import Result, Target, agree, growth, measure
+from labelling.candidates import TopK
+from ref.mining import Candidate, judge, mine
+
+BEST, NEGATIVES, SHARE = 100, 7, 0.95
+BLOCK = {"cpu": 20_000, "cuda": 65536}
+
+
+def case(queries: int, passages: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Unit vectors; a passage lies near its query, so that positives score high: (Q, D) and (P, D)."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    passage_PD = torch.nn.functional.normalize(torch.rand(passages, width, device=device), dim=1)
+    near_QD = passage_PD[:queries] + 0.5 * torch.nn.functional.normalize(
+        torch.rand(queries, width, device=device), dim=1)
+    return torch.nn.functional.normalize(near_QD, dim=1).to(dtype), passage_PD.to(dtype)
+
+
+def ours_top(query_QD: Tensor, passage_PD: Tensor) -> TopK:
+    """The best by blocks of passages."""
+    best = TopK(query_QD, BEST)
+    rank_P = torch.arange(len(passage_PD), device=passage_PD.device, dtype=torch.int32)
+    block = BLOCK[passage_PD.device.type]
+    for start in range(0, len(passage_PD), block):
+        best.add(passage_PD[start : start + block], start, rank_P[start : start + block])
+    return best
+
+
+def theirs_top(query_QD: Tensor, passage_PD: Tensor) -> tuple[Tensor, Tensor]:
+    """Product and topk, as many queries at a time as fit."""
+    at_a_time = 1024 if query_QD.device.type == "cuda" else len(query_QD)
+    parts = [(part @ passage_PD.T).topk(BEST, dim=1) for part in query_QD.split(at_a_time)]
+    return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
+
+
+class Stub:
+    """Stands for a model: gives the vectors of all queries, or of all passages, whatever it is asked."""
+
+    def __init__(self, query_QD: Tensor, passage_PD: Tensor, device: torch.device) -> None:
+        self.query_QD, self.passage_PD = (x.float().cpu().numpy() for x in (query_QD, passage_PD))
+        self.device = device
+
+    def encode_query(self, texts: list[str], **_: Any) -> np.ndarray:
+        return self.query_QD[: len(texts)]
+
+    def encode_document(self, texts: list[str], **_: Any) -> np.ndarray:
+        return self.passage_PD[: len(texts)]
+
+    def similarity(self, one: Any, other: Any) -> Tensor:
+        return torch.as_tensor(one) @ torch.as_tensor(other).T
+
+    def similarity_pairwise(self, one: Any, other: Any) -> Tensor:
+        return (torch.as_tensor(one) * torch.as_tensor(other)).sum(1)
+
+
+def ours_mined(stub: Stub, queries: list[str], passages: list[str]) -> dict[str, list[str]]:
+    """The negatives of each query that has all seven; query n's positive is passage n."""
+    query_QD, passage_PD = (torch.from_numpy(x).to(stub.device) for x in (
+        stub.encode_query(queries), stub.encode_document(passages)))
+    best = ours_top(query_QD, passage_PD)
+    positive_Q = (query_QD * passage_PD[: len(queries)]).sum(1).tolist()
+    found = {}
+    for n, (scores, rows) in enumerate(zip(best.score_QK.tolist(), best.row_QK.tolist(), strict=True)):
+        positive = Candidate(passages[n], passages[n], positive_Q[n])
+        ranked = (Candidate(passages[row], passages[row], score) for row, score in zip(rows, scores, strict=True))
+        fates = judge(queries[n], [positive], ranked, value=SHARE, negatives=NEGATIVES)
+        negatives = list(islice((c.text for c, why in fates if why == "kept"), NEGATIVES))
+        if len(negatives) == NEGATIVES:
+            found[queries[n]] = negatives
+    return found
+
+
+def theirs_mined(stub: Stub, queries: list[str], passages: list[str]) -> dict[str, list[str]]:
+    """The same by sentence-transformers."""
+    from datasets import Dataset
+    from sentence_transformers.util import mine_hard_negatives
+
+    rows = mine_hard_negatives(
+        Dataset.from_dict({"query": queries, "positive": passages[: len(queries)]}), stub, corpus=passages,  # type: ignore[arg-type]
+        relative_margin=1 - SHARE, range_max=BEST - 1, num_negatives=NEGATIVES, output_format="n-tuple", verbose=False)
+    return {row["query"]: [row[f"negative_{n + 1}"] for n in range(NEGATIVES)] for row in rows}
+
+
+def by_brute_force(stub: Stub, queries: list[str], passages: list[str]) -> dict[str, list[str]]:
+    """The same by a full sort of every row, in fp64; queries with two scores closer than fp32 can tell are left out."""
+    found = {}
+    passage_PD = stub.encode_document(passages).astype(np.float64)
+    for n, query in enumerate(queries):
+        score = passage_PD @ stub.query_QD[n].astype(np.float64)
+        order = np.argsort(-score, kind="stable")[: BEST + 1]
+        below = [passages[row] for row in order[:BEST] if row != n and score[row] < SHARE * score[n]][:NEGATIVES]
+        gaps = np.diff(np.sort(np.append(score[order], SHARE * score[n])))
+        if len(below) == NEGATIVES and gaps.min() > 1e-6:
+            found[query] = below
+    return found
+
+
+def same(found: dict[str, list[str]], truth: dict[str, list[str]], whose: str) -> None:
+    """Raise where negatives differ from brute force."""
+    wrong = [query for query, negatives in truth.items() if found.get(query) != negatives]
+    if wrong or not truth:
+        raise RuntimeError(f"negatives, {whose}: {len(wrong)} of {len(truth)} queries differ from brute force.")
+
+
+def b9(device: torch.device, *, quick: bool = False) -> Result:
+    """Both, and how the time of the top-k grows with the corpus."""
+    cuda = device.type == "cuda"
+    queries, passages, width = (60, 500, 32) if quick else (20_000, 500_000, 4096) if cuda else (500, 20_000, 256)
+    query_QD, passage_PD = case(queries, passages, width, device)
+    best = ours_top(query_QD, passage_PD)
+    few = slice(0, 200)
+    exact = (query_QD[few].float() @ passage_PD.float().T).sort(dim=1, descending=True).values[:, :BEST]
+    agree({"scores of the best against a full sort": (best.score_QK[few] - exact).abs().max().item()}, 1e-5)
+    found = measure({"ours": lambda: ours_top(query_QD, passage_PD),
+                     "torch, product and topk": lambda: theirs_top(query_QD, passage_PD)}, device=device, rounds=7)
+
+    fewer = (2_000, 50_000) if cuda else (queries, passages)  # the peer's part runs on the host
+    names = [f"query {n}" for n in range(fewer[0])], [f"passage {n}" for n in range(fewer[1])]
+    stub = Stub(query_QD[: fewer[0]], passage_PD[: fewer[1]], device)
+    truth = by_brute_force(stub, *names)
+    calls: dict[str, Any] = {"ours, mining": lambda: ours_mined(stub, *names)}
+    same(ours_mined(stub, *names), truth, "ours")
+    try:
+        same(theirs_mined(stub, *names), truth, "those of sentence-transformers")
+        calls["sentence-transformers, mining"] = lambda: theirs_mined(stub, *names)
+    except ImportError as error:
+        calls["sentence-transformers, mining"] = f"{error.name} is not installed"
+    found |= measure(calls, device=torch.device("cpu"), rounds=5)
+
+    draw = random.Random(0)
+    pool = [Candidate(f"d{n}", f"passage {n}", draw.random()) for n in range(5000)]
+    start_s, rounds = time.perf_counter(), 20 if quick else 1000
+    for _ in range(rounds):
+        mine("query", [Candidate("p", "positive", 0.9)], draw.sample(pool, BEST))
+    figures = {"selection, candidates/s": rounds * BEST / (time.perf_counter() - start_s),
+               "queries compared": float(len(truth))}
+    targets: dict[str, Target] = {}
+    if not quick:
+        peer = found["sentence-transformers, mining"]
+        if not peer.missing:
+            targets["sentence-transformers, mining / ours, mining"] = (
+                peer.median_s / found["ours, mining"].median_s, ">=", 20 if cuda else 3)
+        if cuda:
+            targets["torch, product and topk / ours"] = (
+                found["torch, product and topk"].median_s / found["ours"].median_s, ">=", 1.3)
+        sizes = [passages // 16, passages // 4, passages] if cuda else [passages, 4 * passages, 16 * passages]
+        _, more_PD = case(1, sizes[-1], width, device)
+        figures |= growth(lambda n: ours_top(query_QD, more_PD[:n]), sizes, device)
+        targets["exponent of time"] = (figures[f"exponent of time, {sizes[0]} to {sizes[-1]}"], "<=", 1.05)
+    return Result("B9", {"queries": queries, "passages": passages, "width": width, "best": BEST, "queries mined":
+                         fewer[0], "passages mined": fewer[1]}, found, {}, targets, figures)

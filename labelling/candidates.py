@@ -1,0 +1,179 @@
+"""Candidates of a query: by words (BM25), by meaning (vectors), and both fused.
+
+BM25 is the bm25s library's Lucene variant: k1 1.5, b 0.75, English stop words, stemming where it is asked for. The
+index holds 8 bytes for each different word of a passage and grows with the corpus.
+
+Dense search is exact: vectors come in blocks, each block's scores are looked at once, and only the best k of a query
+stay. The score matrix never exists as a whole:
+
+    block 1    q . p   ->  best k            block 2    q . p  ->  best k of (best so far, this block)        …
+
+Ties go to the smaller passage id, in both.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SCORES_AT_ONCE = {"cpu": 2**21, "cuda": 2**29}  # fp32: what stays in a CPU's cache; 2 GB on a GPU
+GROUP = 16  # columns whose largest score stands for them while the best are searched
+
+
+class WordSearch:
+    """A BM25 index over a corpus."""
+
+    def __init__(self, texts: Iterable[str], *, stemmer: str | None) -> None:
+        import bm25s
+
+        self.tokenise: Any = _tokeniser(stemmer)
+        self.index = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
+        self.index.index(self.tokenise(list(texts), return_ids=True), show_progress=False)
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of the index, the vocabulary left out."""
+        return sum(self.index.scores[name].nbytes for name in ("data", "indices", "indptr"))
+
+    def save(self, folder: Path) -> None:
+        """Write the index."""
+        self.index.save(str(folder), show_progress=False)
+
+    @classmethod
+    def load(cls, folder: Path, *, stemmer: str | None) -> "WordSearch":
+        """Read what `save` wrote."""
+        import bm25s
+
+        search = cls.__new__(cls)
+        search.tokenise, search.index = _tokeniser(stemmer), bm25s.BM25.load(str(folder))
+        return search
+
+    def top(self, queries: list[str], count: int, rank: np.ndarray) -> np.ndarray:
+        """Rows of the best passages that share a word with each query, (queries, count) int32, -1 where there are none.
+
+        `rank` is each passage's place in the order of ids.
+        """
+        found = np.full((len(queries), count), -1, np.int32)
+        for hits, words in zip(found, self.tokenise(queries, return_ids=False), strict=True):
+            known = [word for word in words if word in self.index.vocab_dict]
+            if known:
+                score = self.index.get_scores(known)
+                best = best_of(score, count, rank)
+                best = best[score[best] > 0]
+                hits[: len(best)] = best
+        return found
+
+
+def best_of(score: np.ndarray, count: int, rank: np.ndarray) -> np.ndarray:
+    """Places of the `count` largest scores, largest first, equal ones by `rank`."""
+    if count < len(score):
+        bar = np.partition(score, len(score) - count)[len(score) - count]
+        places = np.flatnonzero(score >= bar)
+    else:
+        places = np.arange(len(score))
+    return places[np.lexsort((rank[places], -score[places]))][:count]
+
+
+def _tokeniser(stemmer: str | None) -> Any:
+    import bm25s
+
+    stem = None
+    if stemmer is not None:
+        try:
+            import Stemmer
+        except ImportError:
+            raise ValueError("--stemmer needs the package PyStemmer, which is not installed. Expected is "
+                             "pip install PyStemmer. Install it, or leave --stemmer out.") from None
+        if stemmer not in Stemmer.algorithms():
+            raise ValueError(f"--stemmer {stemmer!r:.40} is unknown. Expected is one of "
+                             f"{', '.join(Stemmer.algorithms())}. Choose one.")
+        stem = Stemmer.Stemmer(stemmer)
+
+    def tokenise(texts: list[str], *, return_ids: bool) -> Any:
+        return bm25s.tokenize(texts, stemmer=stem, return_ids=return_ids, show_progress=False)
+    return tokenise
+
+
+class TopK:
+    """The best passages of some queries, over blocks that are given one after another."""
+
+    def __init__(self, query_QD: Tensor, count: int) -> None:
+        self.query_QD, self.count = query_QD, count
+        self.score_QK = query_QD.new_empty(len(query_QD), 0, dtype=torch.float32)
+        self.row_QK = torch.empty(len(query_QD), 0, dtype=torch.int32, device=query_QD.device)
+        self.rank_QK = self.row_QK
+        self.scratch = self.score_QK.flatten()  # for the scores of a block
+
+    def add(self, passage_PD: Tensor, first_row: int, rank_P: Tensor) -> None:
+        """Look at a block of passages, the rows from `first_row` on, with their places in the order of ids (int32)."""
+        rows = max(1, SCORES_AT_ONCE[passage_PD.device.type] // len(passage_PD))
+        if self.scratch.numel() < rows * len(passage_PD):
+            self.scratch = self.score_QK.new_empty(rows * len(passage_PD))
+        found = []
+        for query_QD in self.query_QD.split(rows):
+            score_QP = self.scratch[: len(query_QD) * len(passage_PD)].view(len(query_QD), len(passage_PD))
+            products(query_QD, passage_PD, out=score_QP)
+            found.append(best_columns(score_QP, self.count, rank_P))
+        column_QK, score_QK = (torch.cat(parts) for parts in zip(*found, strict=True))
+        self.merge(score_QK, (first_row + column_QK).int(), rank_P[column_QK])
+
+    def merge(self, score_QK: Tensor, row_QK: Tensor, rank_QK: Tensor) -> None:
+        """Keep the best of what is here and of what is given, best first."""
+        score, row, rank = (torch.cat(pair, dim=1) for pair in (
+            (self.score_QK, score_QK), (self.row_QK, row_QK), (self.rank_QK, rank_QK)))
+        order = sorted_by_score(score, rank)[:, : self.count]
+        self.score_QK, self.row_QK, self.rank_QK = (x.gather(1, order) for x in (score, row, rank))
+
+
+def products(query_QD: Tensor, passage_PD: Tensor, *, out: Tensor) -> None:
+    """q . p in fp32, whatever the vectors are kept in."""
+    if query_QD.dtype != torch.float32 and query_QD.device.type == "cuda":
+        torch.mm(query_QD, passage_PD.T, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(query_QD.float(), passage_PD.float().T, out=out)
+
+
+def best_columns(score_QP: Tensor, count: int, rank_P: Tensor) -> tuple[Tensor, Tensor]:
+    """The `count` best columns of each row and their scores, in no order; equal scores by `rank_P`.
+
+    The k largest numbers lie in the k groups of columns with the largest maxima: one pass finds the maxima, and sorting
+    is left with k groups instead of all columns. Where the k-th and the next are equal, the row is sorted whole.
+    Columns j, j + n, j + 2 n … form group j of n: their maxima are elementwise maxima of long rows.
+    """
+    rows, columns = score_QP.shape
+    if columns <= count:
+        return torch.arange(columns, device=score_QP.device).expand(rows, -1), score_QP.clone()
+    wanted = count + 1  # one more tells whether the bar falls between equals
+    groups = columns // GROUP
+    if groups <= 2 * wanted:
+        score, column = score_QP.topk(wanted, dim=1)
+    else:
+        whole = score_QP[:, : groups * GROUP].view(rows, GROUP, groups)
+        group_QG = whole.amax(1).topk(wanted, dim=1, sorted=False).indices
+        first = torch.arange(GROUP, device=score_QP.device)[:, None] * groups
+        rest = torch.arange(groups * GROUP, columns, device=score_QP.device).expand(rows, -1)
+        inside = torch.cat(((group_QG[:, None] + first).flatten(1), rest), dim=1)
+        score, place = score_QP.gather(1, inside).topk(wanted, dim=1)
+        column = inside.gather(1, place)
+    unclear = (score[:, count - 1] == score[:, count]).nonzero()[:, 0]
+    score, column = score[:, :count], column[:, :count]
+    if len(unclear):
+        by_rank = rank_P.argsort()
+        order = score_QP[unclear][:, by_rank].sort(dim=1, descending=True, stable=True).indices[:, :count]
+        column[unclear] = by_rank[order]
+        score[unclear] = score_QP[unclear].gather(1, column[unclear])
+    return column, score
+
+
+def sorted_by_score(score_QK: Tensor, rank_QK: Tensor) -> Tensor:
+    """The order of each row: largest score first, equal ones by rank."""
+    in_order, order = score_QK.sort(dim=1, descending=True)
+    unclear = (in_order[:, 1:] == in_order[:, :-1]).any(1).nonzero()[:, 0]
+    if len(unclear):
+        by_rank = rank_QK[unclear].argsort(dim=1)
+        by_score = score_QK[unclear].gather(1, by_rank).sort(dim=1, descending=True, stable=True).indices
+        order[unclear] = by_rank.gather(1, by_score)
+    return order
