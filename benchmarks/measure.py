@@ -129,13 +129,12 @@ def _status(key: str) -> int:
 
 
 def growth(call: Callable[[int], object], sizes: Sequence[int], device: torch.device) -> dict[str, float]:
-    """How time and peak memory grow with size: the exponents, by least squares on logarithms, one pass a size."""
+    """How time and peak memory grow with size: the exponents, by least squares on logarithms, a pass each a size."""
     call(sizes[0])
     peaks, times = [], []
     for size in sizes:
-        start_s = time.perf_counter()
+        times.append(seconds(lambda size=size: call(size), device))  # type: ignore[misc]
         peaks.append(peak_bytes(lambda size=size: call(size), device))  # type: ignore[misc]
-        times.append(time.perf_counter() - start_s)
     exponents = {what: slope(sizes, values) for what, values in (("time", times), ("peak memory", peaks))}
     return {**{f"exponent of {what}, {sizes[0]} to {sizes[-1]}": value for what, value in exponents.items()},
             **{f"s at {size}": seconds for size, seconds in zip(sizes, times, strict=True)},

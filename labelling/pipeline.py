@@ -367,7 +367,7 @@ class Steps:
             return
         self.shown_s = now_s
         left_s = int((now_s - self.start_s) / self.done * (self.count - self.done))
-        done, count = self.done * self.each, self.count * self.each
+        done, count = self.done * self.each, self.count * self.each  # the last block may be smaller
         line = f"{self.what} {done:,} of {count:,}  left {left_s // 60}:{left_s % 60:02}"
         print(f"\r{line}\033[K" if terminal else line, end="" if terminal else "\n", flush=True)
 
