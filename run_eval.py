@@ -4,12 +4,17 @@
     python run_eval.py --tasks all                        MTEB(eng, v2), 41 tasks, data from the hub
     python run_eval.py --tasks STS,ArguAna --model ID     a category and a task, with a model from the hub
     python run_eval.py --data-dir DIR                     data from local folders, each named after its task
+    python run_eval.py --tasks all --fetch DIR            only fetch the data, into such folders
+    python run_eval.py --tasks all --plan                 only say what it will cost: texts, tokens, hours
+    python run_eval.py --tasks all --examples 2           two solved examples before each query, where there are some
+    torchrun --nproc-per-node 8 run_eval.py --tasks all   eight GPUs
 
 A folder of your own needs a task.json, which names the task whose class and metric to use, and may give an
 instruction: {"class": "ArguAna", "instruction": "Given a question, retrieve answers"} (see ref/tasks.py).
 
-Results are written in mteb's cache format and read back, so a run that stops resumes. A failing task is
-reported, and the rest goes on. Exit code: 0, or 1 if a task failed, or 2 for bad input.
+Results are written in mteb's cache format and read back, so a run that stops resumes; with --vector-cache inside a
+task too. A failing task is reported, and the rest goes on. At the end: a table here, report.html and report.md in the
+result folder. Exit code: 0, or 1 if a task failed, or 2 for bad input.
 """
 
 import argparse
@@ -27,7 +32,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mteb.abstasks.abstask import AbsTask
 
+    from ref.embedder import Embedder
+    from ref.few_shot import FewShot
+    from ref.held_out import TextEmbedder
+    from ref.plan import TaskPlan
     from ref.scoring import MtebEncoder, Row
+    from ref.sharding import SharedEmbedder
+    from ref.tasks import Selection
 
 SAMPLE_WORLD = Path(__file__).resolve().parent / "data" / "held_out"
 MODEL_FILES = (".safetensors", ".json", ".model")  # what decides the vectors of a model in a folder
@@ -45,6 +56,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output", metavar="DIR", type=Path, help="result folder (default: RUN/mteb, or results/MODEL)")
     add("--instructions", metavar="FILE", type=Path, help='JSON {"task": "instruction"} in place of mteb\'s')
     add("--runs", metavar="DIR", type=Path, default=Path("runs"), help="where runs are (default: %(default)s)")
+    add("--examples", metavar="K", type=int, default=0, help="solved examples before each query, from the task's "
+        "training split (default: 0, zero-shot)")
+    add("--examples-file", metavar="FILE", type=Path, help='JSON {"task": [{"query": …, "response": …}]}: own examples')
+    add("--seed", type=int, default=0, help="draws the examples (default: 0)")
+    add("--plan", action="store_true", help="print what it will cost, and stop")
+    add("--fetch", metavar="DIR", type=Path, help="fetch the tasks' data into DIR, for --data-dir, and stop")
+    add("--vector-cache", metavar="DIR", type=Path, help="keep vectors there: a task that was stopped goes on")
+    add("--vector-cache-gb", metavar="GB", type=float, default=50.0, help="at most this much (default: 50)")
     add("--max-tokens", metavar="N", type=int, help="cut texts to N tokens (default: the model's, else 512)")
     return parser
 
@@ -57,54 +76,150 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Tasks and instructions are checked before the model is loaded. Raises ValueError or OSError for bad input."""
+    """Tasks, instructions and examples are checked before the model is loaded. Raises ValueError or OSError."""
+    if args.fetch is not None:
+        return fetch_only(args)
     model, data_dir = args.model or str(newest_run(args.runs)), args.data_dir
-    print(f"model: {model}" + ("" if args.model else f", the newest complete run in {args.runs}; or choose --model"))
+    say = print if os.environ.get("RANK", "0") == "0" else lambda *_: None
+    say(f"model: {model}" + ("" if args.model else f", the newest complete run in {args.runs}; or choose --model"))
     if args.tasks is None and data_dir is None:
         data_dir = SAMPLE_WORLD
-        print("data: the sample world in data/held_out; or choose --tasks all (from the hub), or --data-dir")
+        say("data: the sample world in data/held_out; or choose --tasks all (from the hub), or --data-dir")
     quiet()
-    from ref.scoring import MtebEncoder, read_instructions, table
-    from ref.tasks import benchmark_tasks, task_folders, tasks_from
+    from ref.scoring import read_instructions
+    from ref.sharding import SharedEmbedder, Team
+    from ref.tasks import task_folders, tasks_from
 
     selection = tasks_from(args.tasks or "all", data_dir)
     folders = [] if data_dir is None else [folder.name for folder in task_folders(data_dir)]
     overrides = read_instructions(args.instructions, folders) if args.instructions else {}
+    few_shot = examples(args, selection.tasks, folders)
 
     from ref.embedder import Embedder
 
+    team = Team()
     embedder = Embedder.from_pretrained(model, max_text_tokens=args.max_tokens, template=args.template)
+    shared = SharedEmbedder(embedder, team)
+    if team.rank:
+        shared.serve()
+        team.close()
+        return 0
+    try:
+        return score(args, model, data_dir, selection, embedder, shared, overrides, few_shot)
+    finally:
+        shared.dismiss()
+        team.close()
+
+
+def fetch_only(args: argparse.Namespace) -> int:
+    """--fetch: the data of the tasks, nothing else."""
+    quiet()
+    from ref.tasks import fetch, tasks_from
+
+    failed = fetch(tasks_from(args.tasks or "all").tasks, args.fetch)
+    if failed:
+        print(f"failed: {', '.join(failed)}; the same command tries these again")
+    return 1 if failed else 0
+
+
+def examples(args: argparse.Namespace, tasks: Sequence["AbsTask"], folders: Sequence[str]) -> dict[str, "FewShot"]:
+    """Solved examples by task: from a file, or from the training splits; none by default."""
+    from ref.few_shot import FewShot, examples_for, examples_from_file
+    from ref.tasks import benchmark_tasks
+
+    if args.examples < 0:
+        raise ValueError(f"--examples is {args.examples}. Expected is at least 0. Give another number.")
+    if args.examples_file is not None:
+        own = examples_from_file(args.examples_file, [*benchmark_tasks(), *folders])
+        return {name: FewShot(some, f"the file {args.examples_file.name}") for name, some in own.items()}
+    if not args.examples:
+        return {}
+    return {task.metadata.name: examples_for(task, args.examples, seed=args.seed) for task in tasks}
+
+
+def score(
+    args: argparse.Namespace, model: str, data_dir: Path | None, selection: "Selection", embedder: "Embedder",
+    shared: "SharedEmbedder", overrides: dict[str, str], few_shot: dict[str, "FewShot"],
+) -> int:
+    """Plan, score, table, report; the first process alone."""
+    from ref import plan
+    from ref.scoring import MtebEncoder, table
+    from ref.tasks import benchmark_tasks
+
     name, revision = identity(model)
     if data_dir is not None:
         revision += "-local-data"  # never among results on the hub's data
     output = args.output or default_output(model, name)
     output.mkdir(parents=True, exist_ok=True)
+    settings = {"max_tokens": args.max_tokens, "template": args.template}
     encoder = MtebEncoder(
-        embedder,
-        name=name,
-        revision=revision,
-        overrides=overrides,
-        settings={"max_tokens": args.max_tokens, "template": args.template},
-        progress=sys.stderr.isatty(),
-    )
-    rows, failed = score_all(encoder, selection.tasks, output)
+        cached(args, shared, f"{name} {revision} {settings}"), name=name, revision=revision, overrides=overrides,
+        settings=settings, few_shot=few_shot, progress=sys.stderr.isatty())
+    plans, sample = plan.make_plan(encoder, selection.tasks, embedder.prompter, output / "plan.json")
+    speed = plan.measured_speed(embedder, sample, output / "speed.json") * shared.team.size
+    print(plan.table(plans, speed))
+    if args.plan:
+        return 0
+    rows, failed = score_all(encoder, selection.tasks, output, plans)
     required = {task.metadata.name: str(task.metadata.type) for task in benchmark_tasks().values()}
     print("\n" + table(rows, required, () if args.tasks is None else selection.missing))
     if data_dir is not None:
         print(f"data: {data_dir}; comparable with public figures only where it holds the official data")
+    missing = () if args.tasks is None else selection.missing
+    for path in report(encoder, selection.tasks, rows, failed, plans, missing, output, model, data_dir is None):
+        print(f"report: {path}")
     print(f"results: {output}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
 
 
-def score_all(encoder: "MtebEncoder", tasks: Sequence["AbsTask"], output: Path) -> tuple[list["Row"], dict[str, str]]:
+def cached(args: argparse.Namespace, shared: "SharedEmbedder", key: str) -> "TextEmbedder":
+    """The embedder, behind a cache of vectors where one is asked for."""
+    if args.vector_cache is None:
+        return shared
+    from labelling.cache import Cache, CachedEmbedder
+
+    return CachedEmbedder(shared, Cache(args.vector_cache), key=key, max_bytes=args.vector_cache_gb * 1e9)
+
+
+def report(
+    encoder: "MtebEncoder", tasks: Sequence["AbsTask"], rows: Sequence["Row"], failed: dict[str, str],
+    plans: dict[str, "TaskPlan"], missing: Sequence[str], output: Path, model: str, official: bool,
+) -> list[Path]:
+    """Write report.html and report.md."""
+    from leaderboard.report import write_report
+    from leaderboard.results import Report, TaskResult
+    from ref.runs import machine, now
+
+    metadata = {task.metadata.name: task.metadata for task in tasks}
+    results = []
+    for row in rows:
+        prompt = encoder.prompt_of(metadata[row.task])
+        results.append(TaskResult(
+            task=row.task, category=row.category, metric=row.metric, score=100 * row.score,
+            instruction=prompt["instruction"], examples=len(prompt["examples"]),
+            examples_source=prompt["examples_source"], seconds=row.elapsed_s,
+            tokens=plans[row.task].tokens if row.task in plans else None, official=official))
+    versions = {name: version for name, version in machine()["versions"].items() if version}
+    return write_report(Report(model=model, date=now(), versions=versions, tasks=results, failed=failed,
+                               missing=missing), output)
+
+
+def score_all(
+    encoder: "MtebEncoder", tasks: Sequence["AbsTask"], output: Path, plans: dict[str, "TaskPlan"],
+) -> tuple[list["Row"], dict[str, str]]:
     """Rows of the tasks that ran, and task name -> error of those that failed; prints a line for each."""
     from ref.scoring import score_task
 
     rows: list[Row] = []
     failed: dict[str, str] = {}
+    left = sum(plan.tokens for plan in plans.values())
+    done, spent_s = 0, 0.0
     for number, task in enumerate(tasks, start=1):
         name = task.metadata.name
         print(f"[{number}/{len(tasks)}] {name} ({task.metadata.type})", flush=True)
@@ -115,7 +230,13 @@ def score_all(encoder: "MtebEncoder", tasks: Sequence["AbsTask"], output: Path) 
             print(f"  failed, {failed[name]}")
             continue
         rows.append(row)
-        how = "from the result cache" if row.elapsed_s is None else f"{row.elapsed_s:.1f} s"
+        tokens = plans[name].tokens if name in plans else 0
+        left -= tokens
+        how = "from the result cache"
+        if row.elapsed_s is not None:
+            done, spent_s = done + tokens, spent_s + row.elapsed_s
+            how = f"{row.elapsed_s:.1f} s, {tokens:,} tokens; left {left:,}"
+            how += f", {left * spent_s / done / 60:.0f} minutes" if done and left else ""
         print(f"  {100 * row.score:.2f} ({how})")
     return rows, failed
 

@@ -21,11 +21,12 @@ from typing import Any, get_args
 
 from labelling.cache import Cache
 from labelling.models import open_reranker, open_retriever
-from labelling.pipeline import Lists, Pipeline, Scored, Search, Team, cache_folder
+from labelling.pipeline import Lists, Pipeline, Scored, Search, cache_folder
 from labelling.report import Tally, draw_histogram, rules_table
 from labelling.sources import Corpus, Pairs, corpus_from_pairs
 from ref.mining import RULES, Candidate, best_first, judge, sigmoid
 from ref.runs import machine, now, remove, write_json
+from ref.sharding import Team
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

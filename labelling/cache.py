@@ -8,14 +8,18 @@ that is said. A block appears whole or not at all. Several processes may share a
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load, save
 
+from ref.held_out import TextEmbedder
+from ref.overlap import first_of_equal
+from ref.prompts import Example
 from ref.runs import write_whole
 
+TEXTS_PER_BLOCK = 8192
 Arrays = dict[str, np.ndarray]
 
 
@@ -59,6 +63,45 @@ class Cache:
         self.intact.add(path)
         arrays: Arrays = load(bytes(body))
         return arrays
+
+
+class CachedEmbedder:
+    """An embedder that keeps its vectors on disk, at most `max_bytes` of them: a run that stops inside a task goes on.
+
+    Different texts in blocks of TEXTS_PER_BLOCK, in their order; the oldest blocks make room.
+    """
+
+    def __init__(self, embedder: TextEmbedder, cache: Cache, *, key: str, max_bytes: float) -> None:
+        self.embedder, self.cache, self.key, self.max_bytes = embedder, cache, key, max_bytes
+
+    def encode(
+        self, texts: Sequence[str], *, instruction: str | None = None, examples: Sequence[Example] = (),
+        progress: bool = False,
+    ) -> np.ndarray:
+        """`Embedder.encode`, from the cache where a block is there."""
+        first = first_of_equal(texts)
+        different = np.flatnonzero(first == np.arange(len(texts)))
+        prompt = [instruction, *(part for e in examples for part in (e.query, e.response))]
+        parts = []
+        for start in range(0, len(different), TEXTS_PER_BLOCK):
+            block = [texts[n] for n in different[start : start + TEXTS_PER_BLOCK]]
+            key = key_of(self.key, len(prompt), *prompt, *block)
+            parts.append(self.cache.block("texts", key, lambda block=block: {  # type: ignore[misc]
+                "vectors": self.embedder.encode(block, instruction=instruction, examples=examples, progress=progress)
+            })["vectors"])
+            self._make_room()
+        if not parts:
+            return self.embedder.encode(texts, instruction=instruction, examples=examples)
+        vectors: np.ndarray = np.concatenate(parts)
+        return vectors[np.searchsorted(different, first)]
+
+    def _make_room(self) -> None:
+        blocks = sorted((self.cache.folder / "texts").glob("*.block"), key=lambda path: path.stat().st_mtime)
+        total = sum(path.stat().st_size for path in blocks)
+        while blocks and total > self.max_bytes:
+            oldest = blocks.pop(0)
+            total -= oldest.stat().st_size
+            oldest.unlink()
 
 
 def key_of(*parts: object) -> str:

@@ -9,19 +9,16 @@ there. Under torchrun every process takes its share of the blocks, and of the pa
 each other between stages, through the cache, and the result is the same for any number of them.
 """
 
-import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from labelling.cache import Arrays, Cache, key_of
 from labelling.candidates import TopK, WordSearch
@@ -30,6 +27,7 @@ from labelling.sources import Corpus, Pair, Pairs
 from ref.config import pick_device
 from ref.mining import reciprocal_rank_fusion
 from ref.runs import write_whole
+from ref.sharding import Team
 
 PASSAGES, QUERIES = 4096, 1024  # of a block
 QUERIES_PER_SEARCH = 16  # blocks of queries for which the passages are read once
@@ -55,30 +53,6 @@ class Scored(NamedTuple):
     pair: Pair
     positives: list[tuple[str, str, float]]  # id, text, score
     candidates: list[tuple[str, str, float]]
-
-
-class Team:
-    """The processes of a torchrun start, or this one alone."""
-
-    def __init__(self) -> None:
-        self.size = int(os.environ.get("WORLD_SIZE", "1"))
-        self.rank = int(os.environ.get("RANK", "0"))
-        if self.size > 1:
-            dist.init_process_group("gloo", timeout=timedelta(days=7))  # a stage may take a while
-
-    def share(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items that are this process's."""
-        return (item for n, item in enumerate(items) if n % self.size == self.rank)
-
-    def wait(self) -> None:
-        """Until all have come here."""
-        if self.size > 1:
-            dist.barrier()
-
-    def close(self) -> None:
-        """Part."""
-        if self.size > 1:
-            dist.destroy_process_group()
 
 
 class Pipeline:

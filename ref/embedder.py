@@ -27,6 +27,7 @@ from ref.overlap import LateCopies, first_of_equal, one_ahead
 from ref.packing import cut_by_tokens, pack
 from ref.pooling import embed
 from ref.prompts import TEMPLATES, Example, Prompter
+from ref.published import check_vocabulary, defaults_for
 from ref.tokenizer import TextTokenizer
 
 TEXTS_PER_WINDOW = 50_000  # sorted by length together; bounds the memory for token ids
@@ -54,7 +55,8 @@ class Embedder:
     ) -> "Embedder":
         """Load a run folder of run_train.py, a checkpoint or adapter folder, or a hub id.
 
-        Template and lengths come from the model's embedder.json where it has one, else they are the report's.
+        Template and lengths come from the model's embedder.json where it has one, for a published model from its row
+        in published.py, else they are the report's.
         `dtype` is bfloat16 or float32 (default: bfloat16 on cuda, float32 on cpu). An adapter is merged.
         Raises ValueError that names file and tensor for anything malformed.
         """
@@ -64,8 +66,10 @@ class Embedder:
         precision = DTYPES[dtype or ("bfloat16" if where.type == "cuda" else "float32")]
         folder = inside_run(locate(str(name)))
         model, tokenizer = load_with_adapter(folder, device=where, dtype=precision)
+        check_vocabulary(str(name), model.arch.vocab_size)
         given = {"template": template, "max_text_tokens": max_text_tokens}
-        prompter = read_prompter(folder, tokenizer, **{k: v for k, v in given.items() if v is not None})
+        settings = defaults_for(str(name)) | {k: v for k, v in given.items() if v is not None}
+        prompter = read_prompter(folder, tokenizer, **settings)
         return cls(model.eval(), prompter, tokens_per_batch=tokens_per_batch)
 
     @property

@@ -21,6 +21,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ref.prompts import Example
+
 CUT = 10  # documents that count
 TASK_KEYS: dict[str, type] = {"class": str, "set": dict, "instruction": str}
 
@@ -28,7 +30,10 @@ TASK_KEYS: dict[str, type] = {"class": str, "set": dict, "instruction": str}
 class TextEmbedder(Protocol):
     """What scoring needs of `ref.embedder.Embedder`; tests pass stand-ins."""
 
-    def encode(self, texts: Sequence[str], *, instruction: str | None = None, progress: bool = False) -> np.ndarray:
+    def encode(
+        self, texts: Sequence[str], *, instruction: str | None = None, examples: Sequence[Example] = (),
+        progress: bool = False,
+    ) -> np.ndarray:
         """Float32 array (texts, width), rows of unit length, in the order of `texts`."""
         ...
 

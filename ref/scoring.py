@@ -8,6 +8,7 @@ Used by run_eval.py alone. Importing this file imports mteb (three seconds), so 
 mteb: version 2.26.
 """
 
+import copy
 import json
 import math
 import time
@@ -24,6 +25,7 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
 
+from ref.few_shot import FewShot
 from ref.held_out import TextEmbedder
 from ref.tasks import BENCHMARK, CATEGORIES, benchmark_tasks, unknown
 
@@ -35,8 +37,8 @@ class MtebEncoder(AbsEncoder):
     classification); in retrieval and reranking on the queries only, documents bare.
 
     name: "owner/model", and revision: together the folder of the results. overrides: task name ->
-    instruction. settings: whatever else decides the vectors (token limit, template); recorded next to each
-    result.
+    instruction. few_shot: task name -> solved examples, shown wherever the instruction is. settings: whatever else
+    decides the vectors (token limit, template). All of it is recorded next to each result.
 
     Source: the README's table of defaults (query prompt; passages); mteb/models/models_protocols.py, EncoderProtocol.
     """
@@ -49,9 +51,11 @@ class MtebEncoder(AbsEncoder):
         revision: str,
         overrides: Mapping[str, str] | None = None,
         settings: Mapping[str, Any] | None = None,
+        few_shot: Mapping[str, FewShot] | None = None,
         progress: bool = False,
     ) -> None:
         self.embedder = embedder
+        self.few_shot = few_shot or {}
         self.overrides = overrides or {}
         self.settings = settings or {}
         self.progress = progress
@@ -76,7 +80,8 @@ class MtebEncoder(AbsEncoder):
         # mteb gives a plain-string prompt and the class default for documents too: the side is decided here
         bare = prompt_type == PromptType.document
         instruction = None if bare else instruction_for(task_metadata, self.overrides)
-        vectors = self.embedder.encode(texts, instruction=instruction, progress=self.progress)
+        shown = () if bare or task_metadata.name not in self.few_shot else self.few_shot[task_metadata.name].examples
+        vectors = self.embedder.encode(texts, instruction=instruction, examples=shown, progress=self.progress)
         broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if len(broken):
             raise ValueError(
@@ -84,6 +89,18 @@ class MtebEncoder(AbsEncoder):
                 f"{texts[broken[0]][:60]!r}. Expected: finite numbers. Look at the weights and the precision."
             )
         return vectors
+
+    def prompt_of(self, task_metadata: TaskMetadata) -> dict[str, Any]:
+        """What stands before the texts of a task, for the record: instruction, examples and where they are from."""
+        few_shot = self.few_shot.get(task_metadata.name, FewShot([], "zero-shot"))
+        return {"instruction": instruction_for(task_metadata, self.overrides),
+                "examples": [[e.query, e.response] for e in few_shot.examples], "examples_source": few_shot.source}
+
+    def with_embedder(self, embedder: TextEmbedder) -> "MtebEncoder":
+        """The same with another embedder."""
+        other = copy.copy(self)
+        other.embedder = embedder
+        return other
 
 
 # ---- instructions ------------------------------------------------------------------------------------------
@@ -145,7 +162,7 @@ def score_task(encoder: MtebEncoder, task: AbsTask, output: str | Path) -> Row:
     how: Any = {
         "batch_size": 1024,  # rows that mteb hands over at a time; the embedder makes batches of its own
         "show_progress_bar": False,
-        "instruction": instruction_for(task.metadata, encoder.overrides),
+        **encoder.prompt_of(task.metadata),
         **encoder.settings,
     }
     current = _is_current(cache, encoder.mteb_model_meta, task, how)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import mteb
 from mteb.abstasks.abstask import AbsTask
 from mteb.get_tasks import TASK_LIST
@@ -147,6 +148,31 @@ def _with_card(folder: Path, scratch: Path) -> Path:
             card += [f"- config_name: {config}", f"  data_files: [{{split: test, path: {path.name}}}]"]
     (linked / "README.md").write_text("\n".join([*card, "---", ""]), encoding="utf-8")
     return linked
+
+
+def fetch(tasks: Iterable[AbsTask], data_dir: Path) -> dict[str, str]:
+    """Download the data of tasks from the hub into folders that --data-dir reads; name -> error of those that failed.
+
+    Prints for each task the repository, its revision, and whether it was there already.
+    """
+    failed: dict[str, str] = {}
+    for task in tasks:
+        name, place = task.metadata.name, task.metadata.dataset
+        folder = data_dir / name
+        print(f"{name}: {place['path']} at {place['revision']}", end=" ", flush=True)
+        if folder.is_dir():
+            print("is there")
+            continue
+        draft = data_dir / f".{name}.draft"
+        try:
+            huggingface_hub.snapshot_download(
+                place["path"], repo_type="dataset", revision=place["revision"], local_dir=draft)
+            draft.rename(folder)
+            print("fetched")
+        except Exception as error:  # the hub's many: offline, gated, gone
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            print(f"failed, {failed[name]:.200}")
+    return failed
 
 
 def task_folders(data_dir: Path) -> list[Path]:

@@ -111,3 +111,27 @@ def edit_json(path: Path, changes: dict[str, Any]) -> None:
     """Lay `changes` over a JSON object in a file; a value of ... takes the entry out."""
     merged = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({key: value for key, value in merged.items() if value is not ...}))
+
+
+WORDS = ["river", "boat", "stone", "house", "night", "baker", "tower", "island", "fisher", "lamp", "grain", "storm"]
+
+
+def a_text(draw: random.Random, words: int = 8) -> str:
+    """Some words."""
+    return " ".join(draw.choices(WORDS, k=words))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step: a fresh small model that gives some vector to every text."""
+    import run_train
+
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "config.json").write_text(json.dumps({**SMALL.to_json(), "vocab_size": 300}))
+    draw = random.Random(0)
+    lines = [{"query": a_text(draw), "pos": [a_text(draw)], "neg": [a_text(draw)], "prompt": "Find it."}
+             for _ in range(12)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run_train.main(["--data", str(folder / "data.jsonl"), "--model", str(folder / "config.json"), "--steps", "1",
+                           "--output", str(folder / "run")]) == 0
+    return folder / "run"

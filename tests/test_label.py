@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
+from conftest import WORDS, a_text
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,7 +28,6 @@ from labelling.sources import Corpus, Pairs, corpus_from_pairs
 from ref.data import parse
 
 ROOT = Path(__file__).parent.parent
-WORDS = ["river", "boat", "stone", "house", "night", "baker", "tower", "island", "fisher", "lamp", "grain", "storm"]
 
 
 def write(path, rows):
@@ -36,21 +35,10 @@ def write(path, rows):
     return path
 
 
-def a_text(draw, words=8):
-    return " ".join(draw.choices(WORDS, k=words))
-
-
-@pytest.fixture(scope="module")
-def retriever(tmp_path_factory):
-    """A run of one step: a fresh model that gives some vector to every text."""
-    folder = tmp_path_factory.mktemp("retriever")
-    (folder / "config.json").write_text(json.dumps({**SMALL.to_json(), "vocab_size": 300}))
-    draw = random.Random(0)
-    data = write(folder / "data.jsonl", [
-        {"query": a_text(draw), "pos": [a_text(draw)], "neg": [a_text(draw)], "prompt": "Find it."} for _ in range(12)])
-    assert run_train.main(["--data", str(data), "--model", str(folder / "config.json"), "--steps", "1", "--output",
-                           str(folder / "run")]) == 0
-    return folder / "run"
+@pytest.fixture
+def retriever(tiny_run):
+    """Some vector for every text."""
+    return tiny_run
 
 
 @pytest.fixture

@@ -36,7 +36,10 @@ class WordHash:
     def __init__(self) -> None:
         self.calls: list[tuple[str | None, list[str]]] = []
 
-    def encode(self, texts: Sequence[str], *, instruction: str | None = None, progress: bool = False) -> np.ndarray:
+    def encode(
+        self, texts: Sequence[str], *, instruction: str | None = None, examples: Sequence[Any] = (),
+        progress: bool = False,
+    ) -> np.ndarray:
         self.calls.append((instruction, list(texts)))
         counts = np.full((len(texts), 64), 1e-3, np.float32)
         for row, text in zip(counts, texts, strict=True):
@@ -483,6 +486,9 @@ def embedder(monkeypatch: Any) -> WordHash:
     """What the command loads, whatever model is named."""
     words = WordHash()
     monkeypatch.setattr("ref.embedder.Embedder.from_pretrained", lambda name, **options: words)
+    monkeypatch.setattr("ref.plan.make_plan", lambda *_: ({}, []))  # its tokens and its speed are a model's
+    monkeypatch.setattr("ref.plan.measured_speed", lambda *_: 1.0)
+    words.prompter = None  # type: ignore[attr-defined]
     return words
 
 
@@ -601,7 +607,10 @@ class MiniLM:
         assert package is not None and package.origin is not None
         self.model = SentenceTransformer(str(Path(package.origin).parent / "model"), device="cpu")
 
-    def encode(self, texts: Sequence[str], *, instruction: str | None = None, progress: bool = False) -> np.ndarray:
+    def encode(
+        self, texts: Sequence[str], *, instruction: str | None = None, examples: Sequence[Any] = (),
+        progress: bool = False,
+    ) -> np.ndarray:
         unique = list(dict.fromkeys(texts))
         vectors = self.model.encode(unique, normalize_embeddings=True, show_progress_bar=progress)
         place = {text: number for number, text in enumerate(unique)}

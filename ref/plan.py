@@ -1,0 +1,129 @@
+"""What a benchmark will cost, before it starts: texts, different texts, tokens, hours.
+
+mteb decides which texts a task asks vectors for, so the plan lets it run once with an encoder that counts and gives
+vectors of eight hashed numbers: everything but the model. Tokens are counted on up to SAMPLE texts of each call and
+scaled up; instruction and examples count once a call, since their keys and values are shared.
+
+Written to plan.json beside the results, so that it is made once. Called by run_eval.py.
+"""
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mteb
+import numpy as np
+from mteb.abstasks.abstask import AbsTask
+
+from ref.config import read_json
+from ref.embedder import Embedder
+from ref.overlap import first_of_equal
+from ref.prompts import Example, Prompter
+from ref.runs import write_json
+from ref.scoring import MtebEncoder
+
+SAMPLE = 2000
+SPEED_TOKENS = {"cpu": 20_000, "cuda": 500_000}  # a few seconds of work
+
+
+@dataclass
+class TaskPlan:
+    """What one task asks for."""
+
+    revision: str
+    texts: int = 0
+    different: int = 0
+    tokens: int = 0  # of the different texts, and of each call's prompt
+
+
+class CountingEmbedder:
+    """Gives some vector to every text, and counts."""
+
+    def __init__(self, prompter: Prompter) -> None:
+        self.prompter = prompter
+        self.plan = TaskPlan("")
+        self.sample: list[str] = []
+
+    def encode(
+        self, texts: Sequence[str], *, instruction: str | None = None, examples: Sequence[Example] = (),
+        progress: bool = False,
+    ) -> np.ndarray:
+        """(texts, 8) float32 unit vectors that depend on the text alone."""
+        different = np.flatnonzero(first_of_equal(texts) == np.arange(len(texts)))
+        prefix = self.prompter.prefix(instruction, examples)
+        drawn = different[:: max(1, len(different) // SAMPLE)]
+        lengths = [len(ids) for ids in self.prompter.texts([texts[n] for n in drawn], prefix)]
+        self.plan.texts += len(texts)
+        self.plan.different += len(different)
+        self.plan.tokens += len(prefix.ids) + round(len(different) * sum(lengths) / max(1, len(lengths)))
+        self.sample += [texts[n] for n in drawn[: SAMPLE - len(self.sample)]]
+        seeds = np.array([hash(text) for text in texts], np.int64)[:, None] >> np.arange(0, 64, 8) & 255
+        vectors = (seeds - 127.5).astype(np.float32)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def make_plan(
+    encoder: MtebEncoder, tasks: Sequence[AbsTask], prompter: Prompter, path: Path,
+) -> tuple[dict[str, TaskPlan], list[str]]:
+    """The plan of each task, read from `path` where it is there for the same data; and some texts to measure speed on.
+
+    A task that cannot be counted is left out: it fails again, and is reported, when it is scored.
+    """
+    known = read_json(path) if path.exists() else {}
+    plans: dict[str, TaskPlan] = {}
+    sample: list[str] = []
+    for task in tasks:
+        name, revision = task.metadata.name, f"{task.metadata.revision} {encoder.prompt_of(task.metadata)}"
+        if known.get(name, {}).get("revision") == revision:
+            plans[name] = TaskPlan(**known[name])
+            continue
+        counting = CountingEmbedder(prompter)
+        stand_in = encoder.with_embedder(counting)
+        try:
+            with tempfile.TemporaryDirectory(prefix="plan-") as scratch:
+                how: Any = {"batch_size": 1024, "show_progress_bar": False}
+                mteb.evaluate(stand_in, task, cache=mteb.ResultCache(scratch), encode_kwargs=how, co2_tracker=False,
+                              show_progress_bar=False, overwrite_strategy="always")
+        except Exception:
+            continue
+        counting.plan.revision = revision
+        plans[name] = counting.plan
+        sample += counting.sample
+    write_json(path, known | {name: asdict(plan) for name, plan in plans.items()})
+    return plans, sample
+
+
+def measured_speed(embedder: Embedder, sample: Sequence[str], path: Path) -> float:
+    """Tokens a second of the model on texts like those of the tasks; noted in `path`, so that it is measured once."""
+    if path.exists():
+        return float(read_json(path)["tokens_per_s"])
+    wanted, device = 0, embedder.model.norm.weight.device.type
+    drawn: list[str] = []
+    prefix = embedder.prompter.prefix(None)
+    for text in sample or ["a text"]:
+        drawn.append(text)
+        wanted += len(embedder.prompter.texts([text], prefix)[0])
+        if wanted >= SPEED_TOKENS[device]:
+            break
+    embedder.encode(drawn[:64])  # compiles, on a GPU
+    start_s = time.perf_counter()
+    embedder.encode(drawn)
+    speed = wanted / (time.perf_counter() - start_s)
+    write_json(path, {"tokens_per_s": speed})
+    return speed
+
+
+def table(plans: dict[str, TaskPlan], speed: float) -> str:
+    """The plan as text: a line a task, and the sum with the hours it will take."""
+    width = max([5, *map(len, plans)])
+    lines = [f"{'task':<{width}}{'texts':>12}{'different':>12}{'tokens':>14}{'minutes':>9}"]
+    total = TaskPlan("", *(sum(getattr(plan, key) for plan in plans.values()) for key in ("texts", "different",
+                                                                                         "tokens")))
+    for name, plan in [*plans.items(), ("sum", total)]:
+        lines.append(f"{name:<{width}}{plan.texts:>12,}{plan.different:>12,}{plan.tokens:>14,}"
+                     f"{plan.tokens / speed / 60:>9.1f}")
+    lines.append(f"expected: {total.tokens / speed / 3600:.2f} hours at {speed:,.0f} tokens/s, and mteb's own work")
+    return "\n".join(lines)
