@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +34,6 @@ QUERIES_PER_SEARCH = 16  # blocks of queries for which the passages are read onc
 QUERIES_PER_RERANKING = 32  # a block of reranker scores: half a minute's work at most on a GPU, minutes on a CPU
 
 Lists = Literal["fused", "words", "vectors"]
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -117,9 +116,9 @@ class Pipeline:
     def encode(self) -> None:
         """Stage 1."""
         if self.needs_vectors:
-            for block in self.team.share(Steps("passages", len(self.passage_blocks), PASSAGES)):
+            for block in self.team.share(Steps("passages", len(self.passage_blocks), PASSAGES, total=len(self.corpus))):
                 self.passage_vectors(block)
-            for rows in self.team.share(Steps.over("queries", self.query_blocks, QUERIES)):
+            for rows in self.team.share(Steps.over("queries", self.query_blocks)):
                 self.query_vectors(rows)
         self.team.wait()
 
@@ -209,7 +208,7 @@ class Pipeline:
             elif self.team.size > 1:
                 _ = self.words
                 self.team.wait()
-            for rows in self.team.share(Steps.over("BM25, queries", self.query_blocks, QUERIES)):
+            for rows in self.team.share(Steps.over("BM25, queries", self.query_blocks)):
                 self.word_hits(rows)
         if self.search.lists != "words":
             self.find_nearest()
@@ -242,10 +241,10 @@ class Pipeline:
         """Stage 3."""
         blocks = [part for rows in self.query_blocks for part in _cut(rows, QUERIES_PER_RERANKING)]
         if self.reranker is not None:
-            for rows in self.team.share(Steps.over("reranker, queries", blocks, QUERIES_PER_RERANKING)):
+            for rows in self.team.share(Steps.over("reranker, queries", blocks)):
                 self.logits(rows)
         else:
-            for rows in self.team.share(Steps.over("cosines, queries", self.query_blocks, QUERIES)):
+            for rows in self.team.share(Steps.over("cosines, queries", self.query_blocks)):
                 self.cosines(rows)
         self.team.wait()
 
@@ -317,15 +316,16 @@ def _cut(rows: range, size: int) -> list[range]:
 class Steps:
     """Numbers from 0, with a line of progress every ten seconds (on a terminal one that renews itself)."""
 
-    def __init__(self, what: str, count: int, each: int = 1) -> None:
+    def __init__(self, what: str, count: int, each: int = 1, *, total: int | None = None) -> None:
         self.what, self.count, self.each = what, count, each
+        self.total = count * each if total is None else total  # the last block may be smaller
         self.start_s = self.shown_s = time.perf_counter()
         self.done = 0
 
     @classmethod
-    def over(cls, what: str, items: Sequence[Item], each: int) -> Iterator[Item]:
-        """The items, with progress."""
-        return (items[n] for n in cls(what, len(items), each))
+    def over(cls, what: str, blocks: Sequence[range]) -> Iterator[range]:
+        """The blocks, with progress in what they hold."""
+        return (blocks[n] for n in cls(what, len(blocks), len(blocks[0]), total=blocks[-1].stop))
 
     def __iter__(self) -> Iterator[int]:
         for number in range(self.count):
@@ -341,8 +341,8 @@ class Steps:
             return
         self.shown_s = now_s
         left_s = int((now_s - self.start_s) / self.done * (self.count - self.done))
-        done, count = self.done * self.each, self.count * self.each  # the last block may be smaller
-        line = f"{self.what} {done:,} of {count:,}  left {left_s // 60}:{left_s % 60:02}"
+        done = min(self.done * self.each, self.total)
+        line = f"{self.what} {done:,} of {self.total:,}  left {left_s // 60}:{left_s % 60:02}"
         print(f"\r{line}\033[K" if terminal else line, end="" if terminal else "\n", flush=True)
 
     def close(self) -> None:

@@ -120,7 +120,7 @@ def command(model, world, output, *options):
 def scores_of(output):
     """Task name to score, from mteb's result files."""
     return {path.stem: json.loads(path.read_text())["scores"] for path in output.rglob("*.json")
-            if path.parent.name.endswith("-local-data")}
+            if path.parent.name.endswith("-local-data") and path.name != "model_meta.json"}
 
 
 def test_the_plan_counts_what_is_asked_for(world, model, tmp_path, capsys):
