@@ -93,8 +93,9 @@ def evaluate(args: argparse.Namespace) -> int:
         say("data: the sample world in data/held_out; or choose --tasks all (from the hub), or --data-dir")
     quiet()
     from ref.scoring import read_instructions
-    from ref.sharding import SharedEmbedder, Team
+    from ref.sharding import SharedEmbedder
     from ref.tasks import task_folders, tasks_from
+    from ref.team import Team
 
     selection = tasks_from(args.tasks or "all", data_dir)
     folders = [] if data_dir is None else [folder.name for folder in task_folders(data_dir)]

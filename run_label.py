@@ -26,7 +26,7 @@ from labelling.report import Tally, draw_histogram, rules_table
 from labelling.sources import Corpus, Pairs, corpus_from_pairs
 from ref.mining import RULES, Candidate, best_first, judge, sigmoid
 from ref.runs import machine, now, remove, write_json
-from ref.sharding import Team
+from ref.team import Team
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -9,8 +9,10 @@ that runs, with everything saved; `--resume --output FOLDER` goes on.
 
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from ref.held_out import retrieval_ndcg10
 from ref.model import Mistral
 from ref.overlap import one_ahead
 from ref.prompts import Prompter
+from ref.team import PeerError, Team
 from ref.trainer import Trainer, Work
 
 
@@ -51,14 +54,15 @@ def schedule(data: SoftLabels, first_step: int) -> Iterator[tuple[int, int, np.n
 
 def train(trainer: Trainer, folder: Path) -> bool:
     """The loop. Returns False if Ctrl-C ended it early."""
-    options, data = trainer.options, trainer.data
+    options, data, team = trainer.options, trainer.data, trainer.team
     total = options.steps or math.ceil(options.epochs * len(data.batches(0)))
     position: dict[str, Any] = {"step": 0, "elapsed_s": 0.0}
     if options.resume:
         position = runs.load_state(folder, trainer.model, trainer.optimiser)
     clock = runs.Clock(position["elapsed_s"])
-    runs.keep_metrics(folder, position["step"])
-    log = runs.StepLog(folder, runs.Progress(options, total), clock)
+    if team.rank == 0:
+        runs.keep_metrics(folder, position["step"])
+    log = runs.StepLog(folder if team.rank == 0 else None, runs.Progress(options, total), clock)
     trainer.model.train()
 
     def prepare(item: tuple[int, int, np.ndarray]) -> Work:
@@ -69,21 +73,23 @@ def train(trainer: Trainer, folder: Path) -> bool:
         for work in one_ahead(prepare, schedule(data, position["step"])):
             step = work.step
             done = clock.elapsed_s / (60 * options.minutes) if options.minutes else step / total
-            ended = done >= 1 or stop.asked
+            # all processes end after the same step: the one that the figures, summed, say
+            ended = done >= 1 or (stop.asked if team.size == 1 else log.stopped)
             if ended or (step > position["step"] and step % options.save_every == 0):
                 log.flush()  # what is not finite is noticed here, and not saved
-                runs.save_state(folder, trainer.model, trainer.optimiser, {"step": step, "elapsed_s": clock.elapsed_s})
+                if team.rank == 0:
+                    runs.save_state(folder, trainer.model, trainer.optimiser,
+                                    {"step": step, "elapsed_s": clock.elapsed_s}, keep=options.keep)
             if ended:
                 log.close()
                 return done >= 1
             torch.manual_seed(options.seed * 2**32 + step)  # LoRA dropout, the same after a resume
-            terms, counts = trainer.step(work)
+            team.wait()
+            figures, counts = trainer.step(work, stop=stop.asked)
             rate = learning_rate(options, done + (0 if options.minutes else 1 / total / 2))
             norm = trainer.update(rate)
             log.add({"step": step, "epoch": work.epoch, "task": work.batch.task.name, "learning_rate": rate, **counts},
-                    {"loss": terms.total, "hard": terms.hard, "soft": terms.soft, "gradient_norm": norm,
-                     "masked": terms.masked, "label_entropy": terms.label_entropy},
-                    partial(NotFiniteError, step, work.batch, data))
+                    {**figures, "gradient_norm": norm}, partial(NotFiniteError, step, work.batch, data))
     raise AssertionError("the schedule does not end")
 
 
@@ -116,10 +122,11 @@ def held_out_score(trainer: Trainer, folder: Path | None, when: str) -> float | 
 def prepare(arguments: list[str] | None) -> tuple[Trainer, Path, runs.Start]:
     """From the command line to a model that is ready to train, telling what was chosen and why."""
     given, _ = parse_options(arguments)
+    say = print if os.environ.get("RANK", "0") == "0" else lambda *_, **__: None
     if getattr(given, "resume", False):
         given = runs.resumed(given)
     start = runs.starting_point(getattr(given, "model", None))
-    print(f"model: {start.name} ({start.reason})")
+    say(f"model: {start.name} ({start.reason})")
     options = OptionParser.options(given, fresh_weights=start.architecture is not None)
     device = pick_device(options.device)
     options = dataclasses.replace(
@@ -127,14 +134,18 @@ def prepare(arguments: list[str] | None) -> tuple[Trainer, Path, runs.Start]:
         kernels=pick_kernels(options.kernels, device))
     defaults = {name: getattr(Options(), name) for name in PRESETS["small"]}
     values = {**defaults, **PRESETS[options.preset or "report"]}
-    print(f"preset: {options.preset} ({', '.join(f'{name} {value}' for name, value in values.items())}), "
+    say(f"preset: {options.preset} ({', '.join(f'{name} {value}' for name, value in values.items())}), "
           "under what the command line says")
-    print(f"weights that learn: {options.train}; device: {device}, {options.dtype}; "
+    say(f"weights that learn: {options.train}; device: {device}, {options.dtype}; "
           f"pooling and in-batch loss: {options.kernels}")
+    team = Team(patience=timedelta(seconds=options.peer_timeout))
+    if team.size > 1 and options.minutes is not None:
+        raise ValueError("--minutes is given to several processes, whose clocks differ. Expected is one end for all. "
+                         "Give --steps or --epochs.")
     data = SoftLabels([Path(path) for path in options.data], options)
-    print(f"data: {len(data):,} lines, {len(data.tasks)} tasks, {data.with_labels:,} lines with soft labels, "
+    say(f"data: {len(data):,} lines, {len(data.tasks)} tasks, {data.with_labels:,} lines with soft labels, "
           f"{len(data) - data.with_labels:,} for the contrastive term alone")
-    folder = runs.open_folder(options, start)
+    folder = runs.open_folder(options, start, make=team.rank == 0)
     try:
         model, prompter = ready(start, options, data, device)
     except BaseException:
@@ -142,12 +153,12 @@ def prepare(arguments: list[str] | None) -> tuple[Trainer, Path, runs.Start]:
         raise
     tokens = prompter.tokenizer
     weights = list(runs.trainable(model).values())
-    print(f"weights: {sum(p.numel() for p in model.parameters()):,}, of which {sum(w.numel() for w in weights):,} "
+    say(f"weights: {sum(p.numel() for p in model.parameters()):,}, of which {sum(w.numel() for w in weights):,} "
           f"learn; vocabulary: {tokens.vocab_size:,} tokens")
     optimiser = torch.optim.AdamW(weights, lr=options.learning_rate, weight_decay=options.weight_decay,
                                   fused=True)
-    print(f"run: {folder}", flush=True)
-    return Trainer(options, data, model, prompter, optimiser, device), folder, start
+    say(f"run: {folder}", flush=True)
+    return Trainer(options, data, model, prompter, optimiser, device, team), folder, start
 
 
 def ready(start: runs.Start, options: Options, data: SoftLabels, device: torch.device) -> tuple[Mistral, Prompter]:
@@ -168,12 +179,22 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         trainer, folder, start = prepare(arguments)
         try:
-            return run(trainer, folder, start)
+            code = run(trainer, folder, start)
+            trainer.team.close()
+            return code
         finally:
             runs.drop_if_empty(folder)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except torch.cuda.OutOfMemoryError as error:
+        print(f"error: out of memory on the GPU ({str(error).splitlines()[0]:.200}). Lower --chunk-tokens (memory of a "
+              "pass is proportional to it), or add --checkpointing. --resume goes on.", file=sys.stderr)
+        return 3
+    except PeerError as error:
+        print(f"error: a process is dead or stuck: {error}. --resume goes on from the last saved state.",
+              file=sys.stderr)
+        return 4
 
 
 def run(trainer: Trainer, folder: Path, start: runs.Start) -> int:
@@ -182,6 +203,7 @@ def run(trainer: Trainer, folder: Path, start: runs.Start) -> int:
     sets = Path(options.held_out) if options.held_out else data.paths[0].parent / "held_out"
     sets_or_none = sets if options.held_out or sets.is_dir() else None
     facts = runs.facts(options, start, data)
+    lead = trainer.team.rank == 0
     if options.resume:
         before = read_json(folder / "run.json")
         if before["data"] != facts["data"]:
@@ -189,9 +211,12 @@ def run(trainer: Trainer, folder: Path, start: runs.Start) -> int:
                              "Put them back, or start a new run.")
         facts = {**facts, "started": before["started"], "held_out_before": before.get("held_out_before")}
     else:
-        facts["held_out_before"] = held_out_score(trainer, sets_or_none, "before training")
-    runs.write_json(folder / "run.json", facts)
+        facts["held_out_before"] = held_out_score(trainer, sets_or_none, "before training") if lead else None
+    if lead:
+        runs.write_json(folder / "run.json", facts)
     complete = train(trainer, folder)
+    if not lead:
+        return 0 if complete else 130
     save_result(folder, trainer.model, trainer.prompter, options, start, data)
     why_not = runs.plot_loss(folder)
     if why_not:

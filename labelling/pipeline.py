@@ -27,7 +27,7 @@ from labelling.sources import Corpus, Pair, Pairs
 from ref.config import pick_device
 from ref.mining import reciprocal_rank_fusion
 from ref.runs import write_whole
-from ref.sharding import Team
+from ref.team import Team
 
 PASSAGES, QUERIES = 4096, 1024  # of a block
 QUERIES_PER_SEARCH = 16  # blocks of queries for which the passages are read once

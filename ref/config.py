@@ -250,6 +250,8 @@ class Options:
     minutes: float | None = _option(None, "minutes of training instead of epochs", above=0)
     seed: int = _option(0, "same seed, same result (bit for bit on a CPU)", least=0, below=2**31)
     save_every: int = _option(500, "steps between saved states", least=1)
+    keep: int = _option(2, "saved states that stay", least=1)
+    peer_timeout: float = _option(600.0, "seconds that a process waits for another before it gives up", above=0)
     device: str | None = _option(None, "cpu or cuda (default: cuda where there is one)")
     dtype: Literal["bfloat16", "float32"] | None = _option(
         None, "precision of the forward pass (default: bfloat16 on cuda, float32 on cpu)")

@@ -73,15 +73,17 @@ class GradientCache:
                 self.parts += [self._first(self._chunk, segment, chunk, prefix) for chunk in segment.chunks]
         rows = np.fromiter(self._rows(), np.int64)
         back, self.rows = (to_device(order, self.device) for order in (rows.argsort(), rows))
-        self.leaf = torch.cat(self.parts).detach()[back].requires_grad_()
+        nothing = [torch.empty(0, self.model.arch.width, device=self.device)]  # a share of a batch may be empty
+        self.leaf = torch.cat(self.parts or nothing).detach()[back].requires_grad_()
         return self.leaf
 
     def backward(self) -> None:
         """Push the gradient of the vectors into the weights."""
         assert self.leaf.grad is not None, "the loss must go backward first"
         gradients = self.leaf.grad[self.rows].split([len(part) for part in self.parts])
-        if self.fits:
+        if self.fits and self.parts:
             torch.autograd.backward(self.parts, gradients)
+        if self.fits:
             return
         again, gradient = iter(self.random), iter(gradients)
         for segment in self.segments:

@@ -45,12 +45,13 @@ class LossTerms:
 def training_loss(
     query_QD: Tensor, passage_PD: Tensor, groups: Groups, teacher_QC: Tensor, *,
     temperature: float, teacher_temperature: float, hard_weight: float, soft_weight: float,
-    in_batch: bool, margin: float | None, kernels: Kernels = "eager",
+    in_batch: bool, margin: float | None, kernels: Kernels = "eager", whole: tuple[int, int] | None = None,
 ) -> LossTerms:
     """hard_weight * mean contrastive + soft_weight * mean soft label.
 
     `teacher_QC` (fp32) holds raw teacher scores, column by column as `groups.column_QC`; a row of NaN has no
-    labels and takes part in the contrastive term alone.
+    labels and takes part in the contrastive term alone. `whole`: queries of the whole batch, and those with labels,
+    where the rows given are one process's share of it; the terms then are shares of the batch's means.
     """
     one_hot_QC = torch.zeros_like(teacher_QC)
     one_hot_QC[:, 0] = 1.0
@@ -60,8 +61,9 @@ def training_loss(
         kernels=kernels)
     soft_Q, _ = soft_contrastive(
         query_QD, passage_PD, groups, label_QC, temperature=temperature, in_batch=False, margin=None)
-    rows = label_QC.any(1).sum().clamp(min=1)
-    hard, soft = hard_Q.mean(), soft_Q.sum() / rows
+    queries = whole[0] if whole else len(query_QD)
+    rows = max(1, whole[1]) if whole else label_QC.any(1).sum().clamp(min=1)
+    hard, soft = hard_Q.sum() / queries, soft_Q.sum() / rows
     entropy = torch.special.entr(label_QC).sum() / rows
     return LossTerms(hard_weight * hard + soft_weight * soft, hard.detach(), soft.detach(), masked_Q.sum(), entropy)
 

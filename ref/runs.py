@@ -3,7 +3,7 @@
     runs/NAME/run.json        options, versions, commit, hardware, hashes of the data; complete: true at the end
               metrics.jsonl   one line a step
               loss.png        the curve, where matplotlib is installed
-              state/          weights, optimiser and position of the last save: what --resume reads
+              state/STEP/     weights, optimiser and position of the last saves: what --resume reads
               model/          --train all: a checkpoint that sentence-transformers and transformers load
               adapter/        --train lora: PEFT's files;  base/ beside it if the base had fresh weights
               merged/         --train lora --merge: base and adapter as one checkpoint
@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -121,10 +122,15 @@ def _all_texts(data: SoftLabels) -> Iterable[str]:
 
 # ------------------------------------------------------------------------------------------------- the folder
 
-def open_folder(options: Options, start: Start) -> Path:
-    """The run's folder, made if it is new. Raises ValueError if it holds another run or cannot be written."""
+def open_folder(options: Options, start: Start, *, make: bool = True) -> Path:
+    """The run's folder; with `make` it is made if it is new, and tried.
+
+    Raises ValueError if it holds another run or cannot be written.
+    """
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     folder = Path(options.output or f"runs/{Path(start.name).name.removesuffix('.json')}-{stamp}")
+    if not make:
+        return folder
     if (folder / "run.json").exists() != options.resume:
         raise ValueError(f"{folder} holds {'no run' if options.resume else 'a run already'}. Expected is "
                          f"{'the folder of a stopped run' if options.resume else 'a new folder'}. Give another --output"
@@ -227,8 +233,13 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def save_state(folder: Path, model: nn.Module, optimiser: torch.optim.AdamW, position: dict[str, Any]) -> None:
-    """Write weights that learn, AdamW's moments and the position as folder/state."""
+def save_state(
+    folder: Path, model: nn.Module, optimiser: torch.optim.AdamW, position: dict[str, Any], *, keep: int,
+) -> None:
+    """Write weights that learn, AdamW's moments and the position as folder/state/STEP; the last `keep` stay.
+
+    Random states need no saving: each draw depends on the seed, the step and the line alone.
+    """
     tensors: dict[str, Tensor] = {}
     for name, parameter in trainable(model).items():
         tensors[name] = parameter.detach()
@@ -239,16 +250,25 @@ def save_state(folder: Path, model: nn.Module, optimiser: torch.optim.AdamW, pos
         draft.mkdir()
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, draft / "state.safetensors")
         (draft / "position.json").write_text(json.dumps(position))
-    write_whole(folder / "state", write)
+    states = folder / "state"
+    states.mkdir(exist_ok=True)
+    write_whole(states / f"{position['step']:08}", write)
+    for old in _states(folder)[:-keep]:
+        remove(old)
+
+
+def _states(folder: Path) -> list[Path]:
+    """Whole states of a run, the newest last; one whose renaming was cut short counts by its old name."""
+    found = [path for path in (folder / "state").glob("*") if re.fullmatch(r"\d{8}|\.\d{8}\.old", path.name)]
+    return sorted(found, key=lambda path: (re.sub(r"\D", "", path.name), not path.name.startswith(".")))
 
 
 def load_state(folder: Path, model: nn.Module, optimiser: torch.optim.AdamW) -> dict[str, Any]:
     """Put back what `save_state` wrote; returns the position: step 0, if the run ended before its first save."""
-    state = folder / "state"
-    if not state.is_dir():
-        state = folder / ".state.old"  # stopped between the two renames
-    if not state.is_dir():
+    states = _states(folder)
+    if not states:
         return {"step": 0, "elapsed_s": 0.0}
+    state = states[-1]
     position = read_json(state / "position.json")
     found = dict(read_tensors(state / "state.safetensors", device=torch.device("cpu")))
     for name, parameter in trainable(model).items():
@@ -308,8 +328,11 @@ def keep_metrics(folder: Path, steps: int) -> None:
 class StepLog:
     """metrics.jsonl and the line of progress, one step late: a step's figures are read when the next is on its way."""
 
-    def __init__(self, folder: Path, progress: "Progress", clock: Clock) -> None:
-        self.file, self.progress, self.clock = (folder / "metrics.jsonl").open("a"), progress, clock
+    def __init__(self, folder: Path | None, progress: "Progress", clock: Clock) -> None:
+        """`folder` None: a process that reads the figures and writes nothing."""
+        self.file = None if folder is None else (folder / "metrics.jsonl").open("a")
+        self.progress, self.clock = progress, clock
+        self.stopped = False  # whether a process was asked to end
         self.read_s = clock.elapsed_s
         self.waiting: tuple[dict[str, Any], Callable[[], Any], Callable[[float, float], Exception]] | None = None
 
@@ -329,37 +352,43 @@ class StepLog:
         row = {name: next(numbers) if value is None else value for name, value in row.items()}
         if not (math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"])):
             raise not_finite(row["loss"], row["gradient_norm"])
+        self.stopped |= row.pop("stop") > 0
         now_s = self.clock.elapsed_s
-        row |= {"masked": int(row["masked"]), "tokens_per_s": row["tokens"] / (now_s - self.read_s), "elapsed_s": now_s}
+        row |= {"masked": int(row["masked"]), "tokens": int(row["tokens"]),
+                "tokens_per_s": row["tokens"] / (now_s - self.read_s), "elapsed_s": now_s}
         self.read_s = now_s
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        self.progress.show(row)
+        if self.file is not None:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+            self.progress.show(row)
 
     def close(self) -> None:
         """Write what waits and end the line of progress."""
         self.flush()
-        self.progress.close()
-        self.file.close()
+        if self.file is not None:
+            self.progress.close()
+            self.file.close()
 
 
 class StopAfterStep:
-    """Turns the first Ctrl-C into a wish, the second into an end."""
+    """Turns the first Ctrl-C, or SIGTERM (preemption), into a wish, the second into an end."""
 
     asked = False
 
     def __enter__(self) -> "StopAfterStep":
-        self.before = signal.getsignal(signal.SIGINT)
-        signal.signal(signal.SIGINT, self._ask)
+        self.before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+        for kind in self.before:
+            signal.signal(kind, self._ask)
         return self
 
     def _ask(self, *_: object) -> None:
         print("\nending after this step; Ctrl-C again ends at once", flush=True)
         self.asked = True
-        signal.signal(signal.SIGINT, self.before)
+        self.__exit__()
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self.before)
+        for kind, handler in self.before.items():
+            signal.signal(kind, handler)
 
 
 class Progress:

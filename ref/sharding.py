@@ -6,13 +6,11 @@ The first process runs mteb and asks for vectors; the others wait for texts, emb
     others    serve() until the first says that it is done
 
 Every process holds the whole model and a share of the texts. Vectors travel over gloo as float32, so the transport is
-the same with and without GPUs. Called by run_eval.py and labelling/pipeline.py.
+the same with and without GPUs. Called by run_eval.py.
 """
 
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from datetime import timedelta
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,35 +19,7 @@ import torch.distributed as dist
 from ref.held_out import TextEmbedder
 from ref.overlap import first_of_equal
 from ref.prompts import Example
-
-Item = TypeVar("Item")
-PATIENCE = timedelta(days=7)  # the others wait while the first evaluates
-
-
-class Team:
-    """The processes of a torchrun start, or this one alone."""
-
-    def __init__(self) -> None:
-        self.size, self.rank = (int(os.environ.get(name, default)) for name, default in (
-            ("WORLD_SIZE", "1"), ("RANK", "0")))
-        if self.size > 1:
-            dist.init_process_group("gloo", timeout=PATIENCE)
-        if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-
-    def share(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items that are this process's: every size-th."""
-        return (item for n, item in enumerate(items) if n % self.size == self.rank)
-
-    def wait(self) -> None:
-        """Until all have come here."""
-        if self.size > 1:
-            dist.barrier()
-
-    def close(self) -> None:
-        """Part."""
-        if self.size > 1:
-            dist.destroy_process_group()
+from ref.team import Team
 
 
 class SharedEmbedder:

@@ -247,7 +247,8 @@ SHARED = """
 import json, sys
 import numpy as np
 from ref.embedder import Embedder
-from ref.sharding import SharedEmbedder, Team
+from ref.sharding import SharedEmbedder
+from ref.team import Team
 texts = json.loads(open(sys.argv[2]).read())
 team = Team()
 shared = SharedEmbedder(Embedder.from_pretrained(sys.argv[1], device="cpu"), team)
