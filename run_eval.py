@@ -100,11 +100,11 @@ def evaluate(args: argparse.Namespace) -> int:
     selection = tasks_from(args.tasks or "all", data_dir)
     folders = [] if data_dir is None else [folder.name for folder in task_folders(data_dir)]
     overrides = read_instructions(args.instructions, folders) if args.instructions else {}
-    few_shot = examples(args, selection.tasks, folders)
 
     from ref.embedder import Embedder
 
     team = Team()
+    few_shot = {} if team.rank else examples(args, selection.tasks, folders)
     embedder = Embedder.from_pretrained(model, max_text_tokens=args.max_tokens, template=args.template)
     shared = SharedEmbedder(embedder, team)
     if team.rank:
@@ -136,6 +136,8 @@ def examples(args: argparse.Namespace, tasks: Sequence["AbsTask"], folders: Sequ
 
     if args.examples < 0:
         raise ValueError(f"--examples is {args.examples}. Expected is at least 0. Give another number.")
+    if args.examples_file is not None and args.examples:
+        raise ValueError("--examples and --examples-file are both given. Expected is one source. Leave one out.")
     if args.examples_file is not None:
         own = examples_from_file(args.examples_file, [*benchmark_tasks(), *folders])
         return {name: FewShot(some, f"the file {args.examples_file.name}") for name, some in own.items()}
@@ -159,14 +161,18 @@ def score(
     output = args.output or default_output(model, name)
     output.mkdir(parents=True, exist_ok=True)
     settings = {"max_tokens": args.max_tokens, "template": args.template}
+    vectors = cached(args, shared, f"{name} {revision} {settings} {embedder.precision}")
     encoder = MtebEncoder(
-        cached(args, shared, f"{name} {revision} {settings}"), name=name, revision=revision, overrides=overrides,
-        settings=settings, few_shot=few_shot, progress=sys.stderr.isatty())
+        vectors, name=name, revision=revision, overrides=overrides, settings=settings,
+        few_shot=that_fit(few_shot, selection.tasks, embedder, overrides), progress=sys.stderr.isatty())
     plans, sample = plan.make_plan(encoder, selection.tasks, embedder.prompter, output / "plan.json")
-    speed = plan.measured_speed(embedder, sample, output / "speed.json") * shared.team.size
+    speed = plan.measured_speed(embedder, sample) * shared.team.size
     print(plan.table(plans, speed))
+    uncounted = [task.metadata.name for task in selection.tasks if task.metadata.name not in plans]
+    if uncounted:
+        print(f"not counted, since it fails: {', '.join(uncounted)}")
     if args.plan:
-        return 0
+        return 1 if uncounted else 0
     rows, failed = score_all(encoder, selection.tasks, output, plans)
     required = {task.metadata.name: str(task.metadata.type) for task in benchmark_tasks().values()}
     print("\n" + table(rows, required, () if args.tasks is None else selection.missing))
@@ -177,6 +183,26 @@ def score(
         print(f"report: {path}")
     print(f"results: {output}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
+
+
+def that_fit(
+    few_shot: dict[str, "FewShot"], tasks: Sequence["AbsTask"], embedder: "Embedder", overrides: dict[str, str],
+) -> dict[str, "FewShot"]:
+    """The examples that the prompt has room for, so that the record tells what was shown."""
+    from ref.few_shot import FewShot
+    from ref.scoring import instruction_for
+
+    found = {}
+    for task in tasks:
+        some = few_shot.get(task.metadata.name)
+        if some is None:
+            continue
+        room = embedder.prompter.prefix(instruction_for(task.metadata, overrides), some.examples).examples
+        dropped = len(some.examples) - room
+        found[task.metadata.name] = FewShot(some.examples[:room], some.source + (
+            f", {dropped} left out for want of room" if dropped else ""))
+        print(f"examples for {task.metadata.name}: {room} ({found[task.metadata.name].source})")
+    return found
 
 
 def cached(args: argparse.Namespace, shared: "SharedEmbedder", key: str) -> "TextEmbedder":
@@ -277,10 +303,13 @@ def identity(model: str) -> tuple[str, str]:
 
         cached = huggingface_hub.try_to_load_from_cache(model, "config.json")
         return model, Path(cached).parent.name if isinstance(cached, str) else "main"
+    from ref.embedder import inside_run
+
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
-        if path.suffix in MODEL_FILES and path.name != "run.json":
-            digest.update(path.relative_to(folder).as_posix().encode())
+    inside = inside_run(folder)  # not what scoring or further training writes beside the model
+    for path in sorted(inside.glob("*")):
+        if path.suffix in MODEL_FILES:
+            digest.update(path.name.encode())
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return f"local/{folder.resolve().name}", digest.hexdigest()[:16]

@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
+
 from labelling.cache import Cache
 from labelling.models import open_reranker, open_retriever
 from labelling.pipeline import Lists, Pipeline, Scored, Search, cache_folder
@@ -56,6 +58,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name in ("depth", "candidates", "negatives"):
         if getattr(given, name) < 1:
             raise ValueError(f"--{name} is {getattr(given, name)}. Expected is at least 1. Give another number.")
+    if given.output.suffix != ".jsonl" or given.output.is_dir():
+        raise ValueError(f"--output is {given.output}. Expected is a file that ends in .jsonl: a .json and a .png of "
+                         "that name come beside it. Give another.")
+    if given.output.resolve() in [path.resolve() for path in (given.pairs, given.corpus) if path is not None]:
+        raise ValueError(f"--output is {given.output}, which is read. Expected is another file. Give one.")
+    if given.label_temperature is not None and not given.label_temperature > 0:
+        raise ValueError(f"--label-temperature is {given.label_temperature}. Expected is above 0. Give another.")
     given.value = RULES[given.rule] if given.value is None else given.value
     if given.rule == "percentage" and not 0 < given.value <= 1:
         raise ValueError(f"--value is {given.value} for the rule percentage. Expected is a share above 0 and up to 1. "
@@ -68,13 +77,15 @@ def prepare(given: argparse.Namespace, team: Team) -> Pipeline:
     cache = Cache(cache_folder(given.cache))
     if given.corpus is None:
         given.corpus = given.pairs if given.pairs.is_dir() else corpus_from_pairs(given.pairs, cache.folder)
+        print(f"corpus: {given.corpus}" + ("" if given.pairs.is_dir() else ", all texts of pos and neg in --pairs"))
     corpus = Corpus(given.corpus)
     pairs = Pairs(given.pairs, corpus, split=given.split)
     print(f"{len(pairs):,} queries, {len(corpus):,} passages", flush=True)
     retriever = open_retriever(given.retriever, given.device)
     reranker = open_reranker(given.reranker, given.device) if given.reranker else None
-    tell_what_changed(cache, {"retriever": retriever.key, "reranker": reranker and reranker.key,
-                              "corpus": corpus.sha256})
+    if team.rank == 0:
+        tell_what_changed(cache, {"retriever": retriever.key, "reranker": reranker and reranker.key,
+                                  "corpus": corpus.sha256})
     search = Search(given.lists, given.depth, given.candidates, given.stemmer)
     return Pipeline(corpus, pairs, retriever, reranker, search=search, cache=cache, team=team, device=given.device,
                     instruction=given.instruction)
@@ -116,7 +127,7 @@ def label(
         negative_scores = [round(raw[negative.id], 6) for negative in negatives]
         prompt = scored.pair.prompt or given.instruction
         tally = tallies.setdefault(scored.pair.task, Tally(temperature))
-        tally.add(fate, positive_scores, negative_scores)
+        tally.add(fate, positive_scores, negative_scores, [score for _, _, score in scored.candidates])
         yield json.dumps({
             "query": scored.pair.query, "pos": [text for _, text, _ in scored.positives],
             "neg": [negative.text for negative in negatives], "pos_scores": positive_scores,
@@ -163,8 +174,9 @@ def write(given: argparse.Namespace, pipeline: Pipeline) -> None:
     if why_not:
         print(why_not)
     print(f"blocks from the cache {pipeline.cache.found:,}, computed {pipeline.cache.computed:,}")
+    bare = "" if given.instruction or pipeline.pairs.all_have_prompts else " --instruction '…'"
     print(f"done: {given.output}. Train on it: python run_train.py --data {given.output} --teacher-temperature "
-          f"{temperature}")
+          f"{temperature}{bare}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -173,6 +185,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         given = parse(arguments)
         team = Team()
+        if given.device is None and team.size > 1 and torch.cuda.is_available():
+            given.device = f"cuda:{torch.cuda.current_device()}"
         pipeline = prepare(given, team)
         pipeline.encode()
         pipeline.find()

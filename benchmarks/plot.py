@@ -55,7 +55,10 @@ def _bars(result: dict[str, Any]) -> list[tuple[str, float, float | None]]:
     if "ours" not in rows:
         return []
     wanted = {name: float(t["wanted"].split()[1]) for name, t in result["targets"].items()}
-    return [(f"{result['benchmark']}  {name}", row["median_s"] / rows["ours"]["median_s"],
+
+    def own(name: str) -> float:  # "X, mining" stands against "ours, mining"
+        return float(rows.get(f"ours,{name.partition(',')[2]}", rows["ours"])["median_s"])
+    return [(f"{result['benchmark']}  {name}", row["median_s"] / own(name),
              next((value for what, value in wanted.items() if what.startswith((f"{name} / ours", "gain"))
                    or what.endswith(f"ours / {name}")), None))
             for name, row in rows.items() if not name.startswith("ours")]

@@ -11,6 +11,7 @@ stay. The score matrix never exists as a whole:
 Ties go to the smaller passage id, in both.
 """
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 SCORES_AT_ONCE = {"cpu": 2**21, "cuda": 2**29}  # fp32: what stays in a CPU's cache; 2 GB on a GPU
+HASH = "sha256"
 GROUP = 16  # columns whose largest score stands for them while the best are searched
 
 
@@ -31,7 +33,11 @@ class WordSearch:
 
         self.tokenise: Any = _tokeniser(stemmer)
         self.index = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
-        self.index.index(self.tokenise(list(texts), return_ids=True), show_progress=False)
+        words = self.tokenise(list(texts), return_ids=False)
+        if not any(words):
+            raise ValueError("no passage has a word that BM25 counts: all are stop words or signs. Expected is text. "
+                             "Use --lists vectors.")
+        self.index.index(words, show_progress=False)
 
     @property
     def bytes_held(self) -> int:
@@ -39,13 +45,17 @@ class WordSearch:
         return sum(self.index.scores[name].nbytes for name in ("data", "indices", "indptr"))
 
     def save(self, folder: Path) -> None:
-        """Write the index."""
+        """Write the index, and a hash of its files."""
         self.index.save(str(folder), show_progress=False)
+        (folder / HASH).write_text(_hash_of(folder))
 
     @classmethod
     def load(cls, folder: Path, *, stemmer: str | None) -> "WordSearch":
-        """Read what `save` wrote."""
+        """Read what `save` wrote; ValueError if a file is damaged."""
         import bm25s
+
+        if (folder / HASH).read_text() != _hash_of(folder):
+            raise ValueError("its hash is another")
 
         search = cls.__new__(cls)
         search.tokenise, search.index = _tokeniser(stemmer), bm25s.BM25.load(str(folder))
@@ -61,10 +71,18 @@ class WordSearch:
             known = [word for word in words if word in self.index.vocab_dict]
             if known:
                 score = self.index.get_scores(known)
-                best = best_of(score, count, rank)
-                best = best[score[best] > 0]
+                sharing = np.flatnonzero(score > 0)
+                best = sharing[best_of(score[sharing], count, rank[sharing])]
                 hits[: len(best)] = best
         return found
+
+
+def _hash_of(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.name != HASH:
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def best_of(score: np.ndarray, count: int, rank: np.ndarray) -> np.ndarray:
@@ -109,7 +127,7 @@ class TopK:
 
     def add(self, passage_PD: Tensor, first_row: int, rank_P: Tensor) -> None:
         """Look at a block of passages, the rows from `first_row` on, with their places in the order of ids (int32)."""
-        rows = max(1, SCORES_AT_ONCE[passage_PD.device.type] // len(passage_PD))
+        rows = min(len(self.query_QD), max(1, SCORES_AT_ONCE[passage_PD.device.type] // len(passage_PD)))
         if self.scratch.numel() < rows * len(passage_PD):
             self.scratch = self.score_QK.new_empty(rows * len(passage_PD))
         found = []

@@ -6,6 +6,7 @@ with one output, called with the identity activation so that raw logits are stor
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from huggingface_hub import snapshot_download
 
 from labelling.cache import fingerprint
 from ref.checkpoint import locate
-from ref.config import pick_device
+from ref.config import pick_device, read_json
 from ref.embedder import SETTINGS, Embedder, inside_run
 
 OTHER_FORMATS = ["*.bin", "*.onnx", "onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot", "*.gguf"]
@@ -45,8 +46,14 @@ class OurRetriever:
     """A model of this project."""
 
     def __init__(self, name: str, device: str | None) -> None:
-        self.name, self.key = name, fingerprint(inside_run(locate(name)))
-        self.embedder = Embedder.from_pretrained(name, device=device)
+        self.name, self.device = name, pick_device(device)
+        precision = "bfloat16" if self.device.type == "cuda" else "float32"
+        self.key = f"{_with_base(inside_run(locate(name)))} {precision}"
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        """Loaded when it is first asked: not where all is in the cache."""
+        return Embedder.from_pretrained(self.name, device=str(self.device))
 
     def queries(self, texts: Sequence[str], instruction: str | None) -> np.ndarray:
         return self.embedder.encode(texts, instruction=instruction)
@@ -59,10 +66,14 @@ class LibraryRetriever:
     """A sentence-transformers model."""
 
     def __init__(self, name: str, device: str | None) -> None:
-        library = _library()
-        folder = _folder(name)
-        self.name, self.key = name, fingerprint(folder)
-        self.model = library.SentenceTransformer(str(folder), device=str(pick_device(device)))
+        _library()
+        self.name, self.folder, self.device = name, _folder(name), pick_device(device)
+        self.key = f"{fingerprint(self.folder)} {self.device.type}"
+
+    @cached_property
+    def model(self) -> Any:
+        """Loaded when it is first asked."""
+        return _library().SentenceTransformer(str(self.folder), device=str(self.device))
 
     def queries(self, texts: Sequence[str], instruction: str | None) -> np.ndarray:
         return self._vectors(self.model.encode_query, texts)
@@ -81,15 +92,23 @@ class LibraryReranker:
     """A sentence-transformers CrossEncoder."""
 
     def __init__(self, name: str, device: str | None) -> None:
-        library = _library()
-        folder = _folder(name)
-        self.name, self.key = name, fingerprint(folder)
-        self.model = library.CrossEncoder(str(folder), device=str(pick_device(device)),
-                                          activation_fn=torch.nn.Identity())
-        outputs = self.model.config.num_labels
+        _library()
+        self.name, self.folder, self.device = name, _folder(name), pick_device(device)
+        config = read_json(self.folder / "config.json")
+        kinds = config.get("architectures") or []
+        if not any(str(kind).endswith("ForSequenceClassification") for kind in kinds):
+            raise ValueError(f"--reranker {name}: its config.json says {kinds!r:.80}, which has no head that scores a "
+                             "pair. Expected is a CrossEncoder (…ForSequenceClassification). Choose another reranker.")
+        outputs = config.get("num_labels", len(config.get("id2label", ("one", "two"))))  # two is the library's default
         if outputs != 1:
             raise ValueError(f"--reranker {name}: it has {outputs} outputs. Expected is one, the relevance of a "
                              "passage to a query. Choose another reranker.")
+        self.key = f"{fingerprint(self.folder)} {self.device.type}"
+
+    @cached_property
+    def model(self) -> Any:
+        """Loaded when it is first asked."""
+        return _library().CrossEncoder(str(self.folder), device=str(self.device), activation_fn=torch.nn.Identity())
 
     def logits(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         scores: np.ndarray = self.model.predict(list(pairs), convert_to_numpy=True, show_progress_bar=False)
@@ -115,6 +134,16 @@ def finite(scores: np.ndarray, texts: Sequence[Any], model: str) -> np.ndarray:
         raise ValueError(f"{model} gives a number that is not finite for {texts[bad[0]]!r:.120}. Expected are finite "
                          "numbers. Look at that text, or choose another model or precision.")
     return scores
+
+
+def _with_base(folder: Path) -> str:
+    """The fingerprint of a model's files, and for an adapter those of its base too."""
+    own = fingerprint(folder)
+    if not (folder / "adapter_config.json").exists():
+        return own
+    name = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path"))
+    inside = (folder / name).resolve()
+    return f"{own} {_with_base(inside if name.startswith('../') and inside.is_dir() else locate(name))}"
 
 
 def _library() -> Any:

@@ -141,7 +141,7 @@ class Pipeline:
         if folder.is_dir():
             try:
                 return WordSearch.load(folder, stemmer=self.search.stemmer)
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError, KeyError, EOFError) as error:
                 print(f"cache: {folder} is damaged ({error}); it is built again", flush=True)
         index = WordSearch((self.passage(row)[1] for row in range(len(self.corpus))), stemmer=self.search.stemmer)
         print(f"BM25 index: {index.bytes_held / len(self.corpus):,.0f} bytes a passage", flush=True)
@@ -198,7 +198,7 @@ class Pipeline:
         self.team.wait()
 
     def _nearest_key(self, rows: range) -> str:
-        return key_of("nearest", self.retriever.key, *self.passage_keys, self.search.depth, self.query_key(rows))
+        return key_of("nearest", self.retriever.key, self.corpus.sha256, self.search.depth, self.query_key(rows))
 
     def find(self) -> None:
         """Stage 2."""
@@ -277,8 +277,8 @@ class Pipeline:
     def cosines(self, rows: range) -> np.ndarray:
         """The retriever's scores of positives, then candidates, query by query, in one list."""
         fused = self.fused_block(rows)
-        key = key_of("cosines", self.retriever.key, *self.passage_keys, self.query_key(rows), fused.tobytes(),
-                     *(name for row in rows for name in self.pairs[row].positives))
+        known = (part for row in rows for part in (len(self.pairs[row].positives), *self.pairs[row].positives))
+        key = key_of("cosines", self.retriever.key, self.corpus.sha256, self.query_key(rows), fused.tobytes(), *known)
 
         def compute() -> Arrays:
             query_of, wanted, strangers = [], [], []

@@ -1,6 +1,7 @@
 """What the labels look like: numbers by data set for the companion file, a table of rules, a histogram."""
 
 import math
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -26,19 +27,20 @@ class Tally:
     fates: Counter[str] = field(default_factory=Counter)
     short: Counter[int] = field(default_factory=Counter)  # queries by number of negatives
     entropy: float = 0.0
-    scores: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    scores: dict[str, "array[float]"] = field(default_factory=lambda: defaultdict(lambda: array("f")))
 
     def add(
         self, fate: Sequence[tuple[Candidate, Why]], positives: Sequence[float], negatives: Sequence[float],
+        candidates: Sequence[float],
     ) -> None:
-        """A query with what became of its candidates and the raw scores that its line holds."""
+        """A query with what became of its candidates, and raw scores: those its line holds, and of all candidates."""
         self.queries += 1
         self.fates.update(why for _, why in fate)
         self.short[len(negatives)] += 1
         self.entropy += entropy([positives[0], *negatives], self.temperature)
-        self.scores["positive"] += positives
-        self.scores["negative"] += negatives
-        self.scores["candidate"] += [candidate.score for candidate, _ in fate[self.queries % 10 :: 10]]
+        for what, some in (("positive", positives), ("negative", negatives),
+                           ("candidate", candidates[self.queries % 10 :: 10])):
+            self.scores[what].extend(some)
 
     def as_json(self, wanted: int) -> dict[str, Any]:
         """Shares, entropy in nats (the most there can be beside it) and quantiles."""
@@ -95,7 +97,8 @@ def draw_histogram(tallies: dict[str, Tally], path: Path, *, scale: str) -> str 
     figure = Figure(figsize=(7, 2.6 * len(tallies)), layout="constrained")
     for axes, (task, tally) in zip(figure.subplots(len(tallies), squeeze=False)[:, 0], tallies.items(), strict=True):
         for what, color in (("candidate", "#bbbbbb"), ("negative", "#cc3311"), ("positive", "#4477aa")):
-            axes.hist(tally.scores[what], bins=60, density=True, alpha=0.6, color=color, label=what)
+            if tally.scores[what]:
+                axes.hist(tally.scores[what], bins=60, density=True, alpha=0.6, color=color, label=what)
         axes.set(title=task, xlabel=f"teacher's score ({scale})", ylabel="density")
         axes.legend(fontsize=8)
     write_whole(path, lambda draft: figure.savefig(draft, dpi=120, format="png"))

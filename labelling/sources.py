@@ -2,12 +2,13 @@
 
     corpus    our own         {"id": "d1", "text": "…"}                             one JSON object a line
               BEIR            {"_id": "d1", "title": "…", "text": "…"}              text = title + " " + text
-              FlagEmbedding   {"text": "…"}                                         no id: the line's number is one
+              FlagEmbedding   {"text": "…"}                                         no id: its number is one
     pairs     our own         {"query": "…", "pos": ["d1"], "prompt": "…", "type": "…", "task": "…"}
               BEIR            a folder with queries.jsonl and qrels/SPLIT.tsv
               FlagEmbedding   {"query": "…", "pos": ["the text itself"]}            where the corpus has no ids
 
-A passage takes 28 bytes of memory (place, hash of id or text, order of its id), a pair 8; texts stay in the files.
+Once indexed, a passage takes 24 bytes of memory (place, hash of id or text, order of its id) and a pair 16; while the
+ids are put in order, some 220. Texts stay in the files.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ref.data import KINDS, checked_text
+from ref.runs import write_whole
 
 
 class Pair(NamedTuple):
@@ -52,7 +54,7 @@ class Corpus:
             if (name is not None) != self.has_ids:
                 raise ValueError(f"{where}: id is {'missing' if name is None else 'given'}, and the first line has "
                                  f"{'one' if self.has_ids else 'none'}. Expected is one for all lines, or for none.")
-            label = _id(name, where) if self.has_ids else str(number)
+            label = _id(name, where) if self.has_ids else str(len(offsets) + 1)
             offsets.append(offset)
             ids.append(label)
             keys.append(_hash(label if self.has_ids else text))
@@ -113,7 +115,7 @@ class Pairs:
         """Check every line, each positive's id too. Raises ValueError that names file, line and field."""
         self.path, self.corpus = path, corpus
         self.judged: dict[str, list[str]] = {}
-        self.name = path.name.removesuffix(".jsonl")
+        self.name, self.all_have_prompts = path.name.removesuffix(".jsonl"), True
         if path.is_dir():
             self.path = path / "queries.jsonl"
             self.judged = _qrels(path / "qrels" / f"{split}.tsv")
@@ -123,6 +125,7 @@ class Pairs:
             if self.judged and _id(value.get("_id"), f"{self.path} line {number}") not in self.judged:
                 continue  # a query of another split
             self._check(self._pair(value, number))
+            self.all_have_prompts &= value.get("prompt") is not None
             offsets.append(offset)
             numbers.append(number)
             digest.update(line)
@@ -160,7 +163,7 @@ class Pairs:
         checked = _id if self.corpus.has_ids else checked_text
         names = [checked(name, f"{where}: pos") for name in positives]
         kind, prompt, task = value.get("type") or "normal", value.get("prompt"), value.get("task") or self.name
-        if kind not in KINDS:
+        if not isinstance(kind, str) or kind not in KINDS:
             raise ValueError(f"{where}: type is {kind!r:.80}. Expected is one of {', '.join(KINDS)}. Choose one, or "
                              "leave it out.")
         for name, given in (("prompt", prompt), ("task", task)):
@@ -180,8 +183,11 @@ def corpus_from_pairs(path: Path, folder: Path) -> Path:
     seen: set[int] = set()
     lines = []
     for number, _, value, _ in _lines(path):
-        texts = [*(value.get("pos") or []), *(value.get("neg") or [])]
-        for text in texts:
+        for name in ("pos", "neg"):
+            if not isinstance(value.get(name) or [], list):
+                raise ValueError(f"{path} line {number}: {name} is {value[name]!r:.60}. Expected is a list of texts. "
+                                 "Put it in brackets.")
+        for text in (*(value.get("pos") or []), *(value.get("neg") or [])):
             key = _hash(checked_text(text, f"{path} line {number}: pos or neg"))
             if key not in seen:
                 seen.add(key)
@@ -190,9 +196,7 @@ def corpus_from_pairs(path: Path, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"corpus-{hashlib.sha256(content).hexdigest()[:16]}.jsonl"
     if not target.exists():
-        draft = target.with_suffix(".draft")
-        draft.write_bytes(content)
-        draft.replace(target)
+        write_whole(target, lambda draft: draft.write_bytes(content))
     return target
 
 

@@ -162,6 +162,8 @@ def pick_kernels(name: Kernels | None, device: torch.device) -> Kernels:
 def pick_device(name: str | None = None) -> torch.device:
     """The device to run on: the one named, else cuda where there is one, else cpu; mps is refused."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and torch.cuda.is_available():
+        name = f"cuda:{torch.cuda.current_device()}"  # of several processes each has its own
     if name.split(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"device {name!r} is not supported: its attention is untested. Expected is cpu or cuda. "
                          "Use --device cpu.")

@@ -77,6 +77,12 @@ class Embedder:
         """Numbers in a vector."""
         return self.model.arch.width
 
+    @property
+    def precision(self) -> str:
+        """What a vector's rounding depends on: the weights' dtype and the kind of device."""
+        weight = self.model.norm.weight
+        return f"{weight.dtype} {weight.device.type}"
+
     @torch.inference_mode()
     def encode(
         self, texts: Sequence[str], *, instruction: str | None = None, examples: Sequence[Example] = (),

@@ -10,8 +10,9 @@ Written to plan.json beside the results, so that it is made once. Called by run_
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import mteb
@@ -25,7 +26,7 @@ from ref.prompts import Example, Prompter
 from ref.runs import write_json
 from ref.scoring import MtebEncoder
 
-SAMPLE = 2000
+SAMPLE, KEPT = 2000, 200
 SPEED_TOKENS = {"cpu": 20_000, "cuda": 500_000}  # a few seconds of work
 
 
@@ -37,6 +38,7 @@ class TaskPlan:
     texts: int = 0
     different: int = 0
     tokens: int = 0  # of the different texts, and of each call's prompt
+    sample: list[str] = field(default_factory=list)  # to measure the speed on
 
 
 class CountingEmbedder:
@@ -54,7 +56,7 @@ class CountingEmbedder:
         """(texts, 8) float32 unit vectors that depend on the text alone."""
         different = np.flatnonzero(first_of_equal(texts) == np.arange(len(texts)))
         prefix = self.prompter.prefix(instruction, examples)
-        drawn = different[:: max(1, len(different) // SAMPLE)]
+        drawn = different[:: -(-len(different) // SAMPLE) or 1]
         lengths = [len(ids) for ids in self.prompter.texts([texts[n] for n in drawn], prefix)]
         self.plan.texts += len(texts)
         self.plan.different += len(different)
@@ -74,9 +76,9 @@ def make_plan(
     """
     known = read_json(path) if path.exists() else {}
     plans: dict[str, TaskPlan] = {}
-    sample: list[str] = []
     for task in tasks:
-        name, revision = task.metadata.name, f"{task.metadata.revision} {encoder.prompt_of(task.metadata)}"
+        name = task.metadata.name
+        revision = f"{task.metadata.revision} {encoder.prompt_of(task.metadata)} {encoder.settings}"
         if known.get(name, {}).get("revision") == revision:
             plans[name] = TaskPlan(**known[name])
             continue
@@ -91,19 +93,18 @@ def make_plan(
             continue
         counting.plan.revision = revision
         plans[name] = counting.plan
-        sample += counting.sample
-    write_json(path, known | {name: asdict(plan) for name, plan in plans.items()})
-    return plans, sample
+        plans[name].sample = counting.sample[:: max(1, len(counting.sample) // KEPT)][:KEPT]
+        known[name] = asdict(plans[name])
+        write_json(path, known)
+    return plans, [text for plan in plans.values() for text in plan.sample]
 
 
-def measured_speed(embedder: Embedder, sample: Sequence[str], path: Path) -> float:
-    """Tokens a second of the model on texts like those of the tasks; noted in `path`, so that it is measured once."""
-    if path.exists():
-        return float(read_json(path)["tokens_per_s"])
+def measured_speed(embedder: Embedder, sample: Sequence[str]) -> float:
+    """Tokens a second of the model on texts like those of the tasks; a few seconds of work."""
     wanted, device = 0, embedder.model.norm.weight.device.type
     drawn: list[str] = []
     prefix = embedder.prompter.prefix(None)
-    for text in sample or ["a text"]:
+    for text in Random(0).sample(sample, len(sample)) or ["a text"]:
         drawn.append(text)
         wanted += len(embedder.prompter.texts([text], prefix)[0])
         if wanted >= SPEED_TOKENS[device]:
@@ -111,9 +112,7 @@ def measured_speed(embedder: Embedder, sample: Sequence[str], path: Path) -> flo
     embedder.encode(drawn[:64])  # compiles, on a GPU
     start_s = time.perf_counter()
     embedder.encode(drawn)
-    speed = wanted / (time.perf_counter() - start_s)
-    write_json(path, {"tokens_per_s": speed})
-    return speed
+    return wanted / (time.perf_counter() - start_s)
 
 
 def table(plans: dict[str, TaskPlan], speed: float) -> str:

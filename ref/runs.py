@@ -153,7 +153,7 @@ def drop_if_empty(folder: Path) -> None:
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file or folder under another name, then put it in the place of `path`."""
-    draft = path.with_name(f".{path.name}.draft")
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")  # another process may write the same
     remove(draft)
     try:
         write(draft)
@@ -325,6 +325,22 @@ def keep_metrics(folder: Path, steps: int) -> None:
     write_whole(path, lambda draft: draft.write_text("".join(lines[:steps])))
 
 
+class _Moment:
+    """A point in the work of the device: on CUDA an event, elsewhere the host's clock."""
+
+    def __init__(self) -> None:
+        self.host_s = time.perf_counter()
+        self.event = torch.cuda.Event(enable_timing=True) if torch.cuda.is_available() else None
+        if self.event is not None:
+            self.event.record()
+
+    def seconds_since(self, before: "_Moment") -> float:
+        """Duration from `before`; both must have come."""
+        if self.event is None or before.event is None:
+            return self.host_s - before.host_s
+        return before.event.elapsed_time(self.event) / 1000
+
+
 class StepLog:
     """metrics.jsonl and the line of progress, one step late: a step's figures are read when the next is on its way."""
 
@@ -333,30 +349,31 @@ class StepLog:
         self.file = None if folder is None else (folder / "metrics.jsonl").open("a")
         self.progress, self.clock = progress, clock
         self.stopped = False  # whether a process was asked to end
-        self.read_s = clock.elapsed_s
-        self.waiting: tuple[dict[str, Any], Callable[[], Any], Callable[[float, float], Exception]] | None = None
+        self.before = _Moment()
+        self.waiting: tuple[dict[str, Any], Callable[[], Any], Callable[[float, float], Exception], _Moment] | None
+        self.waiting = None
 
     def add(self, row: dict[str, Any], figures: dict[str, Tensor],
             not_finite: Callable[[float, float], Exception]) -> None:
         """Note a step whose `figures` are still being computed; write the one before it."""
         arrived = to_host(torch.stack([value.detach().float() for value in figures.values()]))
+        moment = _Moment()
         self.flush()
-        self.waiting = {**row, **dict.fromkeys(figures)}, arrived, not_finite
+        self.waiting = {**row, **dict.fromkeys(figures)}, arrived, not_finite, moment
 
     def flush(self) -> None:
         """Write the step that waits; raises what `not_finite` makes of its loss and gradient norm, if one is not."""
         if self.waiting is None:
             return
-        (row, arrived, not_finite), self.waiting = self.waiting, None
+        (row, arrived, not_finite, moment), self.waiting = self.waiting, None
         numbers = iter(arrived().tolist())
         row = {name: next(numbers) if value is None else value for name, value in row.items()}
         if not (math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"])):
             raise not_finite(row["loss"], row["gradient_norm"])
         self.stopped |= row.pop("stop") > 0
-        now_s = self.clock.elapsed_s
-        row |= {"masked": int(row["masked"]), "tokens": int(row["tokens"]),
-                "tokens_per_s": row["tokens"] / (now_s - self.read_s), "elapsed_s": now_s}
-        self.read_s = now_s
+        row |= {"masked": int(row["masked"]), "tokens": int(row["tokens"]), "elapsed_s": self.clock.elapsed_s,
+                "tokens_per_s": row["tokens"] / moment.seconds_since(self.before)}
+        self.before = moment
         if self.file is not None:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()

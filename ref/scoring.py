@@ -191,7 +191,11 @@ def _is_current(cache: mteb.ResultCache, meta: ModelMeta, task: AbsTask, how: Ma
         return False
     settings = cache.get_task_result_path(task.metadata.name, meta).with_name("run_settings.jsonl")
     lines = settings.read_text(encoding="utf-8").splitlines() if settings.is_file() else []
-    recorded = [row["encode_kwargs"] for row in map(json.loads, lines) if row["task"] == task.metadata.name]
+    try:
+        recorded = [row["encode_kwargs"] for row in map(json.loads, lines) if row["task"] == task.metadata.name]
+    except (ValueError, KeyError):  # cut short
+        settings.unlink()
+        return False
     return recorded == [json.loads(json.dumps(how))]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ref.held_out import TextEmbedder
+from ref.embedder import Embedder
 from ref.overlap import first_of_equal
 from ref.prompts import Example
 from ref.team import Team
@@ -25,7 +25,7 @@ from ref.team import Team
 class SharedEmbedder:
     """An embedder whose texts are spread over the team."""
 
-    def __init__(self, embedder: TextEmbedder, team: Team) -> None:
+    def __init__(self, embedder: Embedder, team: Team) -> None:
         self.embedder, self.team = embedder, team
 
     def encode(
@@ -40,20 +40,26 @@ class SharedEmbedder:
         by_length = different[np.argsort([len(texts[n]) for n in different], kind="stable")]
         shares = [by_length[rank :: self.team.size] for rank in range(self.team.size)]
         orders: list[Any] = [([texts[n] for n in share], instruction, list(examples)) for share in shares]
-        mine = self._work(orders, progress)
-        vectors = np.empty((len(texts), mine.shape[1]), np.float32)
-        vectors[shares[0]] = mine
-        for rank in range(1, self.team.size):
-            part = torch.empty(len(shares[rank]), mine.shape[1])
-            if len(part):
+        mine, errors = self._work(orders, progress)
+        vectors = np.empty((len(texts), self.embedder.width), np.float32)
+        for rank, share in enumerate(shares):
+            if errors[rank] is not None or not len(share):
+                continue
+            if rank:
+                part = torch.empty(len(share), self.embedder.width)
                 dist.recv(part, rank)
-            vectors[shares[rank]] = part.numpy()
+                mine = part.numpy()
+            vectors[share] = mine
+        wrong = [f"rank {rank}: {error}" for rank, error in enumerate(errors) if error is not None]
+        if wrong:
+            raise RuntimeError("; ".join(wrong))
         return vectors[first]
 
     def serve(self) -> None:
         """What the other processes do: work until there is no more."""
-        while (vectors := self._work(None, False)) is not None:
-            if len(vectors):
+        while (found := self._work(None, False)) is not None:
+            vectors, _ = found
+            if vectors is not None and len(vectors):
                 dist.send(torch.from_numpy(vectors), 0)
 
     def dismiss(self) -> None:
@@ -62,9 +68,20 @@ class SharedEmbedder:
             dist.scatter_object_list([None], [None] * self.team.size, 0)
 
     def _work(self, orders: list[Any] | None, progress: bool) -> Any:
-        mine: list[Any] = [None]
-        dist.scatter_object_list(mine, orders, 0)
-        if mine[0] is None:
+        """This process's vectors (None if it failed) and, on the first, the error of each process (None: it went well).
+
+        An error of one is one failed task, not the end of all: everybody says how it went before vectors are sent.
+        """
+        order: list[Any] = [None]
+        dist.scatter_object_list(order, orders, 0)
+        if order[0] is None:
             return None
-        texts, instruction, examples = mine[0]
-        return self.embedder.encode(texts, instruction=instruction, examples=examples, progress=progress)
+        texts, instruction, examples = order[0]
+        vectors, error = None, None
+        try:
+            vectors = self.embedder.encode(texts, instruction=instruction, examples=examples, progress=progress)
+        except Exception as problem:  # whatever it is, the first process tells
+            error = f"{type(problem).__name__}: {problem}"
+        errors: list[Any] = [None] * self.team.size
+        dist.gather_object(error, errors if orders is not None else None, 0)
+        return vectors, errors
