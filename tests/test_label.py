@@ -460,3 +460,86 @@ def test_the_cache_counts_what_it_did(tmp_path):
     again = Cache(tmp_path).block("kind", "key", lambda: {})
     assert (made["x"] == again["x"]).all()
     assert cache.computed == 1 and cache_module.Cache(tmp_path).read(cache.path("kind", "other")) is None
+
+
+# ------------------------------------------------------------------------------------------------- what a review found
+
+def relabelled(label, raw, tmp_path, change):
+    """The output after the input was changed, from the old cache and from a fresh one: they must be the same."""
+    assert label() == 0
+    change()
+    assert label(output="warm.jsonl") == 0 and label(output="cold.jsonl", cache="fresh") == 0
+    assert (tmp_path / "warm.jsonl").read_bytes() == (tmp_path / "cold.jsonl").read_bytes()
+    assert (tmp_path / "warm.jsonl").read_bytes() != (tmp_path / "out.jsonl").read_bytes()
+
+
+def test_a_positive_that_moves_to_the_next_query_takes_its_score_along(label, raw, tmp_path):
+    def change():
+        pairs = rows_of(raw[0])
+        moved = pairs[4]["pos"].pop()  # d5, which is query 5's too
+        pairs[3]["pos"].append(moved)
+        write(raw[0], pairs)
+    relabelled(label, raw, tmp_path, change)
+
+
+def test_other_ids_for_the_same_texts_are_another_corpus(label, raw, tmp_path):
+    def change():
+        passages = rows_of(raw[1])
+        names = [passage["id"] for passage in passages]
+        write(raw[1], [{**passage, "id": name} for passage, name in zip(passages, names[::-1], strict=True)])
+    relabelled(label, raw, tmp_path, change)
+
+
+def test_a_bi_encoder_is_no_reranker(label, tmp_path, capsys):
+    pytest.importorskip("sentence_transformers")
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder/config.json").write_text(json.dumps({"architectures": ["BertModel"]}))
+    assert label("--reranker", tmp_path / "encoder") == 2
+    assert "no head that scores a pair" in capsys.readouterr().err
+
+
+def test_the_output_never_overwrites_what_is_read_or_its_own_companion(label, raw, tmp_path, capsys):
+    for output, words in (("out.json", "ends in .jsonl"), (raw[0].name, "which is read"), (".", "ends in .jsonl")):
+        assert label(output=output) == 2
+        assert words in capsys.readouterr().err
+    assert label("--label-temperature", 0) == 2
+
+
+def test_words_of_nothing_but_stop_words_are_an_error_and_blank_lines_change_nothing(tmp_path):
+    with pytest.raises(ValueError, match="no passage has a word that BM25 counts"):
+        WordSearch(["the", "!!!", "a"], stemmer=None)
+    plain, blank = tmp_path / "plain.jsonl", tmp_path / "blank.jsonl"
+    passages = [{"text": f"text {n}"} for n in range(12)]
+    write(plain, passages)
+    blank.write_text("\n".join(f"\n{json.dumps(passage)}" for passage in passages))
+    one, other = Corpus(plain), Corpus(blank)
+    assert (one.rank == other.rank).all() and [one.read(n) for n in range(12)] == [other.read(n) for n in range(12)]
+
+
+@pytest.mark.parametrize(("row", "words"), [({"query": "q", "pos": 5}, "line 1: pos is 5"),
+                                            ({"query": "q", "pos": "text"}, "line 1: pos is 'text'")])
+def test_pairs_without_a_corpus_must_hold_lists(row, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        corpus_from_pairs(write(tmp_path / "pairs.jsonl", [row]), tmp_path)
+
+
+def test_a_damaged_index_is_built_again(label, tmp_path, capsys):
+    assert label() == 0
+    before = (tmp_path / "out.jsonl").read_bytes()
+    for path in (tmp_path / "cache/words").glob("*"):
+        path.unlink()  # so that the index is asked again
+    path = next((tmp_path / "cache/index").glob("*/data*"))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert label() == 0 and "is damaged" in capsys.readouterr().out
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
+def test_the_histogram_is_on_one_scale(label, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(run_label, "draw_histogram", lambda tallies, *_, **__: seen.append(tallies) or "not drawn")
+    monkeypatch.setattr(run_label, "open_reranker", lambda *_: Stub())
+    assert label("--reranker", "stub") == 0
+    scores = seen[0]["Harbour"].scores
+    assert min(scores["candidate"]) < -0.5 and max(scores["positive"]) <= 2.0  # logits, all of them

@@ -659,3 +659,18 @@ def test_encode_refuses_what_is_no_text(whole, texts):
 def test_from_pretrained_refuses_unknown_options(whole, options, message):
     with pytest.raises(ValueError, match=message):
         Embedder.from_pretrained(whole, **options)
+
+
+def test_the_rate_of_a_step_is_its_own(place, monkeypatch):
+    """Not the next step's, and not that of a flush which follows at once."""
+    slow = {2: 0.4, 3: 0.0}
+    original = run_train.Trainer.step
+
+    def step(self, work, **options):
+        time.sleep(slow.get(work.step, 0.0))
+        return original(self, work, **options)
+    monkeypatch.setattr(run_train.Trainer, "step", step)
+    assert place.train("rates", "--save-every", 1) == 0
+    rows = rows_of(place.folder / "rates")
+    rates = [row["tokens_per_s"] for row in rows]
+    assert rates[2] <= rows[2]["tokens"] / 0.4 and max(rates) < 100 * min(rates[:2] + rates[3:])
