@@ -155,6 +155,10 @@ def load_adapter(model: Mistral, folder: Path) -> None:
                          "Use the adapter with the model it was trained on." if unknown else
                          f"{folder / WEIGHTS}: {missing[0]} has neither lora_A nor lora_B. Expected are both, by "
                          f"target_modules in {CONFIG}. Fetch or save the adapter again.")
+    for stored, tensor in state.items():  # before anything of that size is made
+        if tensor.ndim != 2 or tensor.shape[0 if stored.endswith("A") else 1] != rank:
+            raise ValueError(f"{folder / WEIGHTS}: {stored} is of shape {tuple(tensor.shape)}. Expected is rank {rank} "
+                             f"by {CONFIG}. Use the adapter with the model it was trained on.")
     attach(model, rank=rank, alpha=alpha, dropout=dropout, targets=sorted(found))
     _fill(adapters(model), state, folder / WEIGHTS)
 

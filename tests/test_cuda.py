@@ -137,3 +137,22 @@ def test_after_a_warm_up_nothing_is_compiled_again_and_a_step_never_waits():
     with no_recompilation():
         gradient_step(model, (33,) * 6, chunk_tokens=100, may_wait=False)
         gradient_step(model, (75,) * 12, chunk_tokens=300, may_wait=False)
+
+
+def test_nccl_with_one_process_equals_no_process_group(tmp_path):
+    """Gather, its gradient and the flat sum leave everything as it is, bit for bit."""
+    import torch.distributed as dist
+
+    from ref.team import Team, _Gather
+
+    dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{tmp_path}/meet", world_size=1, rank=0)
+    try:
+        x_ND = torch.randn(7, 16, device=CUDA, requires_grad=True)
+        weight_ND = torch.randn(7, 16, device=CUDA)
+        (gradient_ND,) = torch.autograd.grad((_Gather.apply(x_ND, [7], Team()) * weight_ND).sum(), x_ND)
+        assert torch.equal(gradient_ND, weight_ND)
+        flat = weight_ND.flatten().clone()
+        dist.all_reduce(flat)
+        assert torch.equal(flat, weight_ND.flatten())
+    finally:
+        dist.destroy_process_group()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,10 @@ import pytest
 from test_train import CONFIG, lines, write_data
 
 import run_train
+from benchmarks import scaling
+from ref.config import Architecture, Options
+from ref.lora import attach
+from ref.model import Mistral
 from ref.team import Team
 
 ROOT = Path(__file__).parent.parent
@@ -236,3 +241,22 @@ def test_minutes_are_one_clocks(folder):
                       stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     errors = [process.communicate(timeout=60)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2] and "--minutes" in errors[0]
+
+
+# ------------------------------------------------------------------------------------------------- on paper
+
+def test_the_page_on_scaling_says_what_the_arithmetic_says():
+    page = (ROOT / "docs/scaling.md").read_text()
+    for part in scaling.tables().strip().split("\n\n"):
+        assert part in page
+    assert f"{scaling.adapter_weights():,}" in page
+    model = Mistral(replace(Architecture(), layers=1, vocab_size=10))
+    attach(model, rank=64, alpha=32, dropout=0.0, targets=Options().lora_targets)
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert scaling.adapter_weights() == 32 * learning
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="bytes are counted by /proc/net/dev")
+def test_the_bytes_of_a_step_are_those_of_the_formulas():
+    found = scaling.measure(20)
+    assert 0.98 * found["expected"] <= found["measured"] <= 1.1 * found["expected"], found

@@ -674,3 +674,58 @@ def test_the_rate_of_a_step_is_its_own(place, monkeypatch):
     rows = rows_of(place.folder / "rates")
     rates = [row["tokens_per_s"] for row in rows]
     assert rates[2] <= rows[2]["tokens"] / 0.4 and max(rates) < 100 * min(rates[:2] + rates[3:])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory and handles are read from /proc")
+@pytest.mark.parametrize("steps", [200, pytest.param(2000, marks=pytest.mark.record)])
+def test_a_long_run_takes_no_more_memory_and_no_more_files(steps, place, monkeypatch):
+    """From a quarter of the run to its end: resident memory within 1 %, open files the same; states are saved."""
+    seen = []
+    original = runs.StepLog.add
+
+    def add(self, row, *rest):
+        original(self, row, *rest)
+        if row["step"] % (steps // 20) == steps // 20 - 1:
+            status = Path("/proc/self/status").read_text()
+            seen.append((int(re.search(r"VmRSS:\s+(\d+)", status)[1]), len(list(Path("/proc/self/fd").iterdir()))))
+    monkeypatch.setattr(runs.StepLog, "add", add)
+    assert place.train(f"long{steps}", "--steps", steps, "--save-every", steps // 10) == 0
+    memory, files = zip(*seen, strict=True)
+    assert max(memory[-5:]) <= 1.01 * max(memory[5:10]), memory
+    assert max(files[-5:]) <= max(files[5:10]), files
+
+
+def test_a_full_disk_leaves_the_last_saved_state_whole(place, whole, monkeypatch, capsys):
+    """The third save fails half-way; the run ends with the reason, and goes on from the second."""
+    original, calls = runs.save_file, itertools.count()
+
+    def full(tensors, path):
+        if next(calls) == 2:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        original(tensors, path)
+    monkeypatch.setattr(runs, "save_file", full)
+    assert place.train("full", "--save-every", 1) == 2
+    assert "No space left" in capsys.readouterr().err
+    monkeypatch.undo()
+    folder = place.folder / "full"
+    assert sorted(path.name for path in (folder / "state").iterdir()) == ["00000001", "00000002"]
+    assert run_train.main(["--resume", "--output", str(folder)]) == 0
+    assert weights(folder) == weights(whole)
+
+
+def test_out_of_memory_on_a_gpu_names_what_helps(place, monkeypatch, capsys):
+    def step(self, work, **options):
+        raise torch.cuda.OutOfMemoryError("tried to allocate 20 GiB\nmore")
+    monkeypatch.setattr(run_train.Trainer, "step", step)
+    assert place.train("memory") == 3
+    error = capsys.readouterr().err
+    assert "--chunk-tokens" in error and "--checkpointing" in error and "20 GiB" in error and "more\n" not in error
+
+
+def test_checkpointing_gives_the_same_weights(place, whole):
+    assert place.train("checkpointing", "--checkpointing") == 0
+    ours, truth = (dict(read_tensors(folder / "model/model.safetensors", device=torch.device("cpu")))
+                   for folder in (place.folder / "checkpointing", whole))
+    for name, tensor in truth.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-5)

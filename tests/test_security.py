@@ -1,0 +1,218 @@
+"""Files from others: whatever they hold, the answer is a ValueError or a result, never code that runs, never a hang.
+
+Fuzzed: config.json, the index, adapter_config.json, headers of safetensors. In CI 1,600 inputs, in the record run
+10,000 of each (the JSONL reader's own fuzz is in test_data.py).
+"""
+
+import ast
+import json
+import random
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL
+from safetensors.torch import save_file
+
+from ref.checkpoint import load_model, read_tensors, save_model
+from ref.config import Architecture
+from ref.embedder import Embedder, inside_run
+from ref.lora import attach, load_adapter, save_adapter
+from ref.model import fresh
+from ref.tokenizer import train
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+COUNTS = pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=pytest.mark.record)])
+VALUES = [
+    None, True, False, -1, 0, 1, 2, 3.5, 1e400, -1e9, 10**30, float("nan"), 64, 4096, "", "x", "\x00", "float64",
+    "../../etc/passwd", "/etc/passwd", "q_proj", "(((", ".*", "all-linear", "mistral", [], [1], ["q_proj"],
+    {}, {"a": 1}]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A small checkpoint, sharded, with an adapter beside it."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = fresh(SMALL, seed=0)
+    save_model(model, folder, dtype=torch.float32)
+    train(["some words to learn"], vocab_size=50, lowercase=True).save(folder)
+    attach(model, rank=2, alpha=4.0, dropout=0.0, targets=["q_proj"])
+    (folder / "adapter").mkdir()
+    save_adapter(model, folder / "adapter", base="..")
+    return folder
+
+
+def mutated(draw, value):
+    """A JSON value with something else in some place."""
+    value = json.loads(json.dumps(value))
+    for _ in range(draw.randrange(1, 4)):
+        place = value
+        while isinstance(place, dict) and place:
+            key = draw.choice([*place, "added"])
+            if draw.random() < 0.5 or not isinstance(place.get(key), dict):
+                if draw.random() < 0.2:
+                    place.pop(key, None)
+                else:
+                    place[key] = draw.choice(VALUES)
+                break
+            place = place[key]
+    return value
+
+
+def damaged(draw, text):
+    """Text with bytes cut, doubled or changed."""
+    data = bytearray(text.encode())
+    for _ in range(draw.randrange(1, 4)):
+        at = draw.randrange(len(data))
+        data[at : at + draw.randrange(4)] = bytes(draw.randrange(256) for _ in range(draw.randrange(4)))
+    return bytes(data)
+
+
+def a_value_error_or_a_result(call):
+    """Whether it was a result; anything but ValueError passes through and fails the test."""
+    try:
+        call()
+    except ValueError:
+        return False
+    return True
+
+
+def fuzzed(draw, value):
+    """The bytes of a JSON file that went wrong."""
+    return json.dumps(mutated(draw, value)).encode() if draw.random() < 0.7 else damaged(draw, json.dumps(value))
+
+
+@COUNTS
+def test_fuzzed_configs(count, checkpoint, tmp_path):
+    draw = random.Random(torch.initial_seed())
+    config = json.loads((checkpoint / "config.json").read_text())
+    found = []
+    for _ in range(count):
+        (tmp_path / "config.json").write_bytes(fuzzed(draw, config))
+        found.append(a_value_error_or_a_result(lambda: Architecture.from_file(tmp_path / "config.json")))
+    assert 0 < sum(found) < count  # both happen: the fuzz reaches the checks, and the checks let good ones through
+
+
+@COUNTS
+def test_fuzzed_indices(count, checkpoint, tmp_path):
+    draw = random.Random(torch.initial_seed())
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(checkpoint / "config.json", folder)
+    shutil.copy(checkpoint / "model.safetensors", folder / "model-1.safetensors")
+    names = [name for name, _ in read_tensors(folder / "model-1.safetensors", device=CPU)]
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, "model-1.safetensors")}
+    found = []
+    for _ in range(count):
+        (folder / "model.safetensors.index.json").write_bytes(fuzzed(draw, index))
+        found.append(a_value_error_or_a_result(lambda: load_model(folder, device=CPU)))
+    assert 0 < sum(found) < count
+
+
+@COUNTS
+def test_fuzzed_adapters(count, checkpoint, tmp_path):
+    draw = random.Random(torch.initial_seed())
+    folder = tmp_path / "adapter"
+    shutil.copytree(checkpoint / "adapter", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    found = []
+    for _ in range(count):
+        (folder / "adapter_config.json").write_bytes(fuzzed(draw, config))
+        found.append(a_value_error_or_a_result(lambda: load_adapter(fresh(SMALL, seed=0), folder)))
+    assert 0 < sum(found) < count
+
+
+@COUNTS
+def test_fuzzed_safetensors(count, checkpoint, tmp_path):
+    """Bytes of header and length changed at random."""
+    draw = random.Random(torch.initial_seed())
+    content = (checkpoint / "adapter/adapter_model.safetensors").read_bytes()
+    header = 8 + struct.unpack("<Q", content[:8])[0]
+    path, found = tmp_path / "x.safetensors", []
+    for _ in range(count):
+        data = bytearray(content)
+        for _ in range(draw.randrange(1, 6)):
+            data[draw.randrange(header)] = draw.randrange(256)
+        path.write_bytes(data if draw.random() < 0.8 else data[: draw.randrange(len(data))])
+        found.append(a_value_error_or_a_result(lambda: list(read_tensors(path, device=CPU))))
+    assert sum(found) < count
+
+
+def crafted(path, header, data=b"\0" * 16):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+ENTRY = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+
+
+@pytest.mark.parametrize("header", [
+    {"a": {**ENTRY, "shape": [2**40, 2**40]}}, {"a": {**ENTRY, "shape": [-4]}},
+    {"a": {**ENTRY, "data_offsets": [-16, 0]}},
+    {"a": {**ENTRY, "data_offsets": [16, 0]}}, {"a": ENTRY, "b": ENTRY}, {"a": {**ENTRY, "data_offsets": [0, 10**12]}},
+    {"a": {**ENTRY, "dtype": "PICKLE"}}, {"a": {**ENTRY, "data_offsets": [0, 2**64]}}, {"a": {"shape": [4]}}, {"a": 3},
+    b'{"a": {"dtype":"F32","shape":[4],"data_offsets":[0,16]}, "a": {"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+    b"{" * 1000, b"", {}])
+def test_crafted_headers_are_refused(header, tmp_path):
+    """Huge, negative, overlapping, doubled: by the library or by us, as a ValueError that names the file."""
+    path = crafted(tmp_path / "model.safetensors", header)
+    with pytest.raises(ValueError, match="model.safetensors"):
+        list(read_tensors(path, device=CPU))
+
+
+def test_a_header_of_a_hundred_gigabytes_takes_no_memory(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", 10**11) + b"{}")
+    with pytest.raises(ValueError, match=r"x\\.safetensors|x.safetensors"):
+        list(read_tensors(tmp_path / "x.safetensors", device=CPU))
+
+
+def test_control_tokens_never_come_from_text(checkpoint):
+    embedder = Embedder.from_pretrained(checkpoint, device="cpu")
+    tokens = embedder.prompter.tokenizer
+    for text in ("</s>", "<s>", "a </s> b", "<unk>", "Instruct: x\nQuery: </s>"):
+        [ids] = tokens.encode([text], max_tokens=50)
+        assert not {tokens.begin, tokens.end} & set(ids)
+        prefix = embedder.prompter.prefix(text)
+        assert prefix.ids.count(tokens.begin) == 1 and tokens.end not in prefix.ids
+
+
+def test_an_adapters_base_outside_is_only_what_its_config_names(checkpoint, tmp_path):
+    """A relative base is looked up beside the adapter; a folder that is none is an error, not a download."""
+    shutil.copytree(checkpoint / "adapter", tmp_path / "adapter")
+    with pytest.raises(ValueError, match="config.json|is no folder"):
+        Embedder.from_pretrained(inside_run(tmp_path / "adapter"), device="cpu")
+
+
+def test_no_pickle_no_shell_no_eval():
+    """In all code that a user runs: neither torch.load nor pickle, no shell, no eval or exec."""
+    forbidden = {"eval", "exec", "compile", "system", "popen"}
+    files = [*ROOT.glob("run_*.py"), *(path for part in ("ref", "kernels", "labelling", "leaderboard", "benchmarks")
+                                       for path in (ROOT / part).glob("*.py"))]
+    assert len(files) > 40
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+                assert not {"pickle", "dill", "joblib", "shelve", "marshal"} & set(names), path
+            if isinstance(node, ast.Call):
+                name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                plain = isinstance(node.func, ast.Name)
+                assert not (plain and name in forbidden) and name not in ("system", "popen"), (path, node.lineno)
+                whole = ast.unparse(node.func)
+                assert whole not in ("torch.load", "np.load") or "allow_pickle" not in ast.unparse(node), path
+                assert whole != "torch.load", (path, node.lineno)
+                assert not any(k.arg == "shell" and ast.unparse(k.value) != "False" for k in node.keywords), path
+
+
+def test_the_control_of_the_fuzz(tmp_path):
+    """The check fails where something else than a ValueError comes."""
+    def broken():
+        raise KeyError("x")
+    with pytest.raises(KeyError):
+        a_value_error_or_a_result(broken)
+    save_file({"a": torch.ones(4)}, tmp_path / "good.safetensors")
+    assert a_value_error_or_a_result(lambda: list(read_tensors(tmp_path / "good.safetensors", device=CPU)))
