@@ -299,18 +299,19 @@ def test_the_command_on_two_processes_has_the_same_table(world, model, tmp_path)
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.record)])
 def test_killed_at_random_moments_the_final_table_is_the_same(kills, world, model, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    arguments = [sys.executable, str(ROOT / "run_eval.py"), *command(model, world, tmp_path / "whole")]
+    def arguments_for(name):
+        return [sys.executable, str(ROOT / "run_eval.py"), *command(
+            model, world, tmp_path / name, "--vector-cache", tmp_path / f"vectors-{name}")]
     start_s = time.monotonic()
-    whole = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "check": True}
+    whole = subprocess.run(arguments_for("whole"), **options)
     whole_s = time.monotonic() - start_s
-    arguments[-1] = str(tmp_path / "killed")
-    arguments += ["--vector-cache", str(tmp_path / "vectors")]
     for _ in range(kills):
-        process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(arguments_for("killed"), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
         time.sleep(whole_s * random.uniform(0.3, 0.95))
         process.send_signal(signal.SIGKILL)
         process.wait()
-    last = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    last = subprocess.run(arguments_for("killed"), **options)
 
     def final(output):
         lines = output.splitlines()

@@ -488,7 +488,7 @@ def embedder(monkeypatch: Any) -> WordHash:
     monkeypatch.setattr("ref.embedder.Embedder.from_pretrained", lambda name, **options: words)
     monkeypatch.setattr("ref.plan.make_plan", lambda *_: ({}, []))  # its tokens and its speed are a model's
     monkeypatch.setattr("ref.plan.measured_speed", lambda *_: 1.0)
-    words.prompter = None  # type: ignore[attr-defined]
+    words.prompter, words.precision = None, "words"  # type: ignore[attr-defined]
     return words
 
 
@@ -563,6 +563,7 @@ def test_the_newest_complete_run_on_the_sample_world(
     times = {"old": (True, "2026-03-01T10:00:00+00:00"), "new": (True, "2026-03-01T10:30:00+01:00")}
     for name, (complete, finished) in {**times, "stopped": (False, "2027-01-01T00:00:00+00:00")}.items():
         write_json(tmp_path / "runs" / name / "run.json", {"complete": complete, "finished": finished})
+        write_json(tmp_path / "runs" / name / "model" / "config.json", {"width": 64})
     assert run_eval.newest_run(tmp_path / "runs").name == "old", "10:30 in Paris is before 10:00 in London"
     write_retrieval(tmp_path / "sample" / "Tiny", {"class": "ArguAna", "instruction": "Find"})
     monkeypatch.setattr(run_eval, "SAMPLE_WORLD", tmp_path / "sample")
