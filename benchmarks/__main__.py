@@ -4,6 +4,7 @@
     B7                     the loss (loss.py)                    B8        pooling (pooling.py)
     B9                     mining (mining.py)
     plot                   the results as bars and growth curves (plot.py), drawn at the end
+    claims                 the report's claims as paired experiments, with options of their own (claims.py)
     gpu                    all that needs an NVIDIA GPU, part by part (gpu.py); without one a dry run
 
 The studies have commands of their own: python -m benchmarks.world, benchmarks.choose, benchmarks.compile_kernels.
@@ -16,6 +17,11 @@ import sys
 
 def main(arguments: list[str] | None = None) -> int:
     """Run what is named; 1 if something failed."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["claims"]:
+        from benchmarks import claims
+
+        return claims.main(words[1:])
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="B1 to B10, or gpu and its parts (default: all benchmarks)")
