@@ -128,7 +128,11 @@ def prepare(arguments: list[str] | None) -> tuple[Trainer, Path, runs.Start]:
     start = runs.starting_point(getattr(given, "model", None))
     say(f"model: {start.name} ({start.reason})")
     options = OptionParser.options(given, fresh_weights=start.architecture is not None)
-    device = pick_device(options.device)
+    team = Team(patience=timedelta(seconds=options.peer_timeout))
+    if team.size > 1 and options.minutes is not None:
+        raise ValueError("--minutes is given to several processes, whose clocks differ. Expected is one end for all. "
+                         "Give --steps or --epochs.")
+    device = pick_device(options.device)  # of the process: the team has set which
     options = dataclasses.replace(
         options, dtype=options.dtype or ("bfloat16" if device.type == "cuda" else "float32"),
         kernels=pick_kernels(options.kernels, device))
@@ -138,10 +142,6 @@ def prepare(arguments: list[str] | None) -> tuple[Trainer, Path, runs.Start]:
           "under what the command line says")
     say(f"weights that learn: {options.train}; device: {device}, {options.dtype}; "
           f"pooling and in-batch loss: {options.kernels}")
-    team = Team(patience=timedelta(seconds=options.peer_timeout))
-    if team.size > 1 and options.minutes is not None:
-        raise ValueError("--minutes is given to several processes, whose clocks differ. Expected is one end for all. "
-                         "Give --steps or --epochs.")
     data = SoftLabels([Path(path) for path in options.data], options)
     say(f"data: {len(data):,} lines, {len(data.tasks)} tasks, {data.with_labels:,} lines with soft labels, "
           f"{len(data) - data.with_labels:,} for the contrastive term alone")
