@@ -3,11 +3,11 @@
     B1, B2, B3, B4, B10    texts to vectors (encoding.py)        B5, B6    training steps (training.py)
     B7                     the loss (loss.py)                    B8        pooling (pooling.py)
     B9                     mining (mining.py)
-    plot                   the results as bars and growth curves (plot.py), drawn at the end
     claims                 the report's claims as paired experiments, with options of their own (claims.py)
     gpu                    all that needs an NVIDIA GPU, part by part (gpu.py); without one a dry run
 
-The studies have commands of their own: python -m benchmarks.world, benchmarks.choose, benchmarks.compile_kernels.
+At the end plot.py draws the results. The studies have commands of their own: python -m benchmarks.world,
+benchmarks.choose, benchmarks.mining_world, benchmarks.scaling, benchmarks.compile_kernels.
 """
 
 import argparse

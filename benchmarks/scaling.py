@@ -22,7 +22,7 @@ ARCH = Architecture()  # Mistral-7B
 RANK = 64
 QUERIES, PASSAGES, TOKENS = 512, 8, 128  # of a step: 512 x (1+8) texts of 128 tokens
 WEIGHTS = 6.979e9  # in matrix products
-MATRIX_RATE, SHARE = 790e12, 0.55  # measured on an H200; what a step is to reach of it
+MATRIX_RATE, SHARE = 790e12, 0.55  # assumed for an H200, and what a step is to reach of it
 NVLINK, INFINIBAND = 450e9, 50e9  # bytes/s of one GPU in one direction: H100 and H200, 400 Gbit/s
 SIZES = (1, 8, 64, 256)
 
@@ -82,9 +82,10 @@ def tables() -> str:
             ["rerank 50 candidates of a million queries, 568 M weights, 250 tokens a pair", f"{rerank:.1e}",
              hours(rerank, 0.4)]]
     return "\n".join([
-        *table(["GPUs", "gather", "its gradient", "adapters", "compute", "NVLink", "InfiniBand", "its share"], steps),
-        *table(["queries a batch", "steps an epoch", "in-batch negatives", "right, 1 in a million",
-                "right, 1 in 10,000"], batches),
+        *table(["GPUs", "gather", "its gradient", "adapters", "compute", "NVLink", "InfiniBand", "InfiniBand's share"],
+               steps),
+        *table(["queries a batch", "steps an epoch", "in-batch negatives", "right by chance, 1 in a million",
+                "1 in 10,000"], batches),
         *table(["job", "operations or bytes", "GPU hours"], jobs)])
 
 

@@ -11,7 +11,8 @@ Each model gets n - rank points in each task, n = models with at least one score
     three    70    -   50   80                0   0    1    2    3.0     3
 
 Letters: M models, N tasks. Scores are in percent; NaN where there is none.
-Called by report.py. Source of the rule: mteb/benchmarks/_create_table.py, mteb 2.26.
+Called by results.py, content.py and make_public_scores.py.
+Source of the rule: mteb/benchmarks/_create_table.py, mteb 2.26.
 """
 
 import csv

@@ -12,9 +12,9 @@ Tensors carry their shape as a suffix, one letter an axis; scalars are words wit
 So `x_TD` is one vector of the model for each packed token and `score_QP` is a query by passage matrix.
 
 Reading order, each file one idea: config, rope, attention, model, checkpoint, lora, tokenizer, prompts,
-packing, pooling, loss, blocked, gradcache, data, overlap, embedder, runs, trainer, export, held_out, tasks, scoring;
-then run_train.py and run_eval.py. The Triton kernels in kernels/ come after pooling and blocked, whose results they
-equal.
+packing, pooling, loss, blocked, gradcache, data, overlap, published, embedder, mining, runs, team, trainer, export,
+held_out, tasks, few_shot, scoring, plan, sharding; then run_train.py, run_eval.py and run_label.py. The Triton
+kernels in kernels/ come after pooling and blocked, whose results they equal.
 """
 
 from pathlib import Path

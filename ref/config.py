@@ -292,7 +292,8 @@ class OptionParser(argparse.ArgumentParser):
     """A parser with one flag for each field of `Options`; what was not given stays out of the namespace."""
 
     def __init__(self) -> None:
-        super().__init__(description="Train an LLM text embedder from soft labels.",
+        super().__init__(description="Train an LLM text embedder from soft labels. The defaults below are those of "
+                         "--preset report; --preset small, which fresh weights get, changes some (README, Presets).",
                          argument_default=argparse.SUPPRESS)
         group: Any = self
         for item in dataclasses.fields(Options):

@@ -1,4 +1,4 @@
-"""Prompts: what stands before a text, as data, and how it becomes ids.
+r"""Prompts: what stands before a text, as data, and how it becomes ids.
 
     <s> Instruct: … \n Query: q1 \n Response: p1 \n\n Instruct: … \n Query:   the text …   </s>
     `----------------- prefix, the same ids for every query of a task -----'

@@ -4,8 +4,8 @@
     score_task       one task -> one row; resumes from mteb's result cache
     means, table     the figures of the leaderboard, or what they lack
 
-Used by run_eval.py alone. Importing this file imports mteb (three seconds), so nothing else does. Facts about
-mteb: version 2.26.
+Called by run_eval.py and plan.py. Importing this file imports mteb (three seconds), so run_eval.py does so late.
+Facts about mteb: version 2.26.
 """
 
 import copy
