@@ -8,8 +8,8 @@ A contrastive loss needs all vectors at once, but a vector's own backward pass n
 
 A chunk is sized so that its activations fit; nothing is recomputed inside it (unless --checkpointing asks for it),
 and a batch that fits as a whole is embedded once. A prefix that texts share is embedded once a pass; the chunks add up
-the gradient of its keys and values, which goes through the prefix at the end. Dropout repeats: each chunk's random state
-is put back.
+the gradient of its keys and values, which goes through the prefix at the end. Dropout repeats: each chunk's random
+state is put back.
 
 Called by trainer.py. Source: Gao et al., arXiv 2101.06983, section 3.
 """
