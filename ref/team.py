@@ -13,6 +13,7 @@ is alone and everything here does nothing. Called by run_train.py, run_eval.py a
 Source: arXiv 2101.06983, section 3.4 (gradient caching over devices); torch.distributed: gloo, and NCCL between GPUs.
 """
 
+import atexit
 import os
 import threading
 import time
@@ -48,7 +49,10 @@ class Team:
             self.store = dist.distributed_c10d._get_default_store()
             self.waits, self.beats = 0, 0
             self.store.set(f"at/{self.rank}", "0")
-            threading.Thread(target=self._beat, daemon=True).start()
+            self.leaving = threading.Event()
+            self.pulse = threading.Thread(target=self._beat, daemon=True)
+            self.pulse.start()
+            atexit.register(self._hush)  # a thread inside the store's client would abort the interpreter's end
 
     def share(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items that are this process's: every size-th."""
@@ -83,13 +87,17 @@ class Team:
         return f"rank {', '.join(map(str, ranks)) or 'unknown'} of {self.size}, noticed by rank {self.rank} ({why})"
 
     def _beat(self) -> None:
-        while True:
+        while not self.leaving.is_set():
             try:
                 self.store.set(f"alive/{self.rank}", str(self.beats))
             except RuntimeError:  # whoever keeps the store has ended
                 return
             self.beats += 1
-            time.sleep(HEARTBEAT_S)
+            self.leaving.wait(HEARTBEAT_S)
+
+    def _hush(self) -> None:
+        self.leaving.set()
+        self.pulse.join(timeout=5)
 
     def _without_heartbeat(self) -> list[int]:
         try:
@@ -121,6 +129,7 @@ class Team:
     def close(self) -> None:
         """Part."""
         if self.size > 1:
+            self._hush()
             dist.destroy_process_group()
 
 
