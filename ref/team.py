@@ -77,7 +77,10 @@ class Team:
             pause_s = min(2 * pause_s, 0.05)
 
     def watched(self, call: Callable[..., Any], *arguments: Any) -> None:
-        """Call what needs all processes; PeerError that names who has no heartbeat, where it fails."""
+        """Call what needs all processes; PeerError that names who has no heartbeat, where it fails.
+
+        Who notices late may name, besides the cause, one that has left because of it: the first to say so is right.
+        """
         try:
             call(*arguments)
         except RuntimeError as error:
