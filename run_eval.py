@@ -19,7 +19,6 @@ result folder. Exit code: 0, or 1 if a task failed, or 2 for bad input.
 
 import argparse
 import datetime
-import hashlib
 import json
 import logging
 import os
@@ -304,15 +303,11 @@ def identity(model: str) -> tuple[str, str]:
         cached = huggingface_hub.try_to_load_from_cache(model, "config.json")
         return model, Path(cached).parent.name if isinstance(cached, str) else "main"
     from ref.embedder import inside_run
+    from ref.runs import hash_files
 
-    digest = hashlib.sha256()
     inside = inside_run(folder)  # not what scoring or further training writes beside the model
-    for path in sorted(inside.glob("*")):
-        if path.suffix in MODEL_FILES:
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return f"local/{folder.resolve().name}", digest.hexdigest()[:16]
+    files = (path for path in inside.glob("*") if path.suffix in MODEL_FILES)
+    return f"local/{folder.resolve().name}", hash_files(inside, files)[:16]
 
 
 def default_output(model: str, name: str) -> Path:

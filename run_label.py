@@ -19,8 +19,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-
 from labelling.cache import Cache
 from labelling.models import open_reranker, open_retriever
 from labelling.pipeline import Lists, Pipeline, Scored, Search, cache_folder
@@ -185,8 +183,6 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         given = parse(arguments)
         team = Team()
-        if given.device is None and team.size > 1 and torch.cuda.is_available():
-            given.device = f"cuda:{torch.cuda.current_device()}"
         pipeline = prepare(given, team)
         pipeline.encode()
         pipeline.find()

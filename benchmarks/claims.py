@@ -33,6 +33,9 @@ from unittest import mock
 
 import numpy as np
 
+from benchmarks.mining_world import label
+from benchmarks.world import interval
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/claims"
 CODE = ("ref", "kernels", "labelling", "data/make_world.py", "run_train.py", "run_label.py", "benchmarks/claims.py")
@@ -138,7 +141,6 @@ def changed(lines: list[dict[str, Any]], how: str, seed: int) -> list[dict[str, 
 
 def mined(rule: str, value: str, folder: Path, seed: int) -> list[dict[str, Any]]:
     """The world's raw pairs through run_label.py; its retriever is a run of the README's command, one for all seeds."""
-    import run_label
     import run_train
     from ref.runs import write_whole
 
@@ -152,13 +154,7 @@ def mined(rule: str, value: str, folder: Path, seed: int) -> list[dict[str, Any]
     given = ["--rule", rule, *(["--value", value] if rule != "none" else [])]
     if rule == "random":
         given = ["--rule", "none", "--negatives", "1000", "--candidates", "600", "--depth", "600"]
-    with contextlib.redirect_stdout(io.StringIO()):
-        code = run_label.main(["--pairs", str(folder / "pairs.jsonl"), "--corpus", str(folder / "corpus.jsonl"),
-                               "--retriever", str(retriever), "--output", str(folder / "labels.jsonl"), "--cache",
-                               str(folder / "cache"), *given])
-    if code:
-        raise SystemExit("labelling failed")
-    lines = [json.loads(line) for line in (folder / "labels.jsonl").read_text().splitlines()]
+    lines = label(folder, retriever, folder / "labels.jsonl", given)
     draw = random.Random(seed)
     for line in lines if rule == "random" else []:
         chosen = sorted(draw.sample(range(len(line["neg"])), 7))  # they stand hardest first
@@ -270,13 +266,6 @@ def real_score(run: Path) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------- the study
-
-def interval(differences: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean by bootstrap over the seeds, 10,000 draws."""
-    draw = np.random.default_rng(0).choice(np.array(differences), (10_000, len(differences)))
-    low, high = np.quantile(draw.mean(1), [0.025, 0.975])
-    return float(low), float(high)
-
 
 def verdict(low: float, high: float, sign: int) -> str:
     """One of the three words."""

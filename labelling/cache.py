@@ -8,16 +8,16 @@ that is said. A block appears whole or not at all. Several processes may share a
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load, save
 
 from ref.held_out import TextEmbedder
-from ref.overlap import first_of_equal
+from ref.overlap import different, fill_repeated, first_of_equal
 from ref.prompts import Example
-from ref.runs import write_whole
+from ref.runs import hash_files, write_whole
 
 TEXTS_PER_BLOCK = 8192
 Arrays = dict[str, np.ndarray]
@@ -80,20 +80,23 @@ class CachedEmbedder:
     ) -> np.ndarray:
         """`Embedder.encode`, from the cache where a block is there."""
         first = first_of_equal(texts)
-        different = np.flatnonzero(first == np.arange(len(texts)))
+        once = different(first)
         prompt = [instruction, *(part for e in examples for part in (e.query, e.response))]
-        parts = []
-        for start in range(0, len(different), TEXTS_PER_BLOCK):
-            block = [texts[n] for n in different[start : start + TEXTS_PER_BLOCK]]
+        vectors: np.ndarray | None = None
+        for start in range(0, len(once), TEXTS_PER_BLOCK):
+            rows = once[start : start + TEXTS_PER_BLOCK]
+            block = [texts[n] for n in rows]
             key = key_of(self.key, len(prompt), *prompt, *block)
-            parts.append(self.cache.block("texts", key, lambda block=block: {  # type: ignore[misc]
+            part = self.cache.block("texts", key, lambda block=block: {  # type: ignore[misc]
                 "vectors": self.embedder.encode(block, instruction=instruction, examples=examples, progress=progress)
-            })["vectors"])
+            })["vectors"]
             self._make_room()
-        if not parts:
+            vectors = np.empty((len(texts), part.shape[1]), np.float32) if vectors is None else vectors
+            vectors[rows] = part
+        if vectors is None:
             return self.embedder.encode(texts, instruction=instruction, examples=examples)
-        vectors: np.ndarray = np.concatenate(parts)
-        return vectors[np.searchsorted(different, first)]
+        fill_repeated(vectors, first)
+        return vectors
 
     def _make_room(self) -> None:
         blocks = sorted((self.cache.folder / "texts").glob("*.block"), key=lambda path: path.stat().st_mtime)
@@ -115,14 +118,5 @@ def key_of(*parts: object) -> str:
 
 def fingerprint(folder: Path) -> str:
     """A hash of a model's files, names and content."""
-    return key_of(*(part for path in sorted(_files(folder)) for part in (path.relative_to(folder), _sha256(path))))
-
-
-def _files(folder: Path) -> Iterable[Path]:
     kinds = {".json", ".safetensors", ".txt", ".model", ".bin"}
-    return (path for path in folder.rglob("*") if path.is_file() and path.suffix in kinds)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hash_files(folder, (path for path in folder.rglob("*") if path.is_file() and path.suffix in kinds))[:40]

@@ -11,7 +11,6 @@ stay. The score matrix never exists as a whole:
 Ties go to the smaller passage id, in both.
 """
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from ref.runs import hash_files
 
 SCORES_AT_ONCE = {"cpu": 2**21, "cuda": 2**29}  # fp32: what stays in a CPU's cache; 2 GB on a GPU
 HASH = "sha256"
@@ -78,11 +79,7 @@ class WordSearch:
 
 
 def _hash_of(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.name != HASH:
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
+    return hash_files(folder, (path for path in folder.iterdir() if path.name != HASH))
 
 
 def best_of(score: np.ndarray, count: int, rank: np.ndarray) -> np.ndarray:

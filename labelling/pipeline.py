@@ -65,7 +65,7 @@ class Pipeline:
         self.search, self.cache, self.team, self.instruction = search, cache, team, instruction
         self.device = pick_device(device)
         self.passage = lru_cache(maxsize=2**16)(corpus.read)
-        self.fused_block = lru_cache(maxsize=2)(self.fused)  # asked for by each small block of it
+        self.fused_block = lru_cache(maxsize=256)(self.fused)  # scored, then mined: 0.2 MB each
         self.query_blocks = [range(start, min(start + QUERIES, len(pairs))) for start in range(0, len(pairs), QUERIES)]
         self.passage_blocks = list(corpus.blocks(PASSAGES))
 
@@ -203,11 +203,9 @@ class Pipeline:
     def find(self) -> None:
         """Stage 2."""
         if self.search.lists != "vectors":
-            if self.team.rank:
-                self.team.wait()  # the first builds the index, the others read it
-            elif self.team.size > 1:
-                _ = self.words
-                self.team.wait()
+            if self.team.size > 1 and self.team.rank == 0:
+                _ = self.words  # the first builds the index, the others read it
+            self.team.wait()
             for rows in self.team.share(Steps.over("BM25, queries", self.query_blocks)):
                 self.word_hits(rows)
         if self.search.lists != "words":
@@ -263,7 +261,7 @@ class Pipeline:
 
     def logits(self, rows: range) -> np.ndarray:
         """The reranker's scores of positives, then candidates, query by query, in one list."""
-        block = next(block for block in self.query_blocks if rows.start in block)
+        block = self.query_blocks[rows.start // QUERIES]
         fused = self.fused_block(block)
         assert self.reranker is not None
         asked = [(self.pairs[row].query, text) for row in rows for text in (

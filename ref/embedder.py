@@ -23,7 +23,7 @@ from ref.checkpoint import load_model, locate
 from ref.config import DTYPES, Kernels, checked, pick_device, pick_kernels, read_json
 from ref.lora import load_adapter, merge
 from ref.model import Mistral
-from ref.overlap import LateCopies, first_of_equal, one_ahead
+from ref.overlap import LateCopies, different, fill_repeated, first_of_equal, one_ahead
 from ref.packing import cut_by_tokens, pack
 from ref.pooling import embed
 from ref.prompts import TEMPLATES, Example, Prompter
@@ -101,8 +101,8 @@ class Embedder:
         shared = self.model.prefix(pack([prefix.ids], device=device)) if len(prefix.ids) > 1 else None
         ahead = () if shared else prefix.ids  # `<s>` alone is cheaper in each text than as a shared prefix
         first = first_of_equal(texts)
-        different = np.flatnonzero(first == np.arange(len(texts)))
-        windows = [different[start : start + TEXTS_PER_WINDOW] for start in range(0, len(different), TEXTS_PER_WINDOW)]
+        once = different(first)
+        windows = [once[start : start + TEXTS_PER_WINDOW] for start in range(0, len(once), TEXTS_PER_WINDOW)]
 
         def tokenise(rows: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
             ids = self.prompter.texts([texts[row] for row in rows], prefix)
@@ -117,12 +117,9 @@ class Embedder:
                 late.add(rows[batch], embed(self.model, packed, prefix=shared, kernels=self.kernels))
             done += len(rows)
             if progress:
-                print(f"  {done:,} of {len(different):,} texts", flush=True)
+                print(f"  {done:,} of {len(once):,} texts", flush=True)
         late.finish()
-        for start in range(0, len(texts), TEXTS_PER_WINDOW):  # a window at a time: a copy of all would double them
-            rows = np.arange(start, min(start + TEXTS_PER_WINDOW, len(texts)))
-            repeated = rows[first[rows] != rows]
-            vectors[repeated] = vectors[first[repeated]]
+        fill_repeated(vectors, first)
         return vectors
 
 

@@ -25,6 +25,7 @@ from typing import Any
 import datasets
 from mteb.abstasks.abstask import AbsTask
 
+from ref.mining import fold
 from ref.prompts import Example
 from ref.tasks import benchmark_tasks, unknown
 
@@ -135,7 +136,7 @@ def _pairs(groups: Sequence[Sequence[str]], barred: Collection[str], draw: Rando
 
 def _key(text: str) -> str:
     """Texts that differ only in case or blanks are one."""
-    return " ".join(text.casefold().split())
+    return fold(text.casefold())
 
 
 # ---- one rule a type: the training data of a subset -> groups, [query, response] or all texts of a class -------

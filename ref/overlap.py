@@ -1,6 +1,7 @@
 """What an embedder of many texts need not do: a text twice, and wait.
 
-    first_of_equal    a text that came before has its vector already
+    first_of_equal    a text that came before has its vector already: `different` names the others, and
+                      `fill_repeated` gives it that vector
     one_ahead         a thread turns the next texts into ids while the model is at work on these
     to_host           a copy to the host that is waited for only when its numbers are read
     LateCopies        vectors travel to the host one batch late, while the device works on the next
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+ROWS_AT_A_TIME = 50_000
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
@@ -39,6 +41,19 @@ def first_of_equal(texts: Sequence[str]) -> np.ndarray:
         if texts[n] != texts[first[n]]:
             first[n] = n
     return first
+
+
+def different(first: np.ndarray) -> np.ndarray:
+    """Rows of the texts that come for the first time, from what `first_of_equal` gives."""
+    return np.flatnonzero(first == np.arange(len(first)))
+
+
+def fill_repeated(vectors: np.ndarray, first: np.ndarray) -> None:
+    """Give each repeated text the vector of its first, in place; a part at a time: a copy of all would double them."""
+    for start in range(0, len(first), ROWS_AT_A_TIME):
+        rows = np.arange(start, min(start + ROWS_AT_A_TIME, len(first)))
+        repeated = rows[first[rows] != rows]
+        vectors[repeated] = vectors[first[repeated]]
 
 
 def one_ahead(function: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:

@@ -21,7 +21,7 @@ from mteb.abstasks.abstask import AbsTask
 
 from ref.config import read_json
 from ref.embedder import Embedder
-from ref.overlap import first_of_equal
+from ref.overlap import different, first_of_equal
 from ref.prompts import Example, Prompter
 from ref.runs import write_json
 from ref.scoring import MtebEncoder
@@ -54,13 +54,13 @@ class CountingEmbedder:
         progress: bool = False,
     ) -> np.ndarray:
         """(texts, 8) float32 unit vectors that depend on the text alone."""
-        different = np.flatnonzero(first_of_equal(texts) == np.arange(len(texts)))
+        once = different(first_of_equal(texts))
         prefix = self.prompter.prefix(instruction, examples)
-        drawn = different[:: -(-len(different) // SAMPLE) or 1]
+        drawn = once[:: -(-len(once) // SAMPLE) or 1]
         lengths = [len(ids) for ids in self.prompter.texts([texts[n] for n in drawn], prefix)]
         self.plan.texts += len(texts)
-        self.plan.different += len(different)
-        self.plan.tokens += len(prefix.ids) + round(len(different) * sum(lengths) / max(1, len(lengths)))
+        self.plan.different += len(once)
+        self.plan.tokens += len(prefix.ids) + round(len(once) * sum(lengths) / max(1, len(lengths)))
         self.sample += [texts[n] for n in drawn[: SAMPLE - len(self.sample)]]
         seeds = np.array([hash(text) for text in texts], np.int64)[:, None] >> np.arange(0, 64, 8) & 255
         vectors = (seeds - 127.5).astype(np.float32)

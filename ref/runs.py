@@ -13,6 +13,7 @@ Called by run_train.py.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -135,6 +136,8 @@ def open_folder(options: Options, start: Start, *, make: bool = True) -> Path:
         raise ValueError(f"{folder} holds {'no run' if options.resume else 'a run already'}. Expected is "
                          f"{'the folder of a stopped run' if options.resume else 'a new folder'}. Give another --output"
                          f"{'' if options.resume else ', or go on with it: --resume'}.")
+    for draft in list(folder.rglob(".*.draft")) if options.resume else []:  # of a killed process
+        remove(draft)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".probe"
@@ -174,6 +177,16 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def hash_files(folder: Path, paths: Iterable[Path]) -> str:
+    """SHA-256 over names (below `folder`) and content of files, in the order of their paths."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ref.embedder import Embedder
-from ref.overlap import first_of_equal
+from ref.overlap import different, fill_repeated, first_of_equal
 from ref.prompts import Example
 from ref.team import Team
 
@@ -36,8 +36,8 @@ class SharedEmbedder:
         if self.team.size == 1:
             return self.embedder.encode(texts, instruction=instruction, examples=examples, progress=progress)
         first = first_of_equal(texts)
-        different = np.flatnonzero(first == np.arange(len(texts)))
-        by_length = different[np.argsort([len(texts[n]) for n in different], kind="stable")]
+        once = different(first)
+        by_length = once[np.argsort([len(texts[n]) for n in once], kind="stable")]
         shares = [by_length[rank :: self.team.size] for rank in range(self.team.size)]
         orders: list[Any] = [([texts[n] for n in share], instruction, list(examples)) for share in shares]
         mine, errors = self._work(orders, progress)
@@ -53,7 +53,8 @@ class SharedEmbedder:
         wrong = [f"rank {rank}: {error}" for rank, error in enumerate(errors) if error is not None]
         if wrong:
             raise RuntimeError("; ".join(wrong))
-        return vectors[first]
+        fill_repeated(vectors, first)
+        return vectors
 
     def serve(self) -> None:
         """What the other processes do: work until there is no more."""

@@ -12,7 +12,6 @@ Used by scoring.py and run_eval.py. Importing this file imports mteb (three seco
 """
 
 import difflib
-import hashlib
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from mteb.abstasks.abstask import AbsTask
 from mteb.get_tasks import TASK_LIST
 
 from ref.held_out import read_task_file
+from ref.runs import hash_files
 
 BENCHMARK = "MTEB(eng, v2)"
 CATEGORIES = (
@@ -163,7 +163,7 @@ def fetch(tasks: Iterable[AbsTask], data_dir: Path) -> dict[str, str]:
         if folder.is_dir():
             print("is there")
             continue
-        draft = data_dir / f".{name}.draft"
+        draft = data_dir / f".{name}.draft"  # stays after a failure: the hub's client goes on in it
         try:
             huggingface_hub.snapshot_download(
                 place["path"], repo_type="dataset", revision=place["revision"], local_dir=draft)
@@ -220,9 +220,4 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
 
 
 def _local_revision(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest.update(path.relative_to(folder).as_posix().encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return f"local-{digest.hexdigest()[:16]}"
+    return f"local-{hash_files(folder, (p for p in folder.rglob('*') if p.is_file()))[:16]}"

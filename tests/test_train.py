@@ -259,6 +259,18 @@ def test_a_run_that_crashed_goes_on_from_its_last_saved_step(place, whole, monke
     assert untimed(folder) == untimed(whole)
 
 
+def test_what_a_killed_process_was_writing_is_swept_by_the_resume(place):
+    """A draft bears its process's number, so no later save would write over it."""
+    with ctrl_c_at(2):
+        assert place.train("drafts") == 130
+    folder = place.folder / "drafts"
+    for path in (folder / "state/.00000009.1234.draft", folder / ".model.1234.draft"):
+        path.mkdir()
+        (path / "half").write_bytes(b"half")
+    assert run_train.main(["--resume", "--output", str(folder)]) == 0
+    assert not list(folder.rglob("*.draft"))
+
+
 def test_a_run_that_crashed_before_its_first_save_starts_again(place, whole, monkeypatch):
     def update(self, rate):
         raise RuntimeError("power cut")
