@@ -119,7 +119,7 @@ class Embedder:
             if progress:
                 print(f"  {done:,} of {len(once):,} texts", flush=True)
         late.finish()
-        fill_repeated(vectors, first)
+        fill_repeated(vectors, first, rows_at_a_time=TEXTS_PER_WINDOW)
         return vectors
 
 

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ROWS_AT_A_TIME = 50_000
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
@@ -48,10 +47,10 @@ def different(first: np.ndarray) -> np.ndarray:
     return np.flatnonzero(first == np.arange(len(first)))
 
 
-def fill_repeated(vectors: np.ndarray, first: np.ndarray) -> None:
+def fill_repeated(vectors: np.ndarray, first: np.ndarray, *, rows_at_a_time: int = 50_000) -> None:
     """Give each repeated text the vector of its first, in place; a part at a time: a copy of all would double them."""
-    for start in range(0, len(first), ROWS_AT_A_TIME):
-        rows = np.arange(start, min(start + ROWS_AT_A_TIME, len(first)))
+    for start in range(0, len(first), rows_at_a_time):
+        rows = np.arange(start, min(start + rows_at_a_time, len(first)))
         repeated = rows[first[rows] != rows]
         vectors[repeated] = vectors[first[repeated]]
 
