@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import MistralConfig, MistralModel
 from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 
+import ref.attention
 import ref.model
 from ref.attention import KeyValue, attend_by_length, attend_flex, block_table, visible_rule
 from ref.checkpoint import load_model, save_model
@@ -472,7 +473,8 @@ def test_a_compiled_block_keeps_what_backward_needs_and_no_more(
     small_model: Callable[..., Mistral], monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Norm inputs, q, k, v, attention output, gate and up, and the adapters' R numbers, as torch's partitioner cuts."""
-    monkeypatch.setattr(torch._functorch.config, "ban_recompute_materialized_backward", False)  # as attention.compiled
+    monkeypatch.setattr(torch._functorch.config, "ban_recompute_materialized_backward", True)  # put back at the end
+    ref.attention.compiled.__wrapped__(Block.before)  # what is set there is what is tested here
     torch._dynamo.reset()
     before, after = (torch.compile(half, dynamic=True, fullgraph=True, backend="aot_eager_decomp_partition")
                      for half in (Block.before, Block.after))
