@@ -11,6 +11,7 @@ Facts about mteb: version 2.26.
 import copy
 import json
 import math
+import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -166,6 +167,7 @@ def score_task(encoder: MtebEncoder, task: AbsTask, output: str | Path) -> Row:
         **encoder.settings,
     }
     current = _is_current(cache, encoder.mteb_model_meta, task, how)
+    _seed_again(task)
     start_s = time.monotonic()
     outcome = mteb.evaluate(
         encoder, task, cache=cache, encode_kwargs=how, co2_tracker=False, show_progress_bar=False,
@@ -179,6 +181,13 @@ def score_task(encoder: MtebEncoder, task: AbsTask, output: str | Path) -> Row:
     score = float(result.get_score(splits=list(task.eval_splits)))
     elapsed_s = None if current else time.monotonic() - start_s
     return Row(task.metadata.name, str(task.metadata.type), task.metadata.main_score, score, elapsed_s)
+
+
+def _seed_again(task: AbsTask) -> None:
+    """As mteb leaves a new task: what it drew before (a plan, an attempt that failed) must not change its sample."""
+    random.seed(task.seed)
+    np.random.seed(task.seed)
+    task.rng_state, task.np_rng = random.Random(task.seed), np.random.default_rng(task.seed)
 
 
 def _is_current(cache: mteb.ResultCache, meta: ModelMeta, task: AbsTask, how: Mapping[str, Any]) -> bool:

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # imported later, its default arguments would keep the group, and its threads, alive
 from torch import Tensor
 
 Item = TypeVar("Item")

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import mteb
 import numpy as np
 import pytest
 import torch
@@ -26,6 +27,7 @@ from ref.embedder import Embedder
 from ref.overlap import first_of_equal
 from ref.prompts import Example
 from ref.published import PUBLISHED
+from ref.scoring import score_task
 from ref.tasks import fetch, tasks_from
 
 __all__ = ["world"]  # a fixture
@@ -132,7 +134,7 @@ def test_the_plan_counts_what_is_asked_for(world, model, tmp_path, capsys):
     prompter = Embedder.from_pretrained(model).prompter
     plans, sample = plan.make_plan(encoder, tasks, prompter, tmp_path / "plan.json")
     assert not asked.calls and sample
-    from ref.scoring import score_task
+
     for task in tasks:
         asked.calls.clear()
         score_task(encoder, task, tmp_path / "results")
@@ -149,6 +151,19 @@ def test_the_plan_counts_what_is_asked_for(world, model, tmp_path, capsys):
     assert run_eval.main(command(model, world, tmp_path / "out", "--plan")) == 0
     printed = capsys.readouterr().out
     assert "expected: " in printed and "hours at" in printed and not scores_of(tmp_path / "out")
+
+
+def test_a_score_is_the_same_behind_a_plan_and_that_of_mteb_alone(world, model, tmp_path):
+    """A clustering draws its texts from the task's random state, which the plan has used."""
+    name = "MyClusters"
+    encoder = encoder_of(WordHash())
+    [planned], [fresh], [theirs] = (tasks_from(name, world).tasks for _ in range(3))
+    plan.make_plan(encoder, [planned], Embedder.from_pretrained(model).prompter, tmp_path / "plan.json")
+    behind, alone = (score_task(encoder, task, tmp_path / folder) for task, folder in (
+        (planned, "behind"), (fresh, "alone")))
+    official = mteb.evaluate(encoder, theirs, cache=mteb.ResultCache(tmp_path / "official"), co2_tracker=False)
+    assert behind.score == alone.score == pytest.approx(official.task_results[0].get_score(), abs=5e-7)
+    assert score_task(encoder, planned, tmp_path / "again").score == behind.score
 
 
 def test_examples_stand_on_the_query_side_and_are_recorded(world, model, tmp_path, capsys):
@@ -248,6 +263,8 @@ def test_kept_vectors_stay_below_their_limit(tmp_path, monkeypatch):
 
 SHARED = """
 import json, sys
+from pathlib import Path
+import mteb
 import numpy as np
 from ref.embedder import Embedder
 from ref.sharding import SharedEmbedder
@@ -262,6 +279,7 @@ else:
     np.save(sys.argv[4], shared.encode(texts[:1]))
     shared.dismiss()
 team.close()
+assert not any("gloo" in path.read_text() for path in Path("/proc/self/task").glob("*/comm"))  # no thread is left
 """
 
 

@@ -1,0 +1,214 @@
+"""One experiment of the study of the report's claims (claims.py): change the data, train, score; one row.
+
+Training is run_train.main, labelling run_label.main, scoring on real sets run_eval.main: the functions that users call.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from benchmarks.mining_world import label
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results/claims"
+CODE = ("ref", "kernels", "labelling", "data/make_world.py", "run_train.py", "run_label.py", "run_eval.py",
+        "benchmarks/experiment.py")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A line of options. `data`: how the ground's data are changed; `shown`: examples in the prompts of scoring."""
+
+    options: tuple[str, ...] = ()
+    data: str = ""
+    shown: int = 0
+    grounds: tuple[str, ...] = ("world", "real")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all arms of a study share. `model`: as run_train.py's --model, a path from the repository's root."""
+
+    ground: str
+    steps: int
+    model: str
+    device: str = "cpu"
+
+    @property
+    def name(self) -> str:
+        """Of the files with its results."""
+        usual = self.model in ("tiny", "configs/small.json")
+        return self.ground if usual else f"{self.ground}-{Path(self.model).stem}"
+
+
+def code_hash() -> str:
+    """Of all that a result depends on besides its line."""
+    digest = hashlib.sha256()
+    for name in CODE:
+        path = ROOT / name
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def row_path(setting: Setting, arm: Arm, seed: int) -> Path:
+    """Where a row is kept: by the arm's line (not its name), the setting, the seed and the code."""
+    key = json.dumps([astuple(setting), astuple(arm)[:3], seed, code_hash()])
+    return RESULTS / setting.ground / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.json"
+
+
+def run_one(setting: Setting, arm: Arm, seed: int) -> dict[str, Any]:
+    """Train and score one arm on one seed; the row."""
+    import run_train
+
+    start_s = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        files, written = [ROOT / "data/soft_labels.jsonl"], []
+        if setting.ground == "real":
+            files = sorted(real_folder("soft_labels").glob("*.jsonl"))
+        for file in files:
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            if arm.data.startswith("mined"):
+                _, rule, value = arm.data.split()
+                lines = mined(rule, value, folder, seed)
+            lines = changed(lines, arm.data, seed)
+            written.append(folder / "data" / file.name)
+            written[-1].parent.mkdir(exist_ok=True)
+            written[-1].write_text("".join(json.dumps(line) + "\n" for line in lines))
+        model = setting.model if setting.model == "tiny" else str(ROOT / setting.model)
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), fixed_examples() if arm.data == "fixed examples" else (
+                contextlib.nullcontext()):
+            code = run_train.main(["--data", *map(str, written), "--model", model, "--steps", str(setting.steps),
+                                   "--seed", str(seed), "--device", setting.device, "--output", str(folder / "run"),
+                                   *arm.options])
+        if code:
+            raise SystemExit(f"{arm}, seed {seed}: run_train.py ended with {code}: {said.getvalue()[-500:]}")
+        score = (world_score(folder / "run", arm, setting.device) if setting.ground == "world"
+                 else real_score(folder / "run"))
+    return {"ground": setting.ground, "seed": seed, "steps": setting.steps, "model": setting.model, **score,
+            "seconds": round(time.perf_counter() - start_s)}
+
+
+# ------------------------------------------------------------------------------------------------- the data
+
+def changed(lines: list[dict[str, Any]], how: str, seed: int) -> list[dict[str, Any]]:
+    """The lines of a data set with one thing changed."""
+    if how == "same instruction":
+        return [{**line, "prompt": "Find texts."} for line in lines]
+    if how == "shuffled instructions":
+        prompts = [line["prompt"] for line in lines]
+        random.Random(seed).shuffle(prompts)
+        return [{**line, "prompt": prompt} for line, prompt in zip(lines, prompts, strict=True)]
+    return lines
+
+
+def mined(rule: str, value: str, folder: Path, seed: int) -> list[dict[str, Any]]:
+    """The world's raw pairs through run_label.py; its retriever is a run of the README's command, one for all seeds."""
+    import run_train
+    from ref.runs import write_whole
+
+    retriever = RESULTS / "retriever" / code_hash()
+    if not retriever.is_dir():
+        retriever.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(OSError):  # another process was first
+            write_whole(retriever, lambda draft: run_train.main(
+                ["--model", "tiny", "--data", str(ROOT / "data/soft_labels.jsonl"), "--output", str(draft)]))
+    subprocess.run([sys.executable, str(ROOT / "data/make_world.py"), "--raw", str(folder)], check=True)
+    given = ["--rule", rule, *(["--value", value] if rule != "none" else [])]
+    if rule == "random":
+        given = ["--rule", "none", "--negatives", "1000", "--candidates", "600", "--depth", "600"]
+    lines = label(folder, retriever, folder / "labels.jsonl", given)
+    draw = random.Random(seed)
+    for line in lines if rule == "random" else []:
+        chosen = sorted(draw.sample(range(len(line["neg"])), 7))  # they stand hardest first
+        line["neg"], line["neg_scores"] = ([line[key][n] for n in chosen] for key in ("neg", "neg_scores"))
+    return lines
+
+
+def fixed_examples() -> Any:
+    """Within it, the first five lines of a task are its examples in every batch."""
+    from ref.data import SoftLabels
+    from ref.prompts import Example
+
+    fixed: dict[Any, list[Example]] = {}
+
+    def examples(self: SoftLabels, numbers: Any, rows: Any, *_: object) -> list[list[Example]]:
+        task = rows[0].task
+        if task not in fixed:
+            places = np.flatnonzero(self.task == self.task[numbers[0]])[:5]
+            fixed[task] = [Example(self[int(n)].query, self[int(n)].positives[0]) for n in places]
+        return [fixed[task]]
+    return mock.patch.object(SoftLabels, "_examples", examples)
+
+
+# ------------------------------------------------------------------------------------------------- the score
+
+def world_score(run: Path, arm: Arm, device: str) -> dict[str, Any]:
+    """nDCG@10 x 100 on the held-out sets, behind `arm.shown` solved examples of the training data."""
+    from ref import Embedder
+    from ref.held_out import read_task_file, retrieval_ndcg10
+    from ref.prompts import Example
+
+    embedder = Embedder.from_pretrained(run, device=device)
+    lines = [json.loads(line) for line in (ROOT / "data/soft_labels.jsonl").read_text().splitlines()]
+    sets = {}
+    for folder in sorted((ROOT / "data/held_out").glob("*/task.json")):
+        prompt = "Find texts." if arm.data == "same instruction" else read_task_file(folder.parent)["instruction"]
+        shown = [Example(line["query"], line["pos"][0]) for line in lines if line["prompt"] == prompt][: arm.shown]
+        sets[folder.parent.name] = 100 * retrieval_ndcg10(Shown(embedder, prompt, shown), folder.parent)
+    return {"score": sum(sets.values()) / len(sets), "sets": sets}
+
+
+class Shown:
+    """An embedder that puts an instruction and examples before whatever carries an instruction."""
+
+    def __init__(self, embedder: Any, prompt: str, examples: Sequence[Any]) -> None:
+        self.embedder, self.prompt, self.examples = embedder, prompt, examples
+
+    def encode(self, texts: Sequence[str], *, instruction: str | None = None, examples: Sequence[Any] = (),
+               progress: bool = False) -> np.ndarray:
+        """`Embedder.encode`."""
+        if instruction is None:
+            vectors: np.ndarray = self.embedder.encode(texts)
+            return vectors
+        return np.asarray(self.embedder.encode(texts, instruction=self.prompt, examples=self.examples))
+
+
+def real_folder(name: str) -> Path:
+    """A folder of the real data; SystemExit where there is none."""
+    folder = Path(os.environ.get("LG_ANNA_DATA", "")) / name
+    if "LG_ANNA_DATA" not in os.environ or not folder.is_dir():
+        raise SystemExit("the ground `real` needs LG_ANNA_DATA, a folder with soft_labels/ and mteb/ (RECORDS.md)")
+    return folder
+
+
+def real_score(run: Path) -> dict[str, Any]:
+    """Mean of the main scores x 100 of the ten sets."""
+    import run_eval
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        run_eval.main(["--model", str(run), "--data-dir", str(real_folder("mteb")), "--output", str(run / "mteb"),
+                       "--instructions", str(ROOT / "configs/real_instructions.json")])
+    sets = {}
+    for path in sorted((run / "mteb").rglob("*.json")):
+        content = json.loads(path.read_text())
+        if path.parent.name.endswith("-local-data") and "task_name" in content:
+            scores = [row["main_score"] for split in content["scores"].values() for row in split]
+            sets[content["task_name"]] = 100 * sum(scores) / len(scores)
+    return {"score": sum(sets.values()) / len(sets), "sets": sets}
