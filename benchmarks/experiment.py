@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/claims"
 CODE = ("ref", "kernels", "labelling", "data/make_world.py", "run_train.py", "run_label.py", "run_eval.py",
         "benchmarks/experiment.py")
+SAME = "same instruction"
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,13 @@ def run_one(setting: Setting, arm: Arm, seed: int) -> dict[str, Any]:
         files, written = [ROOT / "data/soft_labels.jsonl"], []
         if setting.ground == "real":
             files = sorted(real_folder("soft_labels").glob("*.jsonl"))
-        for file in files:
-            lines = [json.loads(line) for line in file.read_text().splitlines()]
-            if arm.data.startswith("mined"):
-                _, rule, value = arm.data.split()
-                lines = mined(rule, value, folder, seed)
-            lines = changed(lines, arm.data, seed)
-            written.append(folder / "data" / file.name)
+        data = {file.name: [json.loads(line) for line in file.read_text().splitlines()] for file in files}
+        if arm.data.startswith("mined"):
+            _, rule, value = arm.data.split()
+            data = {"soft_labels.jsonl": mined(rule, value, folder, seed)}
+        changed([line for lines in data.values() for line in lines], arm.data, seed)
+        for name, lines in data.items():
+            written.append(folder / "data" / name)
             written[-1].parent.mkdir(exist_ok=True)
             written[-1].write_text("".join(json.dumps(line) + "\n" for line in lines))
         model = setting.model if setting.model == "tiny" else str(ROOT / setting.model)
@@ -100,22 +102,20 @@ def run_one(setting: Setting, arm: Arm, seed: int) -> dict[str, Any]:
         if code:
             raise SystemExit(f"{arm}, seed {seed}: run_train.py ended with {code}: {said.getvalue()[-500:]}")
         score = (world_score(folder / "run", arm, setting.device) if setting.ground == "world"
-                 else real_score(folder / "run"))
+                 else real_score(folder / "run", arm))
     return {"ground": setting.ground, "seed": seed, "steps": setting.steps, "model": setting.model, **score,
             "seconds": round(time.perf_counter() - start_s)}
 
 
 # ------------------------------------------------------------------------------------------------- the data
 
-def changed(lines: list[dict[str, Any]], how: str, seed: int) -> list[dict[str, Any]]:
-    """The lines of a data set with one thing changed."""
-    if how == "same instruction":
-        return [{**line, "prompt": "Find texts."} for line in lines]
+def changed(lines: list[dict[str, Any]], how: str, seed: int) -> None:
+    """Change one thing in the lines of all files."""
+    prompts = [line["prompt"] for line in lines]
     if how == "shuffled instructions":
-        prompts = [line["prompt"] for line in lines]
         random.Random(seed).shuffle(prompts)
-        return [{**line, "prompt": prompt} for line, prompt in zip(lines, prompts, strict=True)]
-    return lines
+    for line, prompt in zip(lines, prompts, strict=True):
+        line["prompt"] = "Find texts." if how == SAME else prompt
 
 
 def mined(rule: str, value: str, folder: Path, seed: int) -> list[dict[str, Any]]:
@@ -169,7 +169,7 @@ def world_score(run: Path, arm: Arm, device: str) -> dict[str, Any]:
     lines = [json.loads(line) for line in (ROOT / "data/soft_labels.jsonl").read_text().splitlines()]
     sets = {}
     for folder in sorted((ROOT / "data/held_out").glob("*/task.json")):
-        prompt = "Find texts." if arm.data == "same instruction" else read_task_file(folder.parent)["instruction"]
+        prompt = "Find texts." if arm.data == SAME else read_task_file(folder.parent)["instruction"]
         shown = [Example(line["query"], line["pos"][0]) for line in lines if line["prompt"] == prompt][: arm.shown]
         sets[folder.parent.name] = 100 * retrieval_ndcg10(Shown(embedder, prompt, shown), folder.parent)
     return {"score": sum(sets.values()) / len(sets), "sets": sets}
@@ -198,15 +198,27 @@ def real_folder(name: str) -> Path:
     return folder
 
 
-def real_score(run: Path) -> dict[str, Any]:
+def real_score(run: Path, arm: Arm) -> dict[str, Any]:
     """Mean of the main scores x 100 of the ten sets."""
     import run_eval
+    from ref.runs import write_whole
 
+    instructions, output = ROOT / "configs/real_instructions.json", run / "mteb"
+    if arm.data == SAME:
+        same = dict.fromkeys(json.loads(instructions.read_text()), "Find texts.")
+        instructions = run / "instructions.json"
+        instructions.write_text(json.dumps(same))
+    plan = RESULTS / "plan" / f"{code_hash()}-{arm.data == SAME}.json"  # half a minute that all runs would spend again
+    output.mkdir()
+    if plan.exists():
+        shutil.copy(plan, output / "plan.json")
     with contextlib.redirect_stdout(io.StringIO()):
-        run_eval.main(["--model", str(run), "--data-dir", str(real_folder("mteb")), "--output", str(run / "mteb"),
-                       "--instructions", str(ROOT / "configs/real_instructions.json")])
+        run_eval.main(["--model", str(run), "--data-dir", str(real_folder("mteb")), "--output", str(output),
+                       "--instructions", str(instructions)])
+    plan.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(plan, lambda draft: shutil.copy(output / "plan.json", draft))
     sets = {}
-    for path in sorted((run / "mteb").rglob("*.json")):
+    for path in sorted(output.rglob("*.json")):
         content = json.loads(path.read_text())
         if path.parent.name.endswith("-local-data") and "task_name" in content:
             scores = [row["main_score"] for split in content["scores"].values() for row in split]
