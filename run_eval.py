@@ -159,8 +159,8 @@ def score(
         revision += "-local-data"  # never among results on the hub's data
     output = args.output or default_output(model, name)
     output.mkdir(parents=True, exist_ok=True)
-    settings = {"max_tokens": args.max_tokens, "template": args.template}
-    vectors = cached(args, shared, f"{name} {revision} {settings} {embedder.precision}")
+    settings = {"max_tokens": args.max_tokens, "template": args.template, "computed_in": embedder.precision}
+    vectors = cached(args, shared, f"{name} {revision} {settings}")
     encoder = MtebEncoder(
         vectors, name=name, revision=revision, overrides=overrides, settings=settings,
         few_shot=that_fit(few_shot, selection.tasks, embedder, overrides), progress=sys.stderr.isatty())
@@ -178,7 +178,8 @@ def score(
     if data_dir is not None:
         print(f"data: {data_dir}; comparable with public figures only where it holds the official data")
     missing = () if args.tasks is None else selection.missing
-    for path in report(encoder, selection.tasks, rows, failed, plans, missing, output, model, data_dir is None):
+    counted = plans if args.vector_cache is None else {}  # vectors that were kept tell nothing of speed
+    for path in report(encoder, selection.tasks, rows, failed, counted, missing, output, model, data_dir is None):
         print(f"report: {path}")
     print(f"results: {output}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
@@ -300,8 +301,8 @@ def identity(model: str) -> tuple[str, str]:
     if not folder.is_dir():
         import huggingface_hub
 
-        cached = huggingface_hub.try_to_load_from_cache(model, "config.json")
-        return model, Path(cached).parent.name if isinstance(cached, str) else "main"
+        found = (huggingface_hub.try_to_load_from_cache(model, name) for name in ("config.json", "adapter_config.json"))
+        return model, next((Path(path).parent.name for path in found if isinstance(path, str)), "main")
     from ref.embedder import inside_run
     from ref.runs import hash_files
 

@@ -9,7 +9,6 @@ import io
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -201,22 +200,15 @@ def real_folder(name: str) -> Path:
 def real_score(run: Path, arm: Arm) -> dict[str, Any]:
     """Mean of the main scores x 100 of the ten sets."""
     import run_eval
-    from ref.runs import write_whole
 
     instructions, output = ROOT / "configs/real_instructions.json", run / "mteb"
     if arm.data == SAME:
         same = dict.fromkeys(json.loads(instructions.read_text()), "Find texts.")
         instructions = run / "instructions.json"
         instructions.write_text(json.dumps(same))
-    plan = RESULTS / "plan" / f"{code_hash()}-{arm.data == SAME}.json"  # half a minute that all runs would spend again
-    output.mkdir()
-    if plan.exists():
-        shutil.copy(plan, output / "plan.json")
     with contextlib.redirect_stdout(io.StringIO()):
         run_eval.main(["--model", str(run), "--data-dir", str(real_folder("mteb")), "--output", str(output),
                        "--instructions", str(instructions)])
-    plan.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(plan, lambda draft: shutil.copy(output / "plan.json", draft))
     sets = {}
     for path in sorted(output.rglob("*.json")):
         content = json.loads(path.read_text())

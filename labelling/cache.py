@@ -7,6 +7,7 @@ date: another model, corpus or depth has other keys. A block that is damaged (it
 that is said. A block appears whole or not at all. Several processes may share a folder.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -99,12 +100,16 @@ class CachedEmbedder:
         return vectors
 
     def _make_room(self) -> None:
-        blocks = sorted((self.cache.folder / "texts").glob("*.block"), key=lambda path: path.stat().st_mtime)
-        total = sum(path.stat().st_size for path in blocks)
-        while blocks and total > self.max_bytes:
-            oldest = blocks.pop(0)
-            total -= oldest.stat().st_size
-            oldest.unlink()
+        blocks = []
+        for path in (self.cache.folder / "texts").glob("*.block"):
+            with contextlib.suppress(FileNotFoundError):  # another process was first
+                blocks.append((path.stat().st_mtime, path.stat().st_size, path))
+        total = sum(size for _, size, _ in blocks)
+        for _, size, path in sorted(blocks):
+            if total <= self.max_bytes:
+                break
+            total -= size
+            path.unlink(missing_ok=True)
 
 
 def key_of(*parts: object) -> str:

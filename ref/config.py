@@ -270,6 +270,10 @@ class Options:
             if not value < float("inf") or (least is not None and value < least) or (
                     above is not None and value <= above) or (below is not None and value >= below):
                 raise ValueError(f"--{item.name.replace('_', '-')} is {value}. {_range(limits)} Give another value.")
+        if self.max_text_tokens > self.max_prompt_tokens - 2:
+            raise ValueError(f"--max-text-tokens is {self.max_text_tokens} and --max-prompt-tokens "
+                             f"{self.max_prompt_tokens}: a text of that length, <s> and </s> do not fit. Expected is "
+                             "a longer prompt, or a shorter text. Change one of them.")
         if self.soft_weight == self.hard_weight == 0:
             raise ValueError("--soft-weight and --hard-weight are both 0: nothing is learnt. Give one of them above 0.")
         if self.steps is not None and self.minutes is not None:

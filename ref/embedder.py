@@ -172,6 +172,10 @@ def read_prompter(folder: Path, tokenizer: TextTokenizer, **given: str | int) ->
         if key not in lengths or checked(value, int, f"{path}: {key}", "a number of tokens") < 1:
             raise ValueError(f"{path}: {key} is {value!r:.60}. "
                              f"Expected are {', '.join(sorted(lengths))} of at least 1.")
+    if "max_text_tokens" in given:  # a prompt has room for a text of that length behind the rest
+        rest = Prompter.max_prompt_tokens - Prompter.max_text_tokens
+        least = settings["max_text_tokens"] + rest
+        settings["max_prompt_tokens"] = max(least, settings.get("max_prompt_tokens", 0))
     return Prompter(tokenizer, TEMPLATES[name], **settings)
 
 

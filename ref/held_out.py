@@ -125,7 +125,7 @@ def _texts(path: Path, *, titled: bool) -> dict[str, str]:
             raise ValueError(f"{place}: the id {identifier!r} is given twice. Ids must be unique. Rename one.")
         text = _value(row, "text", place, (str,))
         title = (row.get("title") or "") if titled else ""
-        texts[identifier] = f"{title} {text}".strip() if title else text
+        texts[identifier] = f"{title} {text}".strip() if titled else text
     return texts
 
 

@@ -78,7 +78,8 @@ def make_plan(
     plans: dict[str, TaskPlan] = {}
     for task in tasks:
         name = task.metadata.name
-        revision = f"{task.metadata.revision} {encoder.prompt_of(task.metadata)} {encoder.settings}"
+        revision = " ".join(map(str, (task.metadata.revision, encoder.mteb_model_meta.revision,
+                                      encoder.prompt_of(task.metadata), encoder.settings)))
         if known.get(name, {}).get("revision") == revision:
             plans[name] = TaskPlan(**known[name])
             continue

@@ -83,7 +83,7 @@ class Prompter:
                 return Prefix(ids, suffix, count)
         raise ValueError(
             f"the instruction {instruction!r:.60} takes {len(ids)} of {self.max_prompt_tokens} tokens and leaves "
-            "no room for the text. Expected is a shorter instruction. Shorten it or raise --max-prompt-tokens.")
+            "no room for the text. Expected is a shorter instruction. Shorten it or raise max_prompt_tokens.")
 
     def texts(self, texts: Sequence[str], prefix: Prefix) -> list[list[int]]:
         """Ids of each text behind the prefix, cut to what fits, with suffix and `</s>`."""

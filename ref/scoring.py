@@ -129,7 +129,7 @@ def read_instructions(path: str | Path, known_tasks: Iterable[str]) -> dict[str,
         overrides = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}. Expected: a readable JSON file. Correct the path or the file.") from None
-    if not isinstance(overrides, dict) or not all(isinstance(text, str) for text in overrides.values()):
+    if not isinstance(overrides, dict) or not all(isinstance(text, str) and text for text in overrides.values()):
         raise ValueError(f'{path}: not an object of texts. Expected: {{"STS12": "Retrieve ...", ...}}. Correct it.')
     known = [*benchmark_tasks(), *known_tasks]
     for name in overrides:
@@ -179,6 +179,9 @@ def score_task(encoder: MtebEncoder, task: AbsTask, output: str | Path) -> Row:
     result = cache.load_task_result(task.metadata.name, encoder.mteb_model_meta, raise_if_not_found=True)
     assert result is not None
     score = float(result.get_score(splits=list(task.eval_splits)))
+    if not math.isfinite(score):
+        raise ValueError(f"the score is {score}. Expected is a finite number. Vectors that are all equal have none: "
+                         "look at the model.")
     elapsed_s = None if current else time.monotonic() - start_s
     return Row(task.metadata.name, str(task.metadata.type), task.metadata.main_score, score, elapsed_s)
 

@@ -105,7 +105,11 @@ def folder_task(folder: Path, base: AbsTask) -> AbsTask:
     for key, value in task_file.get("set", {}).items():
         if not hasattr(task, key):
             raise ValueError(f"{folder / 'task.json'}, set: {unknown('attribute', key, dir(task))}")
-        setattr(task, key, value)
+        try:
+            setattr(task, key, value)
+        except AttributeError:
+            raise ValueError(f"{folder / 'task.json'}, set: {key} cannot be set. Expected is a plain attribute of the "
+                             "task's class. Leave it out.") from None
     return task
 
 
@@ -129,6 +133,9 @@ class FolderData(AbsTask):
         datasets.config.HF_DATASETS_CACHE = Path(self._scratch.name) / "cache"
         try:
             super().load_data(num_proc=num_proc, **options)
+        except BaseException:
+            self.__dict__.pop("metadata", None)  # the next attempt starts at the folder again
+            raise
         finally:
             datasets.config.HF_DATASETS_CACHE = shared
 

@@ -259,6 +259,13 @@ def test_kept_vectors_stay_below_their_limit(tmp_path, monkeypatch):
     assert Path(cache_file).name == "cache.py"
 
 
+def test_a_kept_block_that_another_process_removed_is_no_error(tmp_path):
+    kept = CachedEmbedder(WordHash(), Cache(tmp_path), key="m", max_bytes=0)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/gone.block").symlink_to(tmp_path / "nowhere")  # listed, but not there
+    assert len(kept.encode(["a", "b"])) == 2
+
+
 # ------------------------------------------------------------------------------------------------- processes
 
 SHARED = """
@@ -386,6 +393,48 @@ def test_examples_for_which_there_is_no_room_are_not_recorded_as_shown(world, mo
     assert shown < 6 and f"{6 - shown} left out for want of room" in line
     recorded = json.loads(next((tmp_path / "out").rglob("run_settings.jsonl")).read_text().splitlines()[0])
     assert len(recorded["encode_kwargs"]["examples"]) == shown
+
+
+def test_a_result_of_another_precision_is_not_reused(world, model, tmp_path, capsys, monkeypatch):
+    arguments = command(model, world, tmp_path / "out", "--tasks", "BIOSSES")
+    assert run_eval.main(arguments) == run_eval.main(arguments) == 0
+    assert "from the result cache" in capsys.readouterr().out
+    monkeypatch.setattr(Embedder, "precision", "torch.bfloat16 cuda")
+    assert run_eval.main(arguments) == 0
+    assert "from the result cache" not in capsys.readouterr().out
+
+
+def test_more_tokens_of_a_text_make_the_prompt_longer(model):
+    """Half of a long text would be cut off otherwise, behind a record that says the contrary."""
+    for asked in (100, 4096):
+        prompter = Embedder.from_pretrained(model, device="cpu", max_text_tokens=asked).prompter
+        for instruction in (None, TASK):
+            prefix = prompter.prefix(instruction)
+            [ids] = prompter.texts(["a b " * 8000], prefix)
+            assert len(ids) == asked + len(prefix.suffix) + 1
+
+
+def test_the_commit_of_an_adapter_on_the_hub_is_its_revision(tmp_path, monkeypatch):
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, name: (
+        str(tmp_path / "abc" / name) if name == "adapter_config.json" else None))
+    assert run_eval.identity("someone/adapter") == ("someone/adapter", "abc")
+
+
+def test_the_tasks_that_scored_are_reported_beside_one_whose_score_is_no_number(world, tmp_path, capsys, monkeypatch,
+                                                                                model):
+    original = Embedder.encode
+
+    def collapsed(self, texts, **options):
+        vectors = original(self, texts, **options)
+        return np.ones_like(vectors) / vectors.shape[1] ** 0.5 if any("gauge" in text for text in texts) else vectors
+    monkeypatch.setattr(Embedder, "encode", collapsed)
+    rows = [{"sentence1": f"gauge {n}", "sentence2": f"gauge other {n}", "score": n % 5} for n in range(20)]
+    write_lines(world / "BIOSSES/test.jsonl", rows)
+    assert run_eval.main(command(model, world, tmp_path / "out", "--tasks", "BIOSSES,MyRetrieval")) == 1
+    printed = capsys.readouterr().out
+    assert "failed, ValueError: the score is nan" in printed and "failed: BIOSSES" in printed
+    assert "MyRetrieval" in (tmp_path / "out/report.md").read_text()
 
 
 BROKEN = SHARED.replace("team = Team()", """

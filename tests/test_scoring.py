@@ -270,6 +270,33 @@ def test_changed_files_are_read_anew_in_spite_of_the_cache_of_datasets(tmp_path:
     assert tmp_path / "cache" == datasets.config.HF_DATASETS_CACHE
 
 
+def test_a_load_that_fails_once_spoils_nothing(world: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """A retrieval folder without README.md is read through a scratch folder, which the next attempt must not miss."""
+    def broken(*_: Any, **__: Any) -> None:
+        raise OSError("passing fault")
+
+    (task,) = tasks_from("MyRetrieval", world).tasks
+    assert not (world / "MyRetrieval" / "README.md").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(task).__mro__[3], "load_data", broken)  # mteb's
+        with pytest.raises(OSError, match="passing fault"):
+            score_task(encoder_of(WordHash()), task, tmp_path)
+    (fresh,) = tasks_from("MyRetrieval", world).tasks
+    assert score_task(encoder_of(WordHash()), task, tmp_path).score == score_task(
+        encoder_of(WordHash()), fresh, tmp_path / "fresh").score
+
+
+def test_a_score_that_is_no_number_is_an_error(world: Path, tmp_path: Path) -> None:
+    class Collapsed(WordHash):
+        """One vector for all."""
+
+        def encode(self, texts: Any, **options: Any) -> np.ndarray:
+            return np.ones((len(texts), 4), np.float32) / 2
+
+    with pytest.raises(ValueError, match="the score is nan. Expected is a finite number"):
+        score_task(encoder_of(Collapsed()), tasks_from("BIOSSES", world).tasks[0], tmp_path)
+
+
 # ---- tasks and instructions --------------------------------------------------------------------------------
 
 
@@ -324,6 +351,7 @@ def test_instructions_come_from_the_override_then_the_task_then_its_class(world:
     [
         ('{"STS23": "x"}', "unknown task 'STS23'. Nearest: STS"),
         ('{"STS12": 3}', "not an object of texts"),
+        ('{"STS12": ""}', "not an object of texts"),
         ("[1", "Expecting"),
     ],
 )
@@ -353,6 +381,7 @@ def test_unknown_names_come_with_the_nearest(selection: str, message: str) -> No
         ('{"class": 3}', r"task.json: 'class' is 3. Expected"),
         ('{"klass": "ArguAna"}', "unknown key 'klass'"),
         ('{"class": "ArguAna", "set": {"k_valeus": [1]}}', "unknown attribute 'k_valeus'. Nearest: k_values"),
+        ('{"class": "ArguAna", "set": {"eval_splits": ["dev"]}}', "eval_splits cannot be set. Expected is a plain"),
         ('{"class": ', "broken JSON"),
         ("[]", "JSON of type list"),
         ("{}", "unknown mteb task 'Bad'.*needs a task.json"),
