@@ -13,6 +13,7 @@ rule costs seconds. Several GPUs: torchrun --nproc-per-node 8 run_label.py …
 import argparse
 import hashlib
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -64,6 +65,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if given.label_temperature is not None and not given.label_temperature > 0:
         raise ValueError(f"--label-temperature is {given.label_temperature}. Expected is above 0. Give another.")
     given.value = RULES[given.rule] if given.value is None else given.value
+    if not math.isfinite(given.value):
+        raise ValueError(f"--value is {given.value}. Expected is a finite number. Give another.")
     if given.rule == "percentage" and not 0 < given.value <= 1:
         raise ValueError(f"--value is {given.value} for the rule percentage. Expected is a share above 0 and up to 1. "
                          "Give another.")
@@ -102,12 +105,15 @@ def tell_what_changed(cache: Cache, keys: dict[str, Any]) -> None:
     write_json(path, keys)
 
 
-def bounded(scored: Scored, logits: bool) -> tuple[list[Candidate], list[Candidate]]:
-    """Positives and candidates on the scale that the rule sees: cosines as they are, logits through a sigmoid."""
+def bounded(scored: Scored, logits: bool) -> tuple[list[Candidate], list[Candidate], list[Candidate]]:
+    """Positives and candidates on the scale that the rule sees: cosines as they are, logits through a sigmoid.
+
+    And the query's positives on other lines, which have no score here.
+    """
     scale = sigmoid if logits else float
     positives, candidates = ([Candidate(name, text, scale(score)) for name, text, score in some]
                              for some in (scored.positives, scored.candidates))
-    return positives, candidates
+    return positives, candidates, [Candidate(name, text, math.nan) for name, text in scored.elsewhere]
 
 
 def label(
@@ -116,9 +122,9 @@ def label(
     """The lines of the output."""
     logits = pipeline.reranker is not None
     for scored in pipeline.scored():
-        positives, candidates = bounded(scored, logits)
+        positives, candidates, elsewhere = bounded(scored, logits)
         fate = list(judge(scored.pair.query, positives, best_first(candidates), rule=given.rule, value=given.value,
-                          negatives=given.negatives))
+                          negatives=given.negatives, elsewhere=elsewhere))
         negatives = [candidate for candidate, why in fate if why == "kept"]
         raw = {name: score for name, _, score in scored.candidates}
         positive_scores = [round(score, 6) for _, _, score in scored.positives]

@@ -80,6 +80,7 @@ def train(trainer: Trainer, folder: Path) -> bool:
                 if team.rank == 0:
                     runs.save_state(folder, trainer.model, trainer.optimiser,
                                     {"step": step, "elapsed_s": clock.elapsed_s}, keep=options.keep)
+                team.wait(while_alive=True)  # a large state takes its time
             if ended:
                 log.close()
                 return done >= 1
@@ -183,7 +184,8 @@ def main(arguments: list[str] | None = None) -> int:
             trainer.team.close()
             return code
         finally:
-            runs.drop_if_empty(folder)
+            if trainer.team.rank == 0:
+                runs.drop_if_empty(folder)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -214,6 +216,7 @@ def run(trainer: Trainer, folder: Path, start: runs.Start) -> int:
         facts["held_out_before"] = held_out_score(trainer, sets_or_none, "before training") if lead else None
     if lead:
         runs.write_json(folder / "run.json", facts)
+    trainer.team.wait(while_alive=True)
     complete = train(trainer, folder)
     if not lead:
         return 0 if complete else 130

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,8 +26,8 @@ from benchmarks.mining_world import label
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/claims"
-CODE = ("ref", "kernels", "labelling", "data/make_world.py", "run_train.py", "run_label.py", "run_eval.py",
-        "benchmarks/experiment.py")
+CODE = ("ref", "kernels", "labelling", "data", "configs", "run_train.py", "run_label.py", "benchmarks/experiment.py",
+        "benchmarks/mining_world.py")
 SAME = "same instruction"
 
 
@@ -49,19 +50,15 @@ class Setting:
     model: str
     device: str = "cpu"
 
-    @property
-    def name(self) -> str:
-        """Of the files with its results."""
-        usual = self.model in ("tiny", "configs/small.json")
-        return self.ground if usual else f"{self.ground}-{Path(self.model).stem}"
 
-
+@cache
 def code_hash() -> str:
-    """Of all that a result depends on besides its line."""
+    """Of the code, the configurations and the sample data, as this process found them."""
     digest = hashlib.sha256()
     for name in CODE:
         path = ROOT / name
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+        inside = (file for file in path.rglob("*") if file.suffix in (".py", ".json", ".jsonl"))
+        for file in sorted(inside) if path.is_dir() else [path]:
             digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -101,7 +98,7 @@ def run_one(setting: Setting, arm: Arm, seed: int) -> dict[str, Any]:
         if code:
             raise SystemExit(f"{arm}, seed {seed}: run_train.py ended with {code}: {said.getvalue()[-500:]}")
         score = (world_score(folder / "run", arm, setting.device) if setting.ground == "world"
-                 else real_score(folder / "run", arm))
+                 else real_score(folder / "run", arm, setting.device))
     return {"ground": setting.ground, "seed": seed, "steps": setting.steps, "model": setting.model, **score,
             "seconds": round(time.perf_counter() - start_s)}
 
@@ -117,42 +114,50 @@ def changed(lines: list[dict[str, Any]], how: str, seed: int) -> None:
         line["prompt"] = "Find texts." if how == SAME else prompt
 
 
-def mined(rule: str, value: str, folder: Path, seed: int) -> list[dict[str, Any]]:
-    """The world's raw pairs through run_label.py; its retriever is a run of the README's command, one for all seeds."""
+def retriever() -> Path:
+    """What mines the world: a run of the README's command, one for all seeds."""
     import run_train
-    from ref.runs import write_whole
 
-    retriever = RESULTS / "retriever" / code_hash()
-    if not retriever.is_dir():
-        retriever.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(OSError):  # another process was first
-            write_whole(retriever, lambda draft: run_train.main(
-                ["--model", "tiny", "--data", str(ROOT / "data/soft_labels.jsonl"), "--output", str(draft)]))
+    folder = RESULTS / "retriever" / code_hash()
+    if not (folder / "run.json").exists():
+        with contextlib.redirect_stdout(io.StringIO()):
+            code = run_train.main(["--model", "tiny", "--data", str(ROOT / "data/soft_labels.jsonl"), "--device", "cpu",
+                                   "--output", str(folder)])
+        if code:
+            raise SystemExit(f"the retriever's training ended with {code}; remove {folder} and start again")
+    return folder
+
+
+def mined(rule: str, value: str, folder: Path, seed: int) -> list[dict[str, Any]]:
+    """The world's raw pairs through run_label.py."""
     subprocess.run([sys.executable, str(ROOT / "data/make_world.py"), "--raw", str(folder)], check=True)
     given = ["--rule", rule, *(["--value", value] if rule != "none" else [])]
     if rule == "random":
         given = ["--rule", "none", "--negatives", "1000", "--candidates", "600", "--depth", "600"]
-    lines = label(folder, retriever, folder / "labels.jsonl", given)
+    lines = label(folder, retriever(), folder / "labels.jsonl", given)
     draw = random.Random(seed)
     for line in lines if rule == "random" else []:
-        chosen = sorted(draw.sample(range(len(line["neg"])), 7))  # they stand hardest first
+        chosen = draw.sample(range(len(line["neg"])), 7)  # in the order drawn: training takes the first
         line["neg"], line["neg_scores"] = ([line[key][n] for n in chosen] for key in ("neg", "neg_scores"))
     return lines
 
 
 def fixed_examples() -> Any:
-    """Within it, the first five lines of a task are its examples in every batch."""
+    """Within it, the examples of a batch are the first of the task's first lines, as many as would have been drawn.
+
+    Left out as ever: texts of the batch, and known positives of its queries.
+    """
     from ref.data import SoftLabels
+    from ref.mining import fold
     from ref.prompts import Example
 
-    fixed: dict[Any, list[Example]] = {}
-
-    def examples(self: SoftLabels, numbers: Any, rows: Any, *_: object) -> list[list[Example]]:
-        task = rows[0].task
-        if task not in fixed:
-            places = np.flatnonzero(self.task == self.task[numbers[0]])[:5]
-            fixed[task] = [Example(self[int(n)].query, self[int(n)].positives[0]) for n in places]
-        return [fixed[task]]
+    def examples(self: SoftLabels, numbers: Any, rows: Any, passages: Any, step: int) -> list[list[Example]]:
+        most = self.options.max_examples
+        wanted = random.Random(f"{self.options.seed} examples {step}").randint(0, most)  # as SoftLabels draws it
+        taken = {fold(text) for row in rows for text in (row.query, *row.positives)} | set(map(fold, passages))
+        first = [self[int(n)] for n in np.flatnonzero(self.task == self.task[numbers[0]])[:most]]
+        pairs = [Example(row.query, row.positives[0]) for row in first]
+        return [[pair for pair in pairs if not {fold(pair.query), fold(pair.response)} & taken][:wanted]]
     return mock.patch.object(SoftLabels, "_examples", examples)
 
 
@@ -197,22 +202,19 @@ def real_folder(name: str) -> Path:
     return folder
 
 
-def real_score(run: Path, arm: Arm) -> dict[str, Any]:
-    """Mean of the main scores x 100 of the ten sets."""
-    import run_eval
+def real_score(run: Path, arm: Arm, device: str) -> dict[str, Any]:
+    """Mean of the main scores x 100 of the ten sets, each scored as run_eval.py does."""
+    from ref import Embedder
+    from ref.scoring import MtebEncoder, score_task
+    from ref.tasks import tasks_from
 
-    instructions, output = ROOT / "configs/real_instructions.json", run / "mteb"
+    instructions = json.loads((ROOT / "configs/real_instructions.json").read_text())
     if arm.data == SAME:
-        same = dict.fromkeys(json.loads(instructions.read_text()), "Find texts.")
-        instructions = run / "instructions.json"
-        instructions.write_text(json.dumps(same))
-    with contextlib.redirect_stdout(io.StringIO()):
-        run_eval.main(["--model", str(run), "--data-dir", str(real_folder("mteb")), "--output", str(output),
-                       "--instructions", str(instructions)])
-    sets = {}
-    for path in sorted(output.rglob("*.json")):
-        content = json.loads(path.read_text())
-        if path.parent.name.endswith("-local-data") and "task_name" in content:
-            scores = [row["main_score"] for split in content["scores"].values() for row in split]
-            sets[content["task_name"]] = 100 * sum(scores) / len(scores)
+        instructions = dict.fromkeys(instructions, "Find texts.")
+    encoder = MtebEncoder(Embedder.from_pretrained(run, device=device), name="local/run", revision="1",
+                          overrides=instructions)
+    tasks = tasks_from(",".join(instructions), real_folder("mteb")).tasks
+    sets = {task.metadata.name: 100 * score_task(encoder, task, run / "mteb").score for task in tasks}
+    if sets.keys() != instructions.keys():
+        raise SystemExit(f"scored were {', '.join(sets)}. Expected are {', '.join(instructions)}. Complete the data.")
     return {"score": sum(sets.values()) / len(sets), "sets": sets}

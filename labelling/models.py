@@ -143,7 +143,7 @@ def _with_base(folder: Path) -> str:
         return own
     name = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path"))
     inside = (folder / name).resolve()
-    return f"{own} {_with_base(inside if name.startswith('../') and inside.is_dir() else locate(name))}"
+    return f"{own} {_with_base(inside if name.startswith('../') and inside.is_dir() else inside_run(locate(name)))}"
 
 
 def _library() -> Any:

@@ -52,6 +52,7 @@ class Scored(NamedTuple):
     pair: Pair
     positives: list[tuple[str, str, float]]  # id, text, score
     candidates: list[tuple[str, str, float]]
+    elsewhere: list[tuple[str, str]]  # id, text of the query's positives on other lines
 
 
 class Pipeline:
@@ -257,7 +258,8 @@ class Pipeline:
                     pair = self.pairs[row]
                     positives = [(name, text, next(scores)) for _, name, text in self.pairs.positives(pair)]
                     hits = [int(hit) for hit in candidates[row - block.start] if hit >= 0]
-                    yield Scored(pair, positives, [(*self.passage(hit), next(scores)) for hit in hits])
+                    yield Scored(pair, positives, [(*self.passage(hit), next(scores)) for hit in hits],
+                                 [(name, text) for _, name, text in self.pairs.elsewhere(pair)])
 
     def logits(self, rows: range) -> np.ndarray:
         """The reranker's scores of positives, then candidates, query by query, in one list."""

@@ -66,17 +66,17 @@ def entropy(scores: Sequence[float], temperature: float) -> float:
 
 
 def rules_table(
-    queries: Iterable[tuple[str, list[Candidate], list[Candidate]]], *, negatives: int,
+    queries: Iterable[tuple[str, list[Candidate], list[Candidate], list[Candidate]]], *, negatives: int,
 ) -> list[str]:
     """For each rule and value: candidates that stay below the bar, and queries that get all their negatives."""
     kept, full = Counter[tuple[str, float]](), Counter[tuple[str, float]]()
     count = judged = 0
-    for query, positives, candidates in queries:
+    for query, positives, candidates, elsewhere in queries:
         count += 1
         ranked = best_first(candidates)
         for rule in RULES:
             fates = Counter(why for _, why in judge(
-                query, positives, ranked, rule=rule[0], value=rule[1], negatives=negatives))
+                query, positives, ranked, rule=rule[0], value=rule[1], negatives=negatives, elsewhere=elsewhere))
             below = fates["kept"] + fates["not needed"]
             kept[rule] += below
             full[rule] += fates["kept"] == negatives

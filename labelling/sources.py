@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ref.data import KINDS, checked_text
+from ref.mining import fold
 from ref.runs import write_whole
 
 
@@ -119,12 +120,14 @@ class Pairs:
         if path.is_dir():
             self.path = path / "queries.jsonl"
             self.judged = _qrels(path / "qrels" / f"{split}.tsv")
-        offsets, numbers = [], []
+        offsets, numbers, keys = [], [], []
         digest = hashlib.sha256(json.dumps(self.judged, sort_keys=True).encode())
         for number, offset, value, line in _lines(self.path):
             if self.judged and _id(value.get("_id"), f"{self.path} line {number}") not in self.judged:
                 continue  # a query of another split
-            self._check(self._pair(value, number))
+            pair = self._pair(value, number)
+            self._check(pair)
+            keys.append(_query_key(pair))
             self.all_have_prompts &= value.get("prompt") is not None
             offsets.append(offset)
             numbers.append(number)
@@ -135,6 +138,9 @@ class Pairs:
         self.sha256 = digest.hexdigest()
         self.file = self.path.open("rb")
         self.offset, self.number = np.array(offsets, np.int64), np.array(numbers, np.int64)
+        keys_N = np.array(keys, np.uint64)
+        self.by_key = keys_N.argsort(kind="stable").astype(np.int32)
+        self.keys = keys_N[self.by_key]
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -142,6 +148,14 @@ class Pairs:
     def __getitem__(self, row: int) -> Pair:
         self.file.seek(self.offset[row])
         return self._pair(json.loads(self.file.readline()), int(self.number[row]))
+
+    def elsewhere(self, pair: Pair) -> list[tuple[int | None, str, str]]:
+        """`positives` of the other lines of the same task that ask the same query."""
+        key = np.uint64(_query_key(pair))
+        start, stop = np.searchsorted(self.keys, key), np.searchsorted(self.keys, key, side="right")
+        others = (self[row] for row in self.by_key[start:stop]) if stop - start > 1 else ()
+        return [one for other in others if other.where != pair.where and fold(other.query) == fold(pair.query)
+                for one in self.positives(other)]
 
     def positives(self, pair: Pair) -> list[tuple[int | None, str, str]]:
         """(row, id, text) of each positive; row None for a text that the corpus does not have."""
@@ -235,6 +249,10 @@ def _id(value: Any, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
         raise ValueError(f"{where}: id is {value!r:.60}. Expected is a text or a whole number. Give each its own.")
     return str(value)
+
+
+def _query_key(pair: Pair) -> int:
+    return _hash(f"{pair.task}\n{fold(pair.query)}")
 
 
 def _hash(text: str) -> int:

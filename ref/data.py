@@ -321,8 +321,11 @@ def _groups(columns: list[list[int]], rows: list[Row], passages: list[str]) -> G
     """Columns, and a number for each different text."""
     numbers: dict[str, int] = {}
     text_P = [numbers.setdefault(fold(text), len(numbers)) for text in passages]
-    known = [[numbers[t] for t in {fold(row.query): 0, **dict.fromkeys(map(fold, row.positives), 0)} if t in numbers]
-             for row in rows]
+    right: dict[str, dict[str, None]] = {}  # by query, which may stand on several lines: its own text, its positives
+    for row in rows:
+        texts = map(fold, (row.query, *row.positives))
+        right.setdefault(fold(row.query), {}).update(dict.fromkeys(texts))
+    known = [[numbers[text] for text in right[fold(row.query)] if text in numbers] for row in rows]
     return Groups(_rectangle(columns, -1, torch.int64), torch.tensor(text_P), _rectangle(known, -1, torch.int64))
 
 

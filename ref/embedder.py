@@ -144,7 +144,7 @@ def load_with_adapter(
     named = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     name = checked(named, str, what, "a folder or hub id")
     inside = (folder / name).resolve()
-    base = inside if name.startswith("../") and inside.is_dir() else locate(name)
+    base = inside if name.startswith("../") and inside.is_dir() else inside_run(locate(name))
     model, tokenizer = load_with_adapter(base, device=device, dtype=dtype)
     load_adapter(model, folder)
     merge(model)

@@ -15,7 +15,7 @@ from ref import lora
 from ref.checkpoint import save_model
 from ref.config import Options
 from ref.data import SoftLabels
-from ref.embedder import write_prompter
+from ref.embedder import inside_run, write_prompter
 from ref.model import Mistral
 from ref.prompts import Prompter
 from ref.runs import Start, write_whole
@@ -29,7 +29,7 @@ def save_result(
     if options.train == "all":
         write_whole(folder / "model", lambda draft: export(model, prompter, prompts, draft))
         return
-    base = str(Path(start.name).resolve()) if Path(start.name).is_dir() else start.name
+    base = str(inside_run(Path(start.name)).resolve()) if Path(start.name).is_dir() else start.name
     if start.architecture is not None:
         base = "../base"
         plain = frozen_base(model)

@@ -58,15 +58,18 @@ def bar(rule: str, value: float, positive_scores: Iterable[float]) -> float:
 def judge(
     query: str, positives: Sequence[Candidate], candidates: Iterable[Candidate], *,
     rule: str = "percentage", value: float = RULES["percentage"], negatives: int = 7,
+    elsewhere: Sequence[Candidate] = (),
 ) -> Iterator[tuple[Candidate, Why]]:
     """What becomes of each candidate, one after another, best first as they come in.
 
     Left out whatever they score: the positives by id, and any text equal to the query, to a positive or to a negative
-    that was already kept (white space folded).
+    that was already kept (white space folded). `elsewhere`: positives of the same query on other lines, left out too;
+    they do not set the bar.
     """
     limit = bar(rule, value, [positive.score for positive in positives])
-    known = {positive.id for positive in positives}
-    seen = {fold(text) for text in (query, *(positive.text for positive in positives))}
+    right = (*positives, *elsewhere)
+    known = {positive.id for positive in right}
+    seen = {fold(text) for text in (query, *(positive.text for positive in right))}
     kept = 0
     for candidate in candidates:
         text = fold(candidate.text)

@@ -64,8 +64,11 @@ class Team:
         each, more = divmod(count, self.size)
         return [rank * each + min(rank, more) for rank in range(self.size + 1)]
 
-    def wait(self) -> None:
-        """Until all have come here; PeerError that names who has not, once patience is over."""
+    def wait(self, *, while_alive: bool = False) -> None:
+        """Until all have come here; PeerError that names who has not, once patience is over.
+
+        `while_alive`: with patience for as long as whoever is late has a heartbeat, where one has long work of its own.
+        """
         if self.size == 1:
             return
         self.waits += 1
@@ -73,7 +76,10 @@ class Team:
         end_s, pause_s = time.monotonic() + self.patience.total_seconds(), 0.0005
         while behind := [rank for rank, value in enumerate(self._read("at")) if value < self.waits]:
             if time.monotonic() > end_s:
-                raise PeerError(self._who(behind, f"not heard of for {self.patience}"))
+                late = set(behind) & set(self._without_heartbeat()) if while_alive else behind
+                if late:
+                    raise PeerError(self._who(sorted(late), f"not heard of for {self.patience}"))
+                end_s = time.monotonic() + self.patience.total_seconds()
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 0.05)
 

@@ -4,13 +4,18 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from benchmarks import claims, experiment
 from benchmarks.claims import ARMS, CLAIMS, LARGER, interval, table, verdict
 from benchmarks.experiment import Arm, Setting, changed, row_path
+from ref.config import Options
+from ref.data import SoftLabels
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,6 +65,30 @@ def test_another_seed_line_setting_or_code_is_another_row(monkeypatch):
     assert one not in others and len(others) == 7
 
 
+def test_fixed_examples_differ_from_drawn_ones_in_nothing_but_which(monkeypatch):
+    """As many in each batch, never a text of the batch, and the same ones throughout."""
+    data = SoftLabels([ROOT / "data/soft_labels.jsonl"], replace(Options(), max_examples=5, queries=8))
+    numbers = data.batches(0)[:40]
+    drawn = [data.batch(lines, epoch=0, step=step) for step, lines in enumerate(numbers)]
+    with experiment.fixed_examples():
+        fixed = [data.batch(lines, epoch=0, step=step) for step, lines in enumerate(numbers)]
+    counts = [[len(batch.examples[0]) for batch in some] for some in (drawn, fixed)]
+    assert set(counts[0]) == set(range(6)) and np.mean(np.equal(*counts)) > 0.8  # fewer where one is in the batch
+    shown = [{example for batch in some for example in batch.examples[0]} for some in (drawn, fixed)]
+    assert len(shown[1]) <= 5 * len({batch.task for batch in fixed}) < len(shown[0])
+    for batch in fixed:
+        texts = {text for example in batch.examples[0] for text in (example.query, example.response)}
+        assert not texts & {*batch.queries, *batch.passages}
+
+
+def test_words_ask_more_than_the_bootstrap():
+    gain = [0.1, 0.2, 0.9]
+    assert interval(gain)[0] > 0 > claims.student(gain)[0]
+    rows = {(arm, n): more for n, one in enumerate(gain) for arm, more in (("full", one), ("hard labels", 0.0))}
+    assert table(rows, range(3))[0]["verdict"] == "cannot tell"
+    assert claims.student([1.0, 2.0, 3.0, 4.0]) == pytest.approx((2.5 - 2.0540, 2.5 + 2.0540), abs=1e-3)
+
+
 @pytest.mark.parametrize("arms", [["full", "fixed examples", "mined, random"]])
 def test_the_study_in_small_goes_on_where_it_was(arms, tmp_path, monkeypatch, tiny_run):
     """One seed, ten steps, any retriever; the second start has nothing to do."""
@@ -95,22 +124,24 @@ def test_the_table_is_made_again_from_the_rows(tmp_path, monkeypatch):
     assert list(tmp_path.glob("*.md"))
 
 
-def test_real_sets_behind_one_instruction(tmp_path, monkeypatch):
-    """An arm that learned without instructions is scored without them."""
-    asked = []
+def test_real_sets_are_scored_as_trained_and_all_of_them(tmp_path, monkeypatch, tiny_run):
+    """An arm that learned without instructions is scored without them; a mean lacks no set."""
+    asked, tasks = [], json.loads((ROOT / "configs/real_instructions.json").read_text())
 
-    def scored(arguments):
-        asked.append(json.loads(Path(arguments[arguments.index("--instructions") + 1]).read_text()))
-        folder = Path(arguments[arguments.index("--output") + 1]) / "results/x/r-local-data"
-        folder.mkdir(parents=True)
-        (folder / "A.json").write_text(json.dumps({"task_name": "A", "scores": {"test": [{"main_score": 0.25}]}}))
-        (folder / "B.json").write_text(json.dumps({"task_name": "B", "scores": {"test": [{"main_score": 0.5}]}}))
-    monkeypatch.setattr("run_eval.main", scored)
+    def scored(encoder, task, output):
+        asked.append(encoder.overrides[task.metadata.name])
+        return SimpleNamespace(score=0.25)
+    monkeypatch.setattr("ref.scoring.score_task", scored)
+    monkeypatch.setattr("ref.tasks.tasks_from", lambda names, folder: SimpleNamespace(tasks=[
+        SimpleNamespace(metadata=SimpleNamespace(name=name)) for name in names.split(",")]))
     monkeypatch.setenv("LG_ANNA_DATA", str(tmp_path))
     (tmp_path / "mteb").mkdir()
-    for number, arm in enumerate((Arm(), ARMS["no instructions"])):
-        (tmp_path / f"run{number}").mkdir()
-        row = experiment.real_score(tmp_path / f"run{number}", arm)
-        assert row == {"score": 37.5, "sets": {"A": 25.0, "B": 50.0}}
-    assert len(set(asked[0].values())) > 1 and set(asked[1].values()) == {"Find texts."}
-    assert asked[0].keys() == asked[1].keys()
+    row = experiment.real_score(tiny_run, Arm(), "cpu")
+    assert row["score"] == 25.0 and row["sets"].keys() == tasks.keys() and asked == list(tasks.values())
+    asked.clear()
+    experiment.real_score(tiny_run, ARMS["no instructions"], "cpu")
+    assert set(asked) == {"Find texts."} and len(asked) == 10
+    monkeypatch.setattr("ref.tasks.tasks_from", lambda names, folder: SimpleNamespace(tasks=[
+        SimpleNamespace(metadata=SimpleNamespace(name="STS12"))]))
+    with pytest.raises(SystemExit, match="scored were STS12. Expected are Banking77"):
+        experiment.real_score(tiny_run, Arm(), "cpu")

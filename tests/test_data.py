@@ -283,6 +283,14 @@ def test_known_positives_and_same_texts_are_numbered(tmp_path):
     assert number["q0"] in known[0]
 
 
+def test_positives_of_the_same_query_on_another_line_are_known(tmp_path):
+    data = load(tmp_path, [line(query="q", pos=["a"]), line(query="other", pos=["b"]), line(query=" q ", pos=["c"])])
+    batch = data.batch(np.arange(3), epoch=0, step=0)
+    text = dict(zip(batch.groups.text_P.tolist(), batch.passages, strict=True))
+    known = [{text[n] for n in row if n >= 0} for row in batch.groups.known_QX.tolist()]
+    assert known == [{"a", "c"}, {"b"}, {"a", "c"}]
+
+
 # ------------------------------------------------------------------------------------------------- examples
 
 @pytest.mark.parametrize("per", ["batch", "query"])

@@ -260,6 +260,23 @@ def test_scores_are_cosines_of_the_retriever_and_candidates_the_fused_lists(labe
         assert row["pos_scores"] == pytest.approx([score[i] for i in pair["pos"]], abs=2e-6)
 
 
+def test_positives_of_the_same_query_on_other_lines_are_no_negatives(label, raw, tmp_path):
+    """One positive a line, as such files often are; another task's lines are its own affair."""
+    passages = [passage["text"] for passage in rows_of(raw[1])]
+    twice = {passages.index(text) for text in passages if passages.count(text) > 1}
+    chosen = [n for n in range(20) if n not in twice][:3]
+    lines = [{"query": "harbour lights", "pos": [f"d{n}"], "task": "Harbour", "prompt": "Find it."} for n in chosen]
+    other = {**lines[0], "task": "Sea", "pos": ["d30"]}
+    write(raw[0], [*lines, other])
+    assert label("--rule", "none", "--negatives", 60, "--candidates", 60, "--depth", 60) == 0
+    right = {passages[n] for n in chosen}
+    *found, apart = rows_of(tmp_path / "out.jsonl")
+    for row in found:
+        assert not right & set(row["neg"]) and row["mining"]["known positive"] == 3
+    assert right <= set(apart["neg"])  # control: they are among the candidates
+    assert label("--rule", "margin", "--value", "nan") == 2
+
+
 def test_another_rule_computes_nothing(label, tmp_path, capsys, monkeypatch):
     assert label() == 0
     assert "blocks from the cache" in capsys.readouterr().out

@@ -37,6 +37,13 @@ def test_the_lowest_positive_sets_the_bar():
     assert [n.id for n in mine("q", several, FIVE)] == ["d4"]
 
 
+def test_positives_elsewhere_are_left_out_and_do_not_set_the_bar():
+    elsewhere = [FIVE[0], Candidate("x", FIVE[1].text, math.nan)]
+    fates = {c.id: why for c, why in judge("q", [POSITIVE], FIVE, rule="none", elsewhere=elsewhere)}
+    assert (fates.pop(FIVE[0].id), fates.pop(FIVE[1].id)) == ("known positive", "same text")
+    assert set(fates.values()) == {"kept"}
+
+
 def test_what_is_known_or_the_same_is_never_a_negative():
     candidates = [
         Candidate("p", "known by its id", 0.1), Candidate("a", "the  positive\n", 0.2), Candidate("b", " What?", 0.3),

@@ -193,6 +193,31 @@ def test_a_dead_process_ends_the_others_and_is_named(folder):
     assert any(found[1] == "1" for found in named if found), errors
 
 
+LATE = """
+import sys, time
+from datetime import timedelta
+from ref.team import PeerError, Team
+team = Team(patience=timedelta(seconds=2))
+if team.rank == 0:
+    time.sleep(9)
+try:
+    team.wait(while_alive=sys.argv[1] == "patient")
+    print("together")
+except PeerError as error:
+    print(error)
+time.sleep(0 if team.rank else 5)  # the first keeps the store that the other asks
+team.close()
+"""
+
+
+def test_long_work_of_one_is_no_reason_to_give_up_where_it_may_come(folder):
+    """Before the first step and behind a saved state: held-out scores and large files take longer than a step."""
+    for how, expected in (("patient", "together"), ("strict", "rank 0 of 2, noticed by rank 1")):
+        processes = start(2, ["-c", LATE, how], stdout=subprocess.PIPE, text=True)
+        printed = [process.communicate(timeout=60)[0] for process in processes]
+        assert expected in printed[1], printed
+
+
 def test_a_stuck_process_ends_the_others_and_is_named(folder):
     processes = start(2, command(folder, "stuck", "--peer-timeout", 5), stdout=subprocess.DEVNULL,
                       stderr=subprocess.PIPE, text=True)

@@ -673,6 +673,16 @@ def test_from_pretrained_refuses_unknown_options(whole, options, message):
         Embedder.from_pretrained(whole, **options)
 
 
+def test_an_adapter_on_top_of_a_run_finds_its_base(place, tmp_path):
+    """The base is a run folder, which holds the model in a folder of its own."""
+    assert place.train("under") == 0
+    assert place.train("on-top", "--model", place.folder / "under", "--merge") == 0
+    adapter, merged = (Embedder.from_pretrained(place.folder / "on-top" / name, device="cpu").encode(["some text"])
+                       for name in ("adapter", "merged"))
+    under = Embedder.from_pretrained(place.folder / "under", device="cpu").encode(["some text"])
+    assert adapter @ merged.T == pytest.approx(1.0, abs=1e-5) and adapter @ under.T < 1 - 1e-5
+
+
 def test_the_rate_of_a_step_is_its_own(place, monkeypatch):
     """Not that of the step before or behind it, and not that of a flush which follows at once."""
     slow = {2: 1.0}
