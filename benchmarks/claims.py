@@ -216,12 +216,11 @@ def main(arguments: list[str] | None = None) -> int:
     if any(ARMS[arm].data.startswith("mined") for arm, _ in left):
         retriever()
     failed = study(setting, left, given.workers)
-    rows = [json.loads(path.read_text()) | {"arm": name} for seed in seeds for name in ARMS
+    rows = [{**json.loads(path.read_text()), "arm": name, "code": code_hash()} for seed in seeds for name in ARMS
             if (path := row_path(setting, ARMS[name], seed)).exists()]
     from ref.runs import machine, now
 
-    about = {"date": now(), **machine(), "ground": given.ground, "steps": setting.steps, "code": code_hash(),
-             "rows": rows}
+    about = {"date": now(), **machine(), "ground": given.ground, "steps": setting.steps, "rows": rows}
     return report(name, about, write=not given.quick) or failed
 
 
