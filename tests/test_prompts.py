@@ -206,5 +206,5 @@ def test_a_prompt_without_room_is_an_error(bge, template):
     prefix = prompter.prefix(INSTRUCTION)
     least = len(prefix.ids) + len(prefix.suffix) + 2  # one token of text, and </s>
     assert replace(prompter, max_prompt_tokens=least).prefix(INSTRUCTION) == prefix
-    with pytest.raises(ValueError, match=r"Given a web search.*leaves no room.*--max-prompt-tokens"):
+    with pytest.raises(ValueError, match=r"Given a web search.*leaves no room.*max_prompt_tokens"):
         replace(prompter, max_prompt_tokens=least - 1).prefix(INSTRUCTION)

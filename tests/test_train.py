@@ -374,7 +374,8 @@ def test_resume_refuses_what_would_be_another_run(place, whole, tmp_path, capsys
     (["--learning-rate", "-1"], r"--learning-rate is -1"),
     (["--learning-rate", "nan"], r"--learning-rate is nan"),
     (["--hard-weight", "0", "--soft-weight", "0"], r"both 0"),
-    (["--max-prompt-tokens", "8"], r"leaves no room for the text.*--max-prompt-tokens"),
+    (["--max-prompt-tokens", "8", "--max-text-tokens", "4"], r"leaves no room for the text.*max_prompt_tokens"),
+    (["--max-text-tokens", "4096"], r"--max-text-tokens is 4096 and --max-prompt-tokens 2048"),
     (["--train", "lora", "--lora-targets", "x_proj"], r"x_proj is no layer"),
     (["--held-out", "."], r"holds no set"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
