@@ -83,8 +83,7 @@ def test_a_published_model_by_its_name_gives_sentence_transformers_vectors(
     checkpoint(tmp_path, vocab_size=row.vocab_size, eos_by_tokenizer=eos_by_tokenizer, padding_side=padding_side)
     monkeypatch.setattr(embedder_module, "locate", lambda _: tmp_path)
     ours = Embedder.from_pretrained(name, max_text_tokens=3000, device="cpu")
-    prompt = {"report": "Instruct: {0}\nQuery: {1}",
-              "bge-en-icl": "<instruct>{0}\n<query>{1}\n<response>"}[row.template]
+    prompt = "<instruct>{0}\n<query>{1}\n<response>" if "bge" in name else "Instruct: {0}\nQuery: {1}"
     texts = [text for text in TEXTS if text and "</s>" not in text]  # there the two differ, and say so (README, Limits)
     theirs = library.SentenceTransformer(str(tmp_path), device="cpu")
     end = "" if eos_by_tokenizer else row.end_token
@@ -412,6 +411,14 @@ def test_more_tokens_of_a_text_make_the_prompt_longer(model):
             prefix = prompter.prefix(instruction)
             [ids] = prompter.texts(["a b " * 8000], prefix)
             assert len(ids) == asked + len(prefix.suffix) + 1
+
+
+def test_other_weights_in_a_run_are_another_revision(model, tmp_path):
+    shutil.copytree(model, tmp_path / "run")
+    name, before = run_eval.identity(str(tmp_path / "run"))
+    weights = next((tmp_path / "run/model").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert name == "local/run" and run_eval.identity(str(tmp_path / "run")) != (name, before)
 
 
 def test_the_commit_of_an_adapter_on_the_hub_is_its_revision(tmp_path, monkeypatch):

@@ -125,6 +125,17 @@ def test_fuzzed_adapters(count, checkpoint, tmp_path):
     assert 0 < sum(found) < count
 
 
+def test_a_rank_that_the_file_does_not_hold_reserves_nothing(checkpoint, tmp_path, monkeypatch):
+    """A config that asks for gigabytes is refused before a matrix of that size is made."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(checkpoint / "adapter", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "r": 10**9}))
+    monkeypatch.setattr("ref.lora.attach", None)
+    with pytest.raises(ValueError, match="Expected is rank 1000000000"):
+        load_adapter(fresh(SMALL, seed=0), folder)
+
+
 @COUNTS
 def test_fuzzed_safetensors(count, checkpoint, tmp_path):
     """Bytes of header and length changed at random."""
