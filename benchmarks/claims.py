@@ -127,7 +127,7 @@ def table(scores: dict[tuple[str, int], float], seeds: Sequence[int]) -> list[di
     found = []
     for claim in CLAIMS:
         pairs = [(scores.get((claim.arm, seed)), scores.get((claim.other, seed))) for seed in seeds]
-        if any(a is None or b is None for a, b in pairs):
+        if not pairs or any(a is None or b is None for a, b in pairs):
             continue
         gain = [a - b for a, b in pairs if a is not None and b is not None]
         low, high = interval(gain)
@@ -171,7 +171,7 @@ def draw(name: str, found: list[dict[str, Any]], path: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what is missing, then print the table and write table, picture and rows."""
+    """Run what is missing, then print the table; where nothing is missing, write table, picture and rows."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks claims", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ground", choices=("world", "real"), default="world")
@@ -179,8 +179,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="of each run (default: 400; on a GPU 3,000 and 10,000)")
     parser.add_argument("--model", help=f"(default: tiny in the world, configs/small.json; on a GPU {LARGER})")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--only", nargs="+", metavar="ARM", help="these arms")
-    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1),
+    parser.add_argument("--only", nargs="+", metavar="ARM", choices=list(ARMS), help="these arms: the table is printed")
+    parser.add_argument("--workers", type=int, choices=range(1, 65), default=min(4, os.cpu_count() or 1), metavar="N",
                         help="runs at a time, one thread each (default: %(default)s)")
     parser.add_argument("--plan", action="store_true", help="say what is missing and how long it takes, and stop")
     parser.add_argument("--quick", action="store_true", help="one seed, ten steps: shows that it runs")
@@ -188,9 +188,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--one", nargs=2, metavar=("ARM", "SEED"), help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     larger = given.device == "cuda"
-    usual = (STEPS_LARGER if larger else STEPS)[given.ground]
-    setting = Setting(given.ground, 10 if given.quick else given.steps or usual,
-                      given.model or (LARGER if larger else MODEL[given.ground]), given.device)
+    usual = Setting(given.ground, STEPS[given.ground], MODEL[given.ground])
+    steps = (STEPS_LARGER if larger else STEPS)[given.ground]
+    setting = Setting(given.ground, 10 if given.quick else given.steps or steps,
+                      given.model or (LARGER if larger else usual.model), given.device)
     if given.one:
         name, seed = given.one[0], int(given.one[1])
         path = row_path(setting, ARMS[name], seed)  # before the run: of the code that it runs
@@ -198,41 +199,47 @@ def main(arguments: list[str] | None = None) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(row) + "\n")
         return 0
-    usual_setting = Setting(given.ground, STEPS[given.ground], MODEL[given.ground])
-    name = given.ground if setting == usual_setting else "-".join(
+    files = given.ground if setting == usual else "-".join(
         map(str, (given.ground, Path(setting.model).stem, setting.steps, setting.device)))
     if given.table:
-        return report(name, json.loads((RESULTS / f"{name}.json").read_text()))
+        if not (RESULTS / f"{files}.json").exists():
+            parser.error(f"there is no {RESULTS / files}.json yet: run the study first.")
+        return report(files, json.loads((RESULTS / f"{files}.json").read_text()))
     seeds = range(1 if given.quick else given.seeds or SEEDS[given.ground])
-    arms = [name for name, arm in ARMS.items()
-            if given.ground in arm.grounds and (not given.only or name in given.only)]
-    left = [(name, seed) for seed in seeds for name in arms if not row_path(setting, ARMS[name], seed).exists()]
+    all_arms = [name for name, arm in ARMS.items() if given.ground in arm.grounds]
+    arms = [name for name in all_arms if not given.only or name in given.only]
+    paths = {(name, seed): row_path(setting, ARMS[name], seed) for seed in seeds for name in all_arms}
+    left = [item for item, path in paths.items() if item[0] in arms and not path.exists()]
     hours = len(left) * setting.steps * SECONDS_A_STEP[given.ground] / given.workers / 3600
-    guess = "measured as it goes" if setting.model != MODEL[given.ground] or larger else f"about {hours:.1f} hours"
+    guess = "measured as it goes" if setting.model != usual.model or larger else f"about {hours:.1f} hours"
     print(f"{len(arms)} arms x {len(seeds)} seeds, {len(left)} runs of {setting.steps} steps missing: {guess}, "
           f"{given.workers} at a time", flush=True)
     if given.plan:
         return 0
     if any(ARMS[arm].data.startswith("mined") for arm, _ in left):
         retriever()
-    failed = study(setting, left, given.workers)
-    rows = [{**json.loads(path.read_text()), "arm": name, "code": code_hash()} for seed in seeds for name in ARMS
-            if (path := row_path(setting, ARMS[name], seed)).exists()]
+    failed = study(setting, left, paths, given.workers)
     from ref.runs import machine, now
 
+    rows = [{**json.loads(path.read_text()), "arm": name, "code": code_hash()} for (name, _), path in paths.items()
+            if path.exists()]
     about = {"date": now(), **machine(), "ground": given.ground, "steps": setting.steps, "rows": rows}
-    return report(name, about, write=not given.quick) or failed
+    whole = len(rows) == len(all_arms) * len(seeds) and len(seeds) >= SEEDS[given.ground]
+    report(files, about, write=whole)
+    if not whole:
+        print("not written: that takes all arms, and as many seeds as by default")
+    return failed
 
 
-def study(setting: Setting, left: list[tuple[str, int]], workers: int) -> int:
-    """Run the missing rows, each in a process of its own; 1 if one failed."""
+def study(setting: Setting, left: Sequence[tuple[str, int]], paths: dict[tuple[str, int], Path], workers: int) -> int:
+    """Run the missing rows, each in a process of its own; 1 if one failed, or left no row for the code as it is now."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     started_s = time.perf_counter()
 
     def one(item: tuple[str, int]) -> bool:
         call = [sys.executable, "-m", "benchmarks.claims", "--ground", setting.ground, "--steps", str(setting.steps),
                 "--model", setting.model, "--device", setting.device, "--one", item[0], str(item[1])]
-        return subprocess.run(call, cwd=ROOT, env=environment, check=False).returncode == 0
+        return subprocess.run(call, cwd=ROOT, env=environment, check=False).returncode == 0 and paths[item].exists()
 
     failed = 0
     with ThreadPoolExecutor(workers) as pool:
@@ -244,17 +251,17 @@ def study(setting: Setting, left: list[tuple[str, int]], workers: int) -> int:
     return 1 if failed else 0
 
 
-def report(name: str, about: dict[str, Any], *, write: bool = True) -> int:
+def report(files: str, about: dict[str, Any], *, write: bool = True) -> int:
     """Print the table; write it with the picture and the rows under that name."""
     scores = {(row["arm"], row["seed"]): row["score"] for row in about["rows"]}
     found = table(scores, sorted({seed for _, seed in scores}))
     print("\n" + as_markdown(found))
-    if write and found:
+    if write:
         about = {**{key: value for key, value in about.items() if key != "rows"}, "claims": found,
                  "rows": about["rows"]}
-        (RESULTS / f"{name}.json").write_text(json.dumps(about, indent=1) + "\n")
-        (RESULTS / f"{name}.md").write_text(as_markdown(found) + "\n")
-        print(draw(name, found, RESULTS / f"{name}.svg"))
+        (RESULTS / f"{files}.json").write_text(json.dumps(about, indent=1) + "\n")
+        (RESULTS / f"{files}.md").write_text(as_markdown(found) + "\n")
+        print(draw(files, found, RESULTS / f"{files}.svg"))
     return 0
 
 

@@ -7,7 +7,7 @@
               BEIR            a folder with queries.jsonl and qrels/SPLIT.tsv
               FlagEmbedding   {"query": "…", "pos": ["the text itself"]}            where the corpus has no ids
 
-Once indexed, a passage takes 24 bytes of memory (place, hash of id or text, order of its id) and a pair 16; while the
+Once indexed, a passage takes 24 bytes of memory (place, hash of id or text, order of its id) and a pair 28; while the
 ids are put in order, some 220. Texts stay in the files.
 """
 
@@ -150,11 +150,11 @@ class Pairs:
         return self._pair(json.loads(self.file.readline()), int(self.number[row]))
 
     def elsewhere(self, pair: Pair) -> list[tuple[int | None, str, str]]:
-        """`positives` of the other lines of the same task that ask the same query."""
+        """`positives` of the other lines that ask the same query under the same task, prompt and type."""
         key = np.uint64(_query_key(pair))
         start, stop = np.searchsorted(self.keys, key), np.searchsorted(self.keys, key, side="right")
         others = (self[row] for row in self.by_key[start:stop]) if stop - start > 1 else ()
-        return [one for other in others if other.where != pair.where and fold(other.query) == fold(pair.query)
+        return [one for other in others if other.where != pair.where and _asks(other) == _asks(pair)
                 for one in self.positives(other)]
 
     def positives(self, pair: Pair) -> list[tuple[int | None, str, str]]:
@@ -251,8 +251,13 @@ def _id(value: Any, where: str) -> str:
     return str(value)
 
 
+def _asks(pair: Pair) -> tuple[str, str, str | None, str]:
+    """What makes two lines one question: as in training, where a batch has one task, prompt and type."""
+    return fold(pair.query), pair.task, pair.prompt, pair.kind
+
+
 def _query_key(pair: Pair) -> int:
-    return _hash(f"{pair.task}\n{fold(pair.query)}")
+    return _hash(json.dumps(_asks(pair)))
 
 
 def _hash(text: str) -> int:

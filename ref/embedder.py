@@ -175,7 +175,7 @@ def read_prompter(folder: Path, tokenizer: TextTokenizer, **given: str | int) ->
     if "max_text_tokens" in given:  # a prompt has room for a text of that length behind the rest
         rest = Prompter.max_prompt_tokens - Prompter.max_text_tokens
         least = settings["max_text_tokens"] + rest
-        settings["max_prompt_tokens"] = max(least, settings.get("max_prompt_tokens", 0))
+        settings["max_prompt_tokens"] = max(least, settings.get("max_prompt_tokens", Prompter.max_prompt_tokens))
     return Prompter(tokenizer, TEMPLATES[name], **settings)
 
 

@@ -74,14 +74,21 @@ class Team:
         self.waits += 1
         self.store.set(f"at/{self.rank}", str(self.waits))
         end_s, pause_s = time.monotonic() + self.patience.total_seconds(), 0.0005
-        while behind := [rank for rank, value in enumerate(self._read("at")) if value < self.waits]:
+        while behind := self._behind():
             if time.monotonic() > end_s:
-                late = set(behind) & set(self._without_heartbeat()) if while_alive else behind
+                silent = self._without_heartbeat() if while_alive else behind
+                late = sorted(set(silent) & set(self._behind()))
                 if late:
-                    raise PeerError(self._who(sorted(late), f"not heard of for {self.patience}"))
+                    raise PeerError(self._who(late, f"not heard of for {self.patience}"))
                 end_s = time.monotonic() + self.patience.total_seconds()
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 0.05)
+
+    def _behind(self) -> list[int]:
+        try:
+            return [rank for rank, value in enumerate(self._read("at")) if value < self.waits]
+        except RuntimeError as error:  # it keeps the store, unless the launcher does
+            raise PeerError(self._who([0], str(error).splitlines()[0][:200])) from None
 
     def watched(self, call: Callable[..., Any], *arguments: Any) -> None:
         """Call what needs all processes; PeerError that names who has no heartbeat, where it fails.

@@ -1,5 +1,6 @@
 """The study of the report's claims: its arithmetic, its machinery in small, its cache. Not the claims."""
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -65,7 +66,7 @@ def test_another_seed_line_setting_or_code_is_another_row(monkeypatch):
     assert one not in others and len(others) == 7
 
 
-def test_fixed_examples_differ_from_drawn_ones_in_nothing_but_which(monkeypatch):
+def test_fixed_examples_differ_from_drawn_ones_in_nothing_but_which():
     """As many in each batch, never a text of the batch, and the same ones throughout."""
     data = SoftLabels([ROOT / "data/soft_labels.jsonl"], replace(Options(), max_examples=5, queries=8))
     numbers = data.batches(0)[:40]
@@ -117,11 +118,38 @@ def test_the_table_is_made_again_from_the_rows(tmp_path, monkeypatch):
     """As in the repository: what is written there is what its rows say."""
     monkeypatch.setattr(claims, "RESULTS", tmp_path)
     for file in (ROOT / "benchmarks/results/claims").glob("*.json"):
-        shutil.copy(file, tmp_path / file.name)
-        assert claims.main(["--table", "--ground", file.stem]) == 0
-        for written in (file.name, f"{file.stem}.md"):
-            assert (tmp_path / written).read_text() == (file.parent / written).read_text()
+        claims.report(file.stem, json.loads(file.read_text()))
+        assert (tmp_path / f"{file.stem}.md").read_text() == file.with_suffix(".md").read_text()
     assert list(tmp_path.glob("*.md"))
+    with pytest.raises(SystemExit):
+        claims.main(["--table", "--steps", "7"])
+
+
+def test_a_part_of_the_study_overwrites_nothing(tmp_path, monkeypatch, capsys):
+    """Fewer arms, fewer seeds, or runs that all fail: a table is printed at most."""
+    monkeypatch.setattr(claims, "RESULTS", tmp_path)
+    monkeypatch.setattr(experiment, "RESULTS", tmp_path)
+    nothing = SimpleNamespace(run=lambda *_, **__: SimpleNamespace(returncode=0))  # ends well and leaves no row
+    monkeypatch.setattr(claims, "subprocess", nothing)
+    assert claims.main(["--only", "full", "hard labels", "--seeds", "1"]) == 1
+    setting = Setting("world", 400, "tiny")
+    (tmp_path / "world").mkdir()
+    for arm, seed in itertools.product(("full", "hard labels"), range(10)):
+        path = row_path(setting, ARMS[arm], seed)
+        path.write_text(json.dumps({"seed": seed, "score": float(arm == "full")}))
+    assert claims.main(["--only", "full", "hard labels"]) == 0
+    assert "| soft labels beside hard ones | +1.00" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.*"))
+
+
+def test_the_pages_show_what_was_found():
+    """Every row of docs/evidence.md, and those that README picks, are rows of the results."""
+    found = {file.stem: file.read_text().splitlines() for file in (ROOT / "benchmarks/results/claims").glob("*.md")}
+    evidence = (ROOT / "docs/evidence.md").read_text().splitlines()
+    assert found and all(line in evidence for lines in found.values() for line in lines)
+    section = (ROOT / "README.md").read_text().split("## The report's claims")[1].split("\n## ")[0]
+    shown = [line for line in section.splitlines() if line.startswith("| ") and " to " in line]
+    assert len(shown) > 5 and all(any(line in lines for lines in found.values()) for line in shown)
 
 
 def test_real_sets_are_scored_as_trained_and_all_of_them(tmp_path, monkeypatch, tiny_run):
@@ -132,7 +160,7 @@ def test_real_sets_are_scored_as_trained_and_all_of_them(tmp_path, monkeypatch, 
         asked.append(encoder.overrides[task.metadata.name])
         return SimpleNamespace(score=0.25)
     monkeypatch.setattr("ref.scoring.score_task", scored)
-    monkeypatch.setattr("ref.tasks.tasks_from", lambda names, folder: SimpleNamespace(tasks=[
+    monkeypatch.setattr("ref.tasks.tasks_from", lambda names, folder: SimpleNamespace(missing=[], tasks=[
         SimpleNamespace(metadata=SimpleNamespace(name=name)) for name in names.split(",")]))
     monkeypatch.setenv("LG_ANNA_DATA", str(tmp_path))
     (tmp_path / "mteb").mkdir()
@@ -141,7 +169,6 @@ def test_real_sets_are_scored_as_trained_and_all_of_them(tmp_path, monkeypatch, 
     asked.clear()
     experiment.real_score(tiny_run, ARMS["no instructions"], "cpu")
     assert set(asked) == {"Find texts."} and len(asked) == 10
-    monkeypatch.setattr("ref.tasks.tasks_from", lambda names, folder: SimpleNamespace(tasks=[
-        SimpleNamespace(metadata=SimpleNamespace(name="STS12"))]))
-    with pytest.raises(SystemExit, match="scored were STS12. Expected are Banking77"):
+    monkeypatch.setattr("ref.tasks.tasks_from", lambda *_: SimpleNamespace(missing=["STS12"], tasks=[]))
+    with pytest.raises(SystemExit, match="no data for STS12"):
         experiment.real_score(tiny_run, Arm(), "cpu")

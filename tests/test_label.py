@@ -266,14 +266,14 @@ def test_positives_of_the_same_query_on_other_lines_are_no_negatives(label, raw,
     twice = {passages.index(text) for text in passages if passages.count(text) > 1}
     chosen = [n for n in range(20) if n not in twice][:3]
     lines = [{"query": "harbour lights", "pos": [f"d{n}"], "task": "Harbour", "prompt": "Find it."} for n in chosen]
-    other = {**lines[0], "task": "Sea", "pos": ["d30"]}
-    write(raw[0], [*lines, other])
+    others = [{**lines[0], "task": "Sea", "pos": ["d30"]}, {**lines[0], "prompt": "Find another.", "pos": ["d31"]}]
+    write(raw[0], [*lines, *others])
     assert label("--rule", "none", "--negatives", 60, "--candidates", 60, "--depth", 60) == 0
     right = {passages[n] for n in chosen}
-    *found, apart = rows_of(tmp_path / "out.jsonl")
+    *found, by_task, by_prompt = rows_of(tmp_path / "out.jsonl")
     for row in found:
         assert not right & set(row["neg"]) and row["mining"]["known positive"] == 3
-    assert right <= set(apart["neg"])  # control: they are among the candidates
+    assert right <= set(by_task["neg"]) and right <= set(by_prompt["neg"])  # control: they are among the candidates
     assert label("--rule", "margin", "--value", "nan") == 2
 
 
