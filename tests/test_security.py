@@ -5,6 +5,7 @@ Fuzzed: config.json, the index, adapter_config.json, headers of safetensors. In 
 """
 
 import ast
+import copy
 import json
 import random
 import shutil
@@ -56,7 +57,7 @@ def mutated(draw, value):
                 if draw.random() < 0.2:
                     place.pop(key, None)
                 else:
-                    place[key] = draw.choice(VALUES)
+                    place[key] = copy.deepcopy(draw.choice(VALUES))  # or a later change would put it into itself
                 break
             place = place[key]
     return value
