@@ -54,13 +54,10 @@ class Setting:
 @cache
 def code_hash() -> str:
     """Of the code, the configurations and the sample data, as this process found them."""
-    digest = hashlib.sha256()
-    for name in CODE:
-        path = ROOT / name
-        inside = (file for file in path.rglob("*") if file.suffix in (".py", ".json", ".jsonl"))
-        for file in sorted(inside) if path.is_dir() else [path]:
-            digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
+    from ref.runs import hash_files
+
+    files = (file for name in CODE for file in ((ROOT / name).rglob("*") if (ROOT / name).is_dir() else [ROOT / name]))
+    return hash_files(ROOT, (file for file in files if file.suffix in (".py", ".json", ".jsonl")))[:16]
 
 
 def row_path(setting: Setting, arm: Arm, seed: int) -> Path:

@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from labelling.cache import fingerprint
 from ref.checkpoint import locate
 from ref.config import pick_device, read_json
-from ref.embedder import SETTINGS, Embedder, inside_run
+from ref.embedder import SETTINGS, Embedder, base_of, inside_run
 
 OTHER_FORMATS = ["*.bin", "*.onnx", "onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot", "*.gguf"]
 
@@ -138,12 +138,8 @@ def finite(scores: np.ndarray, texts: Sequence[Any], model: str) -> np.ndarray:
 
 def _with_base(folder: Path) -> str:
     """The fingerprint of a model's files, and for an adapter those of its base too."""
-    own = fingerprint(folder)
-    if not (folder / "adapter_config.json").exists():
-        return own
-    name = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path"))
-    inside = (folder / name).resolve()
-    return f"{own} {_with_base(inside if name.startswith('../') and inside.is_dir() else inside_run(locate(name)))}"
+    own, base = fingerprint(folder), base_of(folder)
+    return own if base is None else f"{own} {_with_base(base)}"
 
 
 def _library() -> Any:

@@ -134,17 +134,24 @@ def inside_run(folder: Path) -> Path:
                      "Go on with it: run_train.py --resume --output that folder.")
 
 
+def base_of(folder: Path) -> Path | None:
+    """The folder of an adapter's base model; None for a folder that holds no adapter."""
+    path = folder / "adapter_config.json"
+    if not path.exists():
+        return None
+    named = read_json(path).get("base_model_name_or_path")
+    name = checked(named, str, f"{path}: base_model_name_or_path", "a folder or hub id")
+    inside = (folder / name).resolve()
+    return inside if name.startswith("../") and inside.is_dir() else inside_run(locate(name))
+
+
 def load_with_adapter(
     folder: Path, *, device: torch.device, dtype: torch.dtype | None,
 ) -> tuple[Mistral, TextTokenizer]:
     """Model and tokenizer of a checkpoint folder; an adapter folder's base is found, the adapter merged into it."""
-    if not (folder / "adapter_config.json").exists():
+    base = base_of(folder)
+    if base is None:
         return fitting(load_model(folder, device=device, dtype=dtype), TextTokenizer.from_folder(folder))
-    what = f"{folder / 'adapter_config.json'}: base_model_name_or_path"
-    named = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    name = checked(named, str, what, "a folder or hub id")
-    inside = (folder / name).resolve()
-    base = inside if name.startswith("../") and inside.is_dir() else inside_run(locate(name))
     model, tokenizer = load_with_adapter(base, device=device, dtype=dtype)
     load_adapter(model, folder)
     merge(model)
