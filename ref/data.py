@@ -208,14 +208,18 @@ class SoftLabels:
         for _ in range(1 if self.options.examples_per == "batch" else len(rows)):
             wanted = draw.randint(0, self.options.max_examples)
             examples: list[Example] = []
-            for _ in range(4 * wanted):  # a drawn line may be one of the batch's: draw again, but not for ever
-                row = self[int(pool[draw.randrange(len(pool))])]
-                example = Example(row.query, draw.choice(row.positives))
+            for example in self._solved(pool, wanted, draw):
                 shown = {fold(example.query), fold(example.response)}
                 if not shown & taken and example not in examples and len(examples) < wanted:
                     examples.append(example)
             lists.append(examples)
         return lists
+
+    def _solved(self, pool: np.ndarray, wanted: int, draw: random.Random) -> Iterator[Example]:
+        """Solved queries of drawn lines; more than are wanted, since a drawn line may be one of the batch's."""
+        for _ in range(4 * wanted):
+            row = self[int(pool[draw.randrange(len(pool))])]
+            yield Example(row.query, draw.choice(row.positives))
 
     def _check(self, path: Path) -> Iterator[tuple[int, Row]]:
         """Offset and content of each line of a file; its SHA-256 is noted on the way."""
