@@ -153,7 +153,7 @@ class Row:
 
 
 def score_task(encoder: MtebEncoder, task: AbsTask, output: str | Path) -> Row:
-    """Run one task, or read its result if `output` has one of the same data, instruction and settings.
+    """Run one task, or read its result if `output` has one of the same data, instruction, settings and mteb.
 
     output: the folder of mteb's ResultCache. The instruction and the encoder's settings go through mteb's
     encode_kwargs, which it writes next to the result (run_settings.jsonl): so a result says how it was made.
@@ -194,12 +194,14 @@ def _seed_again(task: AbsTask) -> None:
 
 
 def _is_current(cache: mteb.ResultCache, meta: ModelMeta, task: AbsTask, how: Mapping[str, Any]) -> bool:
-    """Whether there is a whole result of this data, instruction and settings; mteb ignores all three."""
+    """Whether there is a whole result of this data, instruction, settings and mteb; mteb ignores all four."""
     try:
         result = cache.load_task_result(task.metadata.name, meta)
     except (ValueError, KeyError):  # damaged, say by a full disk: made again
         return False
-    if result is None or result.dataset_revision != task.metadata.revision or result.get_missing_evaluations(task):
+    if result is None or result.get_missing_evaluations(task):
+        return False
+    if (result.dataset_revision, result.mteb_version) != (task.metadata.revision, mteb.__version__):
         return False
     settings = cache.get_task_result_path(task.metadata.name, meta).with_name("run_settings.jsonl")
     lines = settings.read_text(encoding="utf-8").splitlines() if settings.is_file() else []

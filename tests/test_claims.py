@@ -15,6 +15,7 @@ import pytest
 from benchmarks import claims, experiment
 from benchmarks.claims import ARMS, CLAIMS, LARGER, interval, table, verdict
 from benchmarks.experiment import Arm, Setting, changed, row_path
+from ref import Embedder
 from ref.config import Options
 from ref.data import SoftLabels
 
@@ -36,6 +37,37 @@ def test_pairs_are_by_seed_and_a_claim_waits_for_both_arms():
     assert row["difference"] == row["low"] == row["high"] == 1.0  # the seeds differ by tens, the pairs by one
     assert row["verdict"] == "reproduced" and row["claim"] == "soft labels beside hard ones"
     assert table(rows, range(2))[0]["verdict"] == "cannot tell"  # two seeds say nothing
+
+
+def test_a_claim_on_one_set_takes_its_score_where_there_is_such_a_set():
+    arms = ("mined, percentage 0.95", 7.0), ("mined, none", 5.0)
+    rows = {(arm, seed): {"score": 0.0, "sets": {claims.MINED: 10.0 * seed + more}}
+            for seed in range(3) for arm, more in arms}
+    both, alone = table(rows, range(3))
+    assert both["difference"] == 0 and alone["difference"] == 2.0 and alone["claim"].endswith(claims.MINED)
+    for row in rows.values():
+        row["sets"] = {"IsleHome": 1.0}
+    assert len(table(rows, range(3))) == 1
+
+
+def test_random_negatives_are_any_passages_but_known_ones(tmp_path, monkeypatch, tiny_run):
+    """Scored as the retriever scores them; another seed draws others."""
+    monkeypatch.setattr(experiment, "retriever", lambda: tiny_run)
+    lines = experiment.mined("world", "random", "0", tmp_path / "one", 0)
+    others = experiment.mined("world", "random", "0", tmp_path / "two", 1)
+    best = experiment.mined("world", "none", "0", tmp_path / "three", 0)
+    assert {len(line["neg"]) for line in lines} == {7}
+    assert all(not {*line["neg"]} & {*line["pos"]} and len({*line["neg"]}) == 7 for line in lines)
+    assert [line["query"] for line in lines] == [line["query"] for line in best]
+    assert [line["neg"] for line in lines] != [line["neg"] for line in others]
+    corpus = {json.loads(line)["text"] for line in (tmp_path / "one/corpus.jsonl").read_text().splitlines()}
+    assert {text for line in lines for text in line["neg"]} == corpus  # 900 lines draw from 600: each is hit
+    mean = [np.mean([line["neg_scores"] for line in some]) for some in (lines, best)]
+    assert mean[0] < mean[1]
+    embedder = Embedder.from_pretrained(tiny_run, device="cpu")
+    for line in lines[:5]:
+        query = embedder.encode([line["query"]], instruction=line["prompt"])
+        assert line["neg_scores"] == pytest.approx((embedder.encode(line["neg"]) @ query[0]).tolist(), abs=2e-6)
 
 
 def test_every_claim_names_two_arms_and_every_arm_is_in_a_claim():
@@ -156,10 +188,11 @@ def test_the_pages_show_what_was_found():
 
 def test_real_sets_are_scored_as_trained_and_all_of_them(tmp_path, monkeypatch, tiny_run):
     """An arm that learned without instructions is scored without them; a mean lacks no set."""
-    asked, tasks = [], json.loads((ROOT / "configs/real_instructions.json").read_text())
+    asked, shown, tasks = [], {}, json.loads((ROOT / "configs/real_instructions.json").read_text())
 
     def scored(encoder, task, output):
         asked.append(encoder.overrides[task.metadata.name])
+        shown.update(encoder.few_shot)
         return SimpleNamespace(score=0.25)
     monkeypatch.setattr("ref.scoring.score_task", scored)
     monkeypatch.setattr("ref.tasks.tasks_from", lambda names, folder: SimpleNamespace(missing=[], tasks=[
@@ -168,6 +201,14 @@ def test_real_sets_are_scored_as_trained_and_all_of_them(tmp_path, monkeypatch, 
     (tmp_path / "mteb").mkdir()
     row = experiment.real_score(tiny_run, Arm(), "cpu")
     assert row["score"] == 25.0 and row["sets"].keys() == tasks.keys() and asked == list(tasks.values())
+    assert not shown
+    asked.clear()
+    (tmp_path / "soft_labels").mkdir()
+    lines = [{"query": f"q{n}", "pos": [f"p{n}", "other"], "prompt": tasks["BIOSSES"]} for n in range(4)]
+    (tmp_path / "soft_labels/some.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    experiment.real_score(tiny_run, ARMS["examples 0 to 5, 2 shown"], "cpu")
+    assert [(e.query, e.response) for e in shown["STS12"].examples] == [("q0", "p0"), ("q1", "p1")]
+    assert not shown["MedQuADRetrieval"].examples  # no line has its instruction
     asked.clear()
     experiment.real_score(tiny_run, ARMS["no instructions"], "cpu")
     assert set(asked) == {"Find texts."} and len(asked) == 10

@@ -209,18 +209,22 @@ def test_a_result_says_how_it_was_made_and_is_not_taken_for_official(world: Path
     assert settings["encode_kwargs"]["max_tokens"] == 9
 
 
-@pytest.mark.parametrize("change", ["instruction", "settings", "data", "damaged file"])
+@pytest.mark.parametrize("change", ["instruction", "settings", "data", "mteb", "damaged file"])
 def test_a_result_made_otherwise_is_not_reused(change: str, world: Path, tmp_path: Path) -> None:
     score_task(encoder_of(WordHash()), tasks_from("BIOSSES", world).tasks[0], tmp_path)
     options: dict[str, Any] = {}
+    file = tmp_path / "results" / "test__words" / "1" / "BIOSSES.json"
     if change == "instruction":
         options["overrides"] = {"BIOSSES": "Something else"}
     elif change == "settings":
         options["settings"] = {"max_tokens": 7}
     elif change == "data":
         write_lines(world / "BIOSSES" / "test.jsonl", [_pair(n) for n in range(20)])
+    elif change == "mteb":
+        result = json.loads(file.read_text())
+        file.write_text(json.dumps({**result, "mteb_version": "2.25.0"}))
     else:
-        (tmp_path / "results" / "test__words" / "1" / "BIOSSES.json").write_text('{"task_name": "BIO')
+        file.write_text('{"task_name": "BIO')
     embedder = WordHash()
     row = score_task(encoder_of(embedder, **options), tasks_from("BIOSSES", world).tasks[0], tmp_path)
     assert embedder.calls and row.elapsed_s is not None
