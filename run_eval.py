@@ -10,7 +10,7 @@
     torchrun --nproc-per-node 8 run_eval.py --tasks all   eight GPUs
 
 A folder of your own needs a task.json, which names the task whose class and metric to use, and may give an
-instruction: {"class": "ArguAna", "instruction": "Given a question, retrieve answers"} (see ref/tasks.py).
+instruction: {"class": "ArguAna", "instruction": "Given a question, retrieve answers"} (see scoring/tasks.py).
 
 Results are written in mteb's cache format and read back, so a run that stops resumes; with --vector-cache inside a
 task too. A failing task is reported, and the rest goes on. At the end: a table here, report.html and report.md in the
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from mteb.abstasks.abstask import AbsTask
 
     from ref.embedder import Embedder
-    from ref.few_shot import FewShot
     from ref.held_out import TextEmbedder
-    from ref.plan import TaskPlan
-    from ref.scoring import MtebEncoder, Row
-    from ref.sharding import SharedEmbedder
-    from ref.tasks import Selection
+    from scoring.few_shot import FewShot
+    from scoring.plan import TaskPlan
+    from scoring.score import MtebEncoder, Row
+    from scoring.sharding import SharedEmbedder
+    from scoring.tasks import Selection
 
 SAMPLE_WORLD = Path(__file__).resolve().parent / "data" / "held_out"
 MODEL_FILES = (".safetensors", ".json", ".model")  # what decides the vectors of a model in a folder
@@ -91,10 +91,10 @@ def evaluate(args: argparse.Namespace) -> int:
         data_dir = SAMPLE_WORLD
         say("data: the sample world in data/held_out; or choose --tasks all (from the hub), or --data-dir")
     quiet()
-    from ref.scoring import read_instructions
-    from ref.sharding import SharedEmbedder
-    from ref.tasks import task_folders, tasks_from
     from ref.team import Team
+    from scoring.score import read_instructions
+    from scoring.sharding import SharedEmbedder
+    from scoring.tasks import task_folders, tasks_from
 
     selection = tasks_from(args.tasks or "all", data_dir)
     folders = [] if data_dir is None else [folder.name for folder in task_folders(data_dir)]
@@ -120,7 +120,7 @@ def evaluate(args: argparse.Namespace) -> int:
 def fetch_only(args: argparse.Namespace) -> int:
     """--fetch: the data of the tasks, nothing else."""
     quiet()
-    from ref.tasks import fetch, tasks_from
+    from scoring.tasks import fetch, tasks_from
 
     failed = fetch(tasks_from(args.tasks or "all").tasks, args.fetch)
     if failed:
@@ -130,8 +130,8 @@ def fetch_only(args: argparse.Namespace) -> int:
 
 def examples(args: argparse.Namespace, tasks: Sequence["AbsTask"], folders: Sequence[str]) -> dict[str, "FewShot"]:
     """Solved examples by task: from a file, or from the training splits; none by default."""
-    from ref.few_shot import FewShot, examples_for, examples_from_file
-    from ref.tasks import benchmark_tasks
+    from scoring.few_shot import FewShot, examples_for, examples_from_file
+    from scoring.tasks import benchmark_tasks
 
     if args.examples < 0:
         raise ValueError(f"--examples is {args.examples}. Expected is at least 0. Give another number.")
@@ -150,9 +150,9 @@ def score(
     shared: "SharedEmbedder", overrides: dict[str, str], few_shot: dict[str, "FewShot"],
 ) -> int:
     """Plan, score, table, report; the first process alone."""
-    from ref import plan
-    from ref.scoring import MtebEncoder, table
-    from ref.tasks import benchmark_tasks
+    from scoring import plan
+    from scoring.score import MtebEncoder, table
+    from scoring.tasks import benchmark_tasks
 
     name, revision = identity(model)
     if data_dir is not None:
@@ -189,8 +189,8 @@ def that_fit(
     few_shot: dict[str, "FewShot"], tasks: Sequence["AbsTask"], embedder: "Embedder", overrides: dict[str, str],
 ) -> dict[str, "FewShot"]:
     """The examples that the prompt has room for, so that the record tells what was shown."""
-    from ref.few_shot import FewShot
-    from ref.scoring import instruction_for
+    from scoring.few_shot import FewShot
+    from scoring.score import instruction_for
 
     found = {}
     for task in tasks:
@@ -241,7 +241,7 @@ def score_all(
     encoder: "MtebEncoder", tasks: Sequence["AbsTask"], output: Path, plans: dict[str, "TaskPlan"],
 ) -> tuple[list["Row"], dict[str, str]]:
     """Rows of the tasks that ran, and task name -> error of those that failed; prints a line for each."""
-    from ref.scoring import score_task
+    from scoring.score import score_task
 
     rows: list[Row] = []
     failed: dict[str, str] = {}

@@ -28,8 +28,8 @@ from ref.team import Team
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/claims"
-CODE = ("ref", "kernels", "labelling", "data", "configs", "run_train.py", "run_label.py", "benchmarks/experiment.py",
-        "benchmarks/mining_world.py")
+CODE = ("ref", "kernels", "scoring", "labelling", "data", "configs", "run_train.py", "run_label.py",
+        "benchmarks/experiment.py", "benchmarks/mining_world.py")
 SAME = "same instruction"
 
 
@@ -252,9 +252,9 @@ def first_examples(lines: Sequence[dict[str, Any]], prompt: str, count: int) -> 
 def real_score(run: Path, arm: Arm, device: str) -> dict[str, Any]:
     """Mean of the main scores x 100 of the ten sets, each scored as run_eval.py does, behind `arm.shown` examples."""
     from ref import Embedder
-    from ref.few_shot import FewShot
-    from ref.scoring import MtebEncoder, score_task
-    from ref.tasks import tasks_from
+    from scoring.few_shot import FewShot
+    from scoring.score import MtebEncoder, score_task
+    from scoring.tasks import tasks_from
 
     instructions = json.loads((ROOT / "configs/real_instructions.json").read_text())
     if arm.data == SAME:

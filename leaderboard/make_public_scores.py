@@ -18,7 +18,7 @@ from mteb.models.model_implementations import MODEL_REGISTRY
 
 from leaderboard.compare import BENCHMARK, DECIMALS, PUBLIC_SCORES, borda_points, checked_score
 from ref.runs import write_whole
-from ref.tasks import benchmark_tasks
+from scoring.tasks import benchmark_tasks
 
 SOURCE = ("github.com/embeddings-benchmark/results at commit f4cc6c8b365a3c779dbc708d6affe0b0355b2ddf, 2026-08-20, "
           "CC0-1.0")

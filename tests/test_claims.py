@@ -194,8 +194,8 @@ def test_real_sets_are_scored_as_trained_and_all_of_them(tmp_path, monkeypatch, 
         asked.append(encoder.overrides[task.metadata.name])
         shown.update(encoder.few_shot)
         return SimpleNamespace(score=0.25)
-    monkeypatch.setattr("ref.scoring.score_task", scored)
-    monkeypatch.setattr("ref.tasks.tasks_from", lambda names, folder: SimpleNamespace(missing=[], tasks=[
+    monkeypatch.setattr("scoring.score.score_task", scored)
+    monkeypatch.setattr("scoring.tasks.tasks_from", lambda names, folder: SimpleNamespace(missing=[], tasks=[
         SimpleNamespace(metadata=SimpleNamespace(name=name)) for name in names.split(",")]))
     monkeypatch.setenv("LG_ANNA_DATA", str(tmp_path))
     (tmp_path / "mteb").mkdir()
@@ -212,6 +212,6 @@ def test_real_sets_are_scored_as_trained_and_all_of_them(tmp_path, monkeypatch, 
     asked.clear()
     experiment.real_score(tiny_run, ARMS["no instructions"], "cpu")
     assert set(asked) == {"Find texts."} and len(asked) == 10
-    monkeypatch.setattr("ref.tasks.tasks_from", lambda *_: SimpleNamespace(missing=["STS12"], tasks=[]))
+    monkeypatch.setattr("scoring.tasks.tasks_from", lambda *_: SimpleNamespace(missing=["STS12"], tasks=[]))
     with pytest.raises(SystemExit, match="no data for STS12"):
         experiment.real_score(tiny_run, Arm(), "cpu")

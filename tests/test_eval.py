@@ -22,13 +22,13 @@ import run_eval
 from labelling.cache import Cache, CachedEmbedder
 from labelling.cache import __file__ as cache_file
 from ref import embedder as embedder_module
-from ref import plan
 from ref.embedder import Embedder
 from ref.overlap import first_of_equal
 from ref.prompts import Example
 from ref.published import PUBLISHED
-from ref.scoring import score_task
-from ref.tasks import fetch, tasks_from
+from scoring import plan
+from scoring.score import score_task
+from scoring.tasks import fetch, tasks_from
 
 __all__ = ["world"]  # a fixture
 ROOT = Path(__file__).parent.parent
@@ -273,7 +273,7 @@ from pathlib import Path
 import mteb
 import numpy as np
 from ref.embedder import Embedder
-from ref.sharding import SharedEmbedder
+from scoring.sharding import SharedEmbedder
 from ref.team import Team
 texts = json.loads(open(sys.argv[2]).read())
 team = Team()

@@ -16,10 +16,10 @@ from mteb.abstasks.abstask import AbsTask
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalDatasetLoader
 from tiny_mteb import OFFSET, TOPICS, TRAINED, sentence, write_lines, write_task
 
-from ref import few_shot
-from ref.few_shot import FewShot, examples_for, examples_from_file
 from ref.prompts import Example
-from ref.tasks import benchmark_tasks, tasks_from
+from scoring import few_shot
+from scoring.few_shot import FewShot, examples_for, examples_from_file
+from scoring.tasks import benchmark_tasks, tasks_from
 
 datasets.disable_progress_bars()
 

@@ -118,7 +118,7 @@ def _assert_equal(public, figures, *, models):
 def test_the_file_is_what_its_generator_makes(public, tmp_path):
     """Made again from its own table: the same lines; and each task has mteb's category."""
     from leaderboard import make_public_scores as make
-    from ref.tasks import benchmark_tasks
+    from scoring.tasks import benchmark_tasks
 
     categories = {name: str(task.metadata.type) for name, task in benchmark_tasks().items()}
     long = tmp_path / "long.csv"

@@ -23,8 +23,8 @@ mteb = pytest.importorskip("mteb")
 
 import run_eval  # noqa: E402
 from ref.held_out import ndcg10, read_retrieval_folder, retrieval_ndcg10  # noqa: E402
-from ref.scoring import MtebEncoder, Row, instruction_for, means, read_instructions, score_task, table  # noqa: E402
-from ref.tasks import CATEGORIES, benchmark_tasks, tasks_from  # noqa: E402
+from scoring.score import MtebEncoder, Row, instruction_for, means, read_instructions, score_task, table  # noqa: E402
+from scoring.tasks import CATEGORIES, benchmark_tasks, tasks_from  # noqa: E402
 
 REAL = Path(os.environ.get("LG_ANNA_DATA", "/nowhere")) / "mteb"
 real_data = pytest.mark.skipif(not REAL.is_dir(), reason="LG_ANNA_DATA is not set")
@@ -519,8 +519,8 @@ def embedder(monkeypatch: Any) -> WordHash:
     """What the command loads, whatever model is named."""
     words = WordHash()
     monkeypatch.setattr("ref.embedder.Embedder.from_pretrained", lambda name, **options: words)
-    monkeypatch.setattr("ref.plan.make_plan", lambda *_: ({}, []))  # its tokens and its speed are a model's
-    monkeypatch.setattr("ref.plan.measured_speed", lambda *_: 1.0)
+    monkeypatch.setattr("scoring.plan.make_plan", lambda *_: ({}, []))  # its tokens and its speed are a model's
+    monkeypatch.setattr("scoring.plan.measured_speed", lambda *_: 1.0)
     words.prompter, words.precision = None, "words"  # type: ignore[attr-defined]
     return words
 

@@ -50,7 +50,7 @@ def write_card(folder: Path, configurations: dict[str, dict[str, str]]) -> None:
 
 def write_all(data_dir: Path) -> list[str]:
     """Folders of the 41 tasks; their names."""
-    from ref.tasks import benchmark_tasks
+    from scoring.tasks import benchmark_tasks
 
     names = list(benchmark_tasks())
     for name in names:
@@ -60,7 +60,7 @@ def write_all(data_dir: Path) -> list[str]:
 
 def write_task(folder: Path, name: str, *, rows: int = 120, train: bool | None = None) -> None:
     """The data of the task `name`: about `rows` texts or pairs a split; `train` adds or leaves out a training split."""
-    from ref.tasks import benchmark_tasks
+    from scoring.tasks import benchmark_tasks
 
     metadata = benchmark_tasks()[name].metadata
     kind = str(metadata.type)

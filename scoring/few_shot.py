@@ -27,7 +27,7 @@ from mteb.abstasks.abstask import AbsTask
 
 from ref.mining import fold
 from ref.prompts import Example
-from ref.tasks import benchmark_tasks, unknown
+from scoring.tasks import benchmark_tasks, unknown
 
 STRONG = 0.8  # of the gold scale: 4 of 5
 
@@ -198,7 +198,7 @@ def _declared_splits(task: AbsTask) -> list[str]:
         config = "default" if "default" in configs else "qrels"
     elif task.metadata.is_multilingual and not task.fast_loading:
         config = task.hf_subsets[0]
-    with tempfile.TemporaryDirectory() as cache:  # a folder's files change: nothing old, as in ref/tasks.py: FolderData
+    with tempfile.TemporaryDirectory() as cache:  # a folder's files change: nothing old, as in FolderData (tasks.py)
         own = {"cache_dir": cache} if Path(path).is_dir() else {}
         return datasets.get_dataset_split_names(path, config, revision=revision, **own)
 

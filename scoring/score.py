@@ -26,9 +26,9 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
 
-from ref.few_shot import FewShot
 from ref.held_out import TextEmbedder
-from ref.tasks import BENCHMARK, CATEGORIES, benchmark_tasks, unknown
+from scoring.few_shot import FewShot
+from scoring.tasks import BENCHMARK, CATEGORIES, benchmark_tasks, unknown
 
 
 class MtebEncoder(AbsEncoder):

@@ -24,7 +24,7 @@ from ref.embedder import Embedder
 from ref.overlap import different, first_of_equal
 from ref.prompts import Example, Prompter
 from ref.runs import write_json
-from ref.scoring import MtebEncoder
+from scoring.score import MtebEncoder
 
 SAMPLE, KEPT = 2000, 200
 SPEED_TOKENS = {"cpu": 20_000, "cuda": 500_000}  # a few seconds of work
