@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from scoring.tasks import Selection
 
 SAMPLE_WORLD = Path(__file__).resolve().parent / "data" / "held_out"
+PLAN = "plan.json"  # in the result folder
 MODEL_FILES = (".safetensors", ".json", ".model")  # what decides the vectors of a model in a folder
 
 
@@ -152,7 +153,7 @@ def score(
     """Plan, score, table, report; the first process alone."""
     from scoring import plan
     from scoring.score import MtebEncoder, table
-    from scoring.tasks import benchmark_tasks
+    from scoring.tasks import benchmark_tasks, is_official
 
     name, revision = identity(model)
     if data_dir is not None:
@@ -164,7 +165,7 @@ def score(
     encoder = MtebEncoder(
         vectors, name=name, revision=revision, overrides=overrides, settings=settings,
         few_shot=that_fit(few_shot, selection.tasks, embedder, overrides), progress=sys.stderr.isatty())
-    plans, sample = plan.make_plan(encoder, selection.tasks, embedder.prompter, output / "plan.json")
+    plans, sample = plan.make_plan(encoder, selection.tasks, embedder.prompter, output / PLAN)
     speed = plan.measured_speed(embedder, sample) * shared.team.size
     print(plan.table(plans, speed))
     uncounted = [task.metadata.name for task in selection.tasks if task.metadata.name not in plans]
@@ -175,11 +176,13 @@ def score(
     rows, failed = score_all(encoder, selection.tasks, output, plans)
     required = {task.metadata.name: str(task.metadata.type) for task in benchmark_tasks().values()}
     print("\n" + table(rows, required, () if args.tasks is None else selection.missing))
-    if data_dir is not None:
-        print(f"data: {data_dir}; comparable with public figures only where it holds the official data")
+    unknown = [task.metadata.name for task in selection.tasks if not is_official(task)]
+    if unknown:
+        print(f"data: {data_dir}; {len(unknown)} of {len(selection.tasks)} sets are not known to be official (what "
+              "--fetch left is), and so not compared with public figures")
     missing = () if args.tasks is None else selection.missing
     counted = plans if args.vector_cache is None else {}  # vectors that were kept tell nothing of speed
-    for path in report(encoder, selection.tasks, rows, failed, counted, missing, output, model, data_dir is None):
+    for path in report(encoder, selection.tasks, rows, failed, counted, missing, output, model):
         print(f"report: {path}")
     print(f"results: {output}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
@@ -216,14 +219,16 @@ def cached(args: argparse.Namespace, shared: "SharedEmbedder", key: str) -> "Tex
 
 def report(
     encoder: "MtebEncoder", tasks: Sequence["AbsTask"], rows: Sequence["Row"], failed: dict[str, str],
-    plans: dict[str, "TaskPlan"], missing: Sequence[str], output: Path, model: str, official: bool,
+    plans: dict[str, "TaskPlan"], missing: Sequence[str], output: Path, model: str,
 ) -> list[Path]:
     """Write report.html and report.md."""
     from leaderboard.report import write_report
     from leaderboard.results import Report, TaskResult
     from ref.runs import machine, now
+    from scoring.tasks import is_official
 
     metadata = {task.metadata.name: task.metadata for task in tasks}
+    official = {task.metadata.name: is_official(task) for task in tasks}
     results = []
     for row in rows:
         prompt = encoder.prompt_of(metadata[row.task])
@@ -231,7 +236,7 @@ def report(
             task=row.task, category=row.category, metric=row.metric, score=100 * row.score,
             instruction=prompt["instruction"], examples=len(prompt["examples"]),
             examples_source=prompt["examples_source"], seconds=row.elapsed_s,
-            tokens=plans[row.task].tokens if row.task in plans else None, official=official))
+            tokens=plans[row.task].tokens if row.task in plans else None, official=official[row.task]))
     versions = {name: version for name, version in machine()["versions"].items() if version}
     return write_report(Report(model=model, date=now(), versions=versions, tasks=results, failed=failed,
                                missing=missing), output)
@@ -293,10 +298,7 @@ def newest_run(runs: Path) -> Path:
 
 
 def identity(model: str) -> tuple[str, str]:
-    """("owner/name", revision), where results go: a hub id and its commit, or a hash of the folder's files.
-
-    An adapter's hash covers the name of its base model, not the base's weights.
-    """
+    """("owner/name", revision), where results go: a hub id and its commit, or a hash of the folder's files."""
     folder = Path(model)
     if not folder.is_dir():
         import huggingface_hub
@@ -304,11 +306,18 @@ def identity(model: str) -> tuple[str, str]:
         found = (huggingface_hub.try_to_load_from_cache(model, name) for name in ("config.json", "adapter_config.json"))
         return model, next((Path(path).parent.name for path in found if isinstance(path, str)), "main")
     from ref.embedder import inside_run
+
+    return f"local/{folder.resolve().name}", hash_of_model(inside_run(folder))  # not what is written beside the model
+
+
+def hash_of_model(folder: Path) -> str:
+    """Of what decides a model's vectors; for an adapter its base's too."""
+    from ref.embedder import base_of
     from ref.runs import hash_files
 
-    inside = inside_run(folder)  # not what scoring or further training writes beside the model
-    files = (path for path in inside.glob("*") if path.suffix in MODEL_FILES)
-    return f"local/{folder.resolve().name}", hash_files(inside, files)[:16]
+    own = hash_files(folder, (path for path in folder.glob("*") if path.suffix in MODEL_FILES and path.name != PLAN))
+    base = base_of(folder)
+    return own[:16] if base is None else f"{own[:16]}-{hash_of_model(base)}"
 
 
 def default_output(model: str, name: str) -> Path:

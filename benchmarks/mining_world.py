@@ -37,16 +37,16 @@ ARMS = {"percentage": ["--rule", "percentage"], "margin": ["--rule", "margin"], 
         "none": ["--rule", "none"], "percentage 0.8": ["--rule", "percentage", "--value", "0.8"]}
 
 
-def command(raw: Path, retriever: Path, output: Path, options: list[str]) -> list[str]:
-    """run_label.py's command line for the raw pairs of a folder; the cache lies there too."""
-    return ["--pairs", str(raw / "pairs.jsonl"), "--corpus", str(raw / "corpus.jsonl"), "--retriever", str(retriever),
-            "--output", str(output), "--cache", str(raw / "cache"), *options]
+def raw_pairs(folder: Path, retriever: Path) -> list[str]:
+    """run_label.py's options for the raw pairs of a folder, with its cache there too."""
+    return ["--pairs", str(folder / "pairs.jsonl"), "--corpus", str(folder / "corpus.jsonl"),
+            "--retriever", str(retriever), "--cache", str(folder / "cache")]
 
 
-def label(raw: Path, retriever: Path, output: Path, options: list[str]) -> list[dict[str, Any]]:
-    """Lines of run_label.py on the raw pairs."""
+def label(given: list[str], output: Path) -> list[dict[str, Any]]:
+    """Lines that run_label.py writes, with these options."""
     with contextlib.redirect_stdout(io.StringIO()):
-        code = run_label.main(command(raw, retriever, output, options))
+        code = run_label.main([*given, "--output", str(output)])
     if code:
         raise SystemExit("labelling failed")
     return [json.loads(line) for line in output.read_text().splitlines()]
@@ -114,13 +114,14 @@ def main() -> None:
         corpus = {row["id"]: row["text"] for row in map(json.loads, (folder / "corpus.jsonl").open())}
         right = [{corpus[name] for name, grade in row["grades"].items() if grade == 2}
                  for row in map(json.loads, (folder / "truth.jsonl").open())]
-        everything = label(folder, retriever, folder / "all.jsonl", ["--rule", "none", "--negatives", "1000"])
+        given_pairs = raw_pairs(folder, retriever)
+        everything = label([*given_pairs, "--rule", "none", "--negatives", "1000"], folder / "all.jsonl")
         result: dict[str, Any] = {}
         for arm, options in ARMS.items():
             data = folder / arm.replace(" ", "-")
             data.mkdir()
             (data / "held_out").symlink_to(ROOT / "data/held_out")
-            rows = label(folder, retriever, data / "soft_labels.jsonl", options)
+            rows = label([*given_pairs, *options], data / "soft_labels.jsonl")
             result[arm] = shares(rows, everything, right, arm) | {"nDCG@10": []}
         n = max(range(200), key=lambda n: sum(text in right[n] for text in everything[n]["neg"]))
         draw(everything[n], right[n], ROOT / "docs/mining.svg")

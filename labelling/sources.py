@@ -13,6 +13,7 @@ ids are put in order, some 220. Texts stay in the files.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,9 +123,16 @@ class Pairs:
             self.judged = _qrels(path / "qrels" / f"{split}.tsv")
         offsets, numbers, keys = [], [], []
         digest = hashlib.sha256(json.dumps(self.judged, sort_keys=True).encode())
+        unseen = set(self.judged)
         for number, offset, value, line in _lines(self.path):
-            if self.judged and _id(value.get("_id"), f"{self.path} line {number}") not in self.judged:
-                continue  # a query of another split
+            if self.judged:
+                name = _id(value.get("_id"), f"{self.path} line {number}")
+                if name not in self.judged:
+                    continue  # a query of another split
+                if name not in unseen:
+                    raise ValueError(f"{self.path} line {number}: _id {name!r:.80} stands on an earlier line too. "
+                                     "Expected is each query once. Rename one or drop it.")
+                unseen.remove(name)
             pair = self._pair(value, number)
             self._check(pair)
             keys.append(_query_key(pair))
@@ -135,6 +143,10 @@ class Pairs:
         if not offsets:
             raise ValueError(f"{self.path} holds no pair. Expected is one JSON object with query and pos a line. "
                              "Write the file again.")
+        if unseen:
+            raise ValueError(f"{path / 'qrels'}: {split}.tsv judges {len(unseen)} queries that {self.path} does not "
+                             f"have, such as {min(unseen)!r:.80}. Expected is the file they belong to. Fetch both "
+                             "again.")
         self.sha256 = digest.hexdigest()
         self.file = self.path.open("rb")
         self.offset, self.number = np.array(offsets, np.int64), np.array(numbers, np.int64)
@@ -195,7 +207,7 @@ class Pairs:
 def corpus_from_pairs(path: Path, folder: Path) -> Path:
     """FlagEmbedding's way without a corpus: all texts of pos and neg, each once, as a file in `folder`."""
     seen: set[int] = set()
-    lines = []
+    lines, spaces = [], False
     for number, _, value, _ in _lines(path):
         for name in ("pos", "neg"):
             if not isinstance(value.get(name) or [], list):
@@ -205,7 +217,12 @@ def corpus_from_pairs(path: Path, folder: Path) -> Path:
             key = _hash(checked_text(text, f"{path} line {number}: pos or neg"))
             if key not in seen:
                 seen.add(key)
+                spaces |= len(text.split()) > 1
                 lines.append(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    if lines and not spaces:
+        raise ValueError(f"{path}: no text of pos or neg has more than one word: they look like ids, such as "
+                         f"{json.loads(lines[0])['text']!r:.60}. Expected are texts, where there is no corpus. "
+                         "Give the corpus with --corpus.")
     content = "".join(lines).encode()
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"corpus-{hashlib.sha256(content).hexdigest()[:16]}.jsonl"
@@ -240,8 +257,8 @@ def _lines(path: Path) -> Iterator[tuple[int, int, dict[str, Any], bytes]]:
 def _passage(value: dict[str, Any], where: str) -> str:
     title = value.get("title") or ""
     text = value.get("text")
-    if title and isinstance(title, str) and isinstance(text, str):
-        text = f"{title} {text}".strip()
+    if title and isinstance(text, str):
+        text = f"{checked_text(title, f'{where}: title')} {text}".strip()
     return checked_text(text, f"{where}: text")
 
 
@@ -281,6 +298,9 @@ def _qrels(path: Path) -> dict[str, list[str]]:
         except (ValueError, IndexError):
             raise ValueError(f"{path} line {number}: {row!r:.80}. Expected are query-id, corpus-id and score between "
                              "tabs. Correct it.") from None
+        if not math.isfinite(score):
+            raise ValueError(f"{path} line {number}: the score is {cells[-1]!r:.40}. Expected is a finite number. "
+                             "Correct it.")
         if score > 0:
             judged.setdefault(query, []).append(passage)
     if not judged:

@@ -137,11 +137,11 @@ def _limits(found: Findings) -> list[str]:
                      "have no score here. All models are compared on the tasks of this run alone, so no mean and no "
                      "rank below is one of the public leaderboard's.")
     if comparison is None and report.tasks:
-        texts.append("Nothing here can be compared with public scores: no task ran on the official data of "
-                     f"{BENCHMARK}.")
+        texts.append("Nothing here can be compared with public scores: no task ran on data that are known to "
+                     f"be the official ones of {BENCHMARK}.")
     stand_ins = [row for row in report.tasks if not row.official]
     if stand_ins and comparison is not None:
-        texts.append(f"Not comparable: {count(len(stand_ins), 'task')} ran on stand-in data. They count in no mean and "
+        texts.append(f"Not comparable: {count(len(stand_ins), 'task')} ran on other data. They count in no mean and "
                      "no rank, and have a section of their own.")
     absent = [name for name in dict.fromkeys([*report.chosen, report.against]) if not found.has(name)]
     if absent and comparison is not None:

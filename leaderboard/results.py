@@ -21,7 +21,7 @@ CHOSEN = (
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One task of a run. score: main metric in percent. official: the benchmark's own data, not a stand-in."""
+    """One task of a run. score: main metric in percent. official: known to be the benchmark's own data."""
 
     task: str
     category: str
@@ -98,4 +98,4 @@ class Findings:
         """What a result's data are, in the words of the tables."""
         if row in self.comparable:
             return "official"
-        return f"not in {BENCHMARK}" if row.official else "stand-in, not comparable"
+        return f"not in {BENCHMARK}" if row.official else "other data, not comparable"

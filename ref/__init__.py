@@ -13,8 +13,8 @@ So `x_TD` is one vector of the model for each packed token and `score_QP` is a q
 
 Reading order, each file one idea: config, rope, attention, model, checkpoint, lora, tokenizer, prompts,
 packing, pooling, loss, blocked, gradcache, data, overlap, published, embedder, mining, runs, team, trainer, export,
-held_out, tasks, few_shot, scoring, plan, sharding; then run_train.py, run_eval.py and run_label.py. The Triton
-kernels in kernels/ come after pooling and blocked, whose results they equal.
+held_out; then run_train.py, run_eval.py (with scoring/) and run_label.py (with labelling/). The Triton kernels in
+kernels/ come after pooling and blocked, whose results they equal.
 """
 
 from pathlib import Path

@@ -26,8 +26,7 @@ from ref.config import DTYPES, Architecture, read_json
 from ref.model import Mistral
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-BESIDE = ["config.json", "tokenizer.json", "embedder.json", "run.json", INDEX,
-          "adapter_config.json", "adapter_model.safetensors"]
+BESIDE = ["config.json", "tokenizer.json", "embedder.json", INDEX, "adapter_config.json", "adapter_model.safetensors"]
 
 
 def locate(name: str) -> Path:

@@ -29,7 +29,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} does not exist. Give a folder that holds it.") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 at byte {error.start}. Save it as UTF-8.") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         where = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise ValueError(f"{path}{where}: not valid JSON ({error}). Fetch or write the file again.") from None
     except OSError as error:
@@ -170,7 +170,10 @@ def pick_device(name: str | None = None) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {name!r}: torch sees no CUDA GPU. Use --device cpu, "
                          "or install a CUDA build of torch.")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # where Triton starts its kernels
+    return device
 
 
 # ------------------------------------------------------------------------------------------------- options

@@ -203,21 +203,25 @@ class SoftLabels:
         """
         draw = random.Random(f"{self.options.seed} examples {step}")
         taken = {fold(text) for row in rows for text in (row.query, *row.positives)} | set(map(fold, passages))
-        pool = np.flatnonzero(self.task == self.task[numbers[0]])
+        others = self.task == self.task[numbers[0]]
+        others[numbers] = False
+        pool = np.flatnonzero(others)
         lists = []
         for _ in range(1 if self.options.examples_per == "batch" else len(rows)):
             wanted = draw.randint(0, self.options.max_examples)
             examples: list[Example] = []
             for example in self._solved(pool, wanted, draw):
+                if len(examples) == wanted:
+                    break
                 shown = {fold(example.query), fold(example.response)}
-                if not shown & taken and example not in examples and len(examples) < wanted:
+                if not shown & taken and example not in examples:
                     examples.append(example)
             lists.append(examples)
         return lists
 
     def _solved(self, pool: np.ndarray, wanted: int, draw: random.Random) -> Iterator[Example]:
-        """Solved queries of drawn lines; more than are wanted, since a drawn line may be one of the batch's."""
-        for _ in range(4 * wanted):
+        """Solved queries of drawn lines; more than are wanted, since one may show a text of the batch."""
+        for _ in range(4 * wanted if len(pool) else 0):
             row = self[int(pool[draw.randrange(len(pool))])]
             yield Example(row.query, draw.choice(row.positives))
 

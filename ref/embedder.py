@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ref import lora
 from ref.checkpoint import load_model, locate
 from ref.config import DTYPES, Kernels, checked, pick_device, pick_kernels, read_json
 from ref.lora import load_adapter, merge
@@ -125,7 +126,8 @@ class Embedder:
 
 def inside_run(folder: Path) -> Path:
     """The model inside a run folder; any other folder is itself."""
-    if not (folder / "run.json").exists():
+    if not (folder / "run.json").exists() or any(
+            (folder / name).exists() for name in ("config.json", lora.CONFIG)):
         return folder
     for name in ("model", "adapter"):
         if (folder / name).is_dir():
@@ -136,13 +138,17 @@ def inside_run(folder: Path) -> Path:
 
 def base_of(folder: Path) -> Path | None:
     """The folder of an adapter's base model; None for a folder that holds no adapter."""
-    path = folder / "adapter_config.json"
+    path = folder / lora.CONFIG
     if not path.exists():
         return None
     named = read_json(path).get("base_model_name_or_path")
     name = checked(named, str, f"{path}: base_model_name_or_path", "a folder or hub id")
     inside = (folder / name).resolve()
-    return inside if name.startswith("../") and inside.is_dir() else inside_run(locate(name))
+    base = inside if name.startswith("../") and inside.is_dir() else inside_run(locate(name))
+    if base.resolve() == folder.resolve():
+        raise ValueError(f"{path}: base_model_name_or_path is this adapter itself. Expected is the model under it. "
+                         "Correct it there.")
+    return base
 
 
 def load_with_adapter(
@@ -171,19 +177,25 @@ def read_prompter(folder: Path, tokenizer: TextTokenizer, **given: str | int) ->
     """The prompter that a model's embedder.json describes, under what is given."""
     path = folder / SETTINGS
     settings = {**(read_json(path) if path.exists() else {}), **given}
-    name = checked(settings.pop("template", "report"), str, f"{path}: template", "a template's name")
+    where = {key: key if key in given else f"{path}: {key}" for key in settings}
+    name = checked(settings.pop("template", "report"), str, where.get("template", ""), "a template's name")
     if name not in TEMPLATES:
-        raise ValueError(f"{path}: template {name!r:.60} is unknown. Expected is one of {', '.join(TEMPLATES)}.")
+        raise ValueError(f"{where['template']} {name!r:.60} is unknown. Expected is one of {', '.join(TEMPLATES)}.")
     lengths = {"max_text_tokens", "max_prompt_tokens", "max_example_tokens"}
     for key, value in settings.items():
-        if key not in lengths or checked(value, int, f"{path}: {key}", "a number of tokens") < 1:
-            raise ValueError(f"{path}: {key} is {value!r:.60}. "
+        if key not in lengths or checked(value, int, where[key], "a number of tokens") < 1:
+            raise ValueError(f"{where[key]} is {value!r:.60}. "
                              f"Expected are {', '.join(sorted(lengths))} of at least 1.")
     if "max_text_tokens" in given:  # a prompt has room for a text of that length behind the rest
         rest = Prompter.max_prompt_tokens - Prompter.max_text_tokens
         least = settings["max_text_tokens"] + rest
         settings["max_prompt_tokens"] = max(least, settings.get("max_prompt_tokens", Prompter.max_prompt_tokens))
-    return Prompter(tokenizer, TEMPLATES[name], **settings)
+    prompter = Prompter(tokenizer, TEMPLATES[name], **settings)
+    if prompter.max_text_tokens > prompter.max_prompt_tokens - 2:
+        raise ValueError(f"{path}: a text of max_text_tokens, {prompter.max_text_tokens}, does not fit into "
+                         f"max_prompt_tokens, {prompter.max_prompt_tokens}, with <s> and </s>. Expected is room for "
+                         "it. Correct one of them.")
+    return prompter
 
 
 def write_prompter(folder: Path, prompter: Prompter) -> None:

@@ -7,6 +7,7 @@ Called by run_train.py.
 """
 
 import json
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from ref.data import SoftLabels
 from ref.embedder import inside_run, write_prompter
 from ref.model import Mistral
 from ref.prompts import Prompter
-from ref.runs import Start, write_whole
+from ref.runs import Start, remove, write_whole
 
 
 def save_result(
@@ -42,6 +43,12 @@ def save_result(
     write_whole(folder / "adapter", write)
 
 
+def drop_result(folder: Path) -> None:
+    """Remove what these two write."""
+    for name in ("model", "adapter", "base", "merged"):
+        remove(folder / name)
+
+
 def save_merged(folder: Path, model: Mistral, prompter: Prompter, data: SoftLabels) -> None:
     """Write merged/: base and adapter as one checkpoint. The model in memory stays merged."""
     lora.merge(model)
@@ -49,12 +56,13 @@ def save_merged(folder: Path, model: Mistral, prompter: Prompter, data: SoftLabe
 
 
 def named_prompts(data: SoftLabels) -> dict[str, str]:
-    """Instruction by the task's name; a second one under the same name gets a number."""
+    """Instruction by the task's name; a second one under the same name gets the next number that is free."""
     prompts: dict[str, str] = {}
-    for task in dict.fromkeys((task.name, task.instruction) for task in data.tasks):
-        name, instruction = task
-        again = sum(other == name or other.startswith(f"{name}-") for other in prompts)
-        prompts[f"{name}-{again + 1}" if name in prompts else name] = instruction
+    names = {task.name for task in data.tasks}
+    for name, instruction in dict.fromkeys((task.name, task.instruction) for task in data.tasks):
+        numbered = (f"{name}-{number}" for number in count(2))
+        free = next(other for other in numbered if other not in prompts and other not in names)
+        prompts[free if name in prompts else name] = instruction
     return prompts
 
 

@@ -124,7 +124,7 @@ def _texts(path: Path, *, titled: bool) -> dict[str, str]:
         if identifier in texts:
             raise ValueError(f"{place}: the id {identifier!r} is given twice. Ids must be unique. Rename one.")
         text = _value(row, "text", place, (str,))
-        title = (row.get("title") or "") if titled else ""
+        title = _value(row, "title", place, (str,)) if titled and row.get("title") else ""
         texts[identifier] = f"{title} {text}".strip() if titled else text
     return texts
 
@@ -197,7 +197,7 @@ def _json_object(raw: bytes, place: str) -> dict[str, Any]:
         value = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{place}: not UTF-8 ({error}). Expected: JSON in UTF-8. Convert the file.") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: broken JSON ({error}). Expected: one JSON object. Correct it.") from None
     if not isinstance(value, dict):
         raise ValueError(f"{place}: JSON of type {type(value).__name__}. Expected: a JSON object. Correct it.")

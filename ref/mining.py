@@ -119,7 +119,7 @@ def sigmoid(logit: float) -> float:
     return 1 / (1 + math.exp(-logit)) if logit >= 0 else math.exp(logit) / (1 + math.exp(logit))
 
 
-@lru_cache(maxsize=2**16)  # the same passages come again, for other queries
+@lru_cache(maxsize=2**12)  # the same passages come again, for other queries; texts may be long
 def fold(text: str) -> str:
     """The text with each run of white space as one space: what counts as the same text."""
     return " ".join(text.split())

@@ -6,7 +6,7 @@
     to_host           a copy to the host that is waited for only when its numbers are read
     LateCopies        vectors travel to the host one batch late, while the device works on the next
 
-Called by embedder.py, sharding.py, plan.py, runs.py, run_train.py and labelling/cache.py.
+Called by embedder.py, scoring/, runs.py, run_train.py and labelling/cache.py.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -68,18 +68,23 @@ def starting_point(name: str | None) -> Start:
     return Start(name, "as --model says: a checkpoint")
 
 
+MAY_CHANGE = ("chunk_tokens", "checkpointing", "save_every", "keep", "peer_timeout")  # rounding at most
+
+
 def resumed(given: Namespace) -> Namespace:
-    """The options of the run in --output, which --resume goes on with; others may not be given."""
+    """The options of the run in --output, which --resume goes on with; but for MAY_CHANGE others may not be given."""
     folder = Path(getattr(given, "output", None) or "")
     saved = read_json(folder / "run.json")
     if not isinstance(saved.get("options"), dict) or "model" not in saved or "data" not in saved:
         raise ValueError(f"{folder / 'run.json'}: options, model or data are missing. Expected is a run of "
                          "run_train.py. Start a new one.")
-    other = {k: v for k, v in vars(given).items() if k not in ("resume", "output") and v != saved["options"].get(k)}
+    other = {k: v for k, v in vars(given).items()
+             if k not in ("resume", "output", *MAY_CHANGE) and v != saved["options"].get(k)}
     if other:
         raise ValueError(f"--resume goes on with the options of {folder}; given is another {', '.join(other)}. "
                          "Leave that out.")
-    return Namespace(**{**saved["options"], "model": saved["model"], "resume": True, "output": str(folder)})
+    options = {**saved["options"], **{k: v for k, v in vars(given).items() if k in MAY_CHANGE}}
+    return Namespace(**{**options, "model": saved["model"], "resume": True, "output": str(folder)})
 
 
 def build(
@@ -194,10 +199,11 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     write_whole(path, lambda draft: draft.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n"))
 
 
-def facts(options: Options, start: Start, data: SoftLabels) -> dict[str, Any]:
+def facts(options: Options, start: Start, model: Mistral, data: SoftLabels) -> dict[str, Any]:
     """What run.json says about a run before its first step."""
     return {
         "complete": False, "started": now(), "model": start.name, "options": dataclasses.asdict(options),
+        "architecture": dataclasses.asdict(model.arch),
         "data": [{"file": path.name, "sha256": digest, "bytes": path.stat().st_size}
                  for path, digest in zip(data.paths, data.sha256, strict=True)],
         "lines": len(data), "lines_with_labels": data.with_labels, **machine(),
@@ -282,8 +288,12 @@ def load_state(folder: Path, model: nn.Module, optimiser: torch.optim.AdamW) -> 
     if not states:
         return {"step": 0, "elapsed_s": 0.0}
     state = states[-1]
-    position = read_json(state / "position.json")
-    found = dict(read_tensors(state / "state.safetensors", device=torch.device("cpu")))
+    try:
+        position = read_json(state / "position.json")
+        found = dict(read_tensors(state / "state.safetensors", device=torch.device("cpu")))
+    except ValueError as error:
+        raise ValueError(f"{error} Or remove {state}: --resume then goes on from "
+                         f"{states[-2] if len(states) > 1 else 'the beginning'}.") from None
     for name, parameter in trainable(model).items():
         if name not in found or found[name].shape != parameter.shape:
             raise ValueError(f"{state}: {name} is missing or misshapen. Expected is the state of this model. "
@@ -348,9 +358,10 @@ class _Moment:
             self.event.record()
 
     def seconds_since(self, before: "_Moment") -> float:
-        """Duration from `before`; both must have come."""
+        """Duration from `before`; waits until this moment has come."""
         if self.event is None or before.event is None:
             return self.host_s - before.host_s
+        self.event.synchronize()
         return before.event.elapsed_time(self.event) / 1000
 
 
@@ -426,11 +437,11 @@ class Progress:
 
     def __init__(self, options: Options, total: int) -> None:
         self.options, self.total, self.shown_s, self.clock = options, total, -math.inf, Clock()
-        self.examples: list[float] = []
+        self.examples: list[tuple[float, float]] = []  # in a prompt; drawn for it
 
     def show(self, row: dict[str, Any]) -> None:
         """Print step, loss, speed and time left."""
-        self.examples.append(row["examples"])
+        self.examples.append((row["examples"], row["examples_drawn"]))
         terminal = sys.stdout.isatty()
         if self.clock.elapsed_s - self.shown_s < (0.2 if terminal else 10):
             return
@@ -438,7 +449,7 @@ class Progress:
         step, elapsed_s = row["step"] + 1, row["elapsed_s"]
         left_s = elapsed_s / step * (self.total - step)
         if self.options.minutes:
-            left_s = 60 * self.options.minutes - elapsed_s
+            left_s = max(0.0, 60 * self.options.minutes - elapsed_s)
         of = "" if self.options.minutes else f"/{self.total}"
         line = (f"step {step}{of}  loss {row['loss']:.3f}: contrastive {row['hard']:.3f}, soft {row['soft']:.3f}  "
                 f"{row['tokens_per_s']:,.0f} tokens/s  left {int(left_s) // 60}:{int(left_s) % 60:02}")
@@ -449,6 +460,9 @@ class Progress:
         if sys.stdout.isatty():
             print()
         if self.options.max_examples and self.examples:
-            mean = sum(self.examples) / len(self.examples)
-            why = "" if mean else ": every line of a task is in its batch; lower --queries to leave some for examples"
+            mean, drawn = (sum(some) / len(self.examples) for some in zip(*self.examples, strict=True))
+            why = "" if drawn else ": every line of a task is in its batch; lower --queries to leave some for examples"
+            if mean < drawn:
+                why = (f"; drawn were {drawn:.2f}, but not all fit: raise --max-prompt-tokens or lower "
+                       "--max-example-tokens")
             print(f"examples in a prompt: {mean:.2f} on average, of 0 to {self.options.max_examples}{why}")

@@ -68,15 +68,16 @@ class TextTokenizer:
             try:
                 encoded = self.library.encode_batch_fast(cut, add_special_tokens=False)
             except TypeError:
-                half = next(text for text in cut if any("\ud800" <= character <= "\udfff" for character in text))
-                raise ValueError(f"text {half!r:.60} has half a surrogate pair. Expected is valid Unicode. "
-                                 "Remove it.") from None
+                raise _half_a_pair(cut) from None
             ids += [e.ids[:max_tokens] for e in encoded]
         return ids
 
     def cut(self, text: str, *, max_tokens: int) -> str:
         """The characters that the first `max_tokens` ids of a text stand for."""
-        encoded = self.library.encode(text[: max_tokens * LONGEST_TOKEN_CHARS], add_special_tokens=False)
+        try:
+            encoded = self.library.encode(text[: max_tokens * LONGEST_TOKEN_CHARS], add_special_tokens=False)
+        except TypeError:
+            raise _half_a_pair([text]) from None
         return text if len(encoded) <= max_tokens else text[: encoded.offsets[max_tokens - 1][1]]
 
     def continuation(self, text: str) -> list[int]:
@@ -100,6 +101,11 @@ class TextTokenizer:
             "pad_token": END, "padding_side": "right", "clean_up_tokenization_spaces": False,
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+
+
+def _half_a_pair(texts: Sequence[str]) -> ValueError:
+    half = next(text for text in texts if any("\ud800" <= character <= "\udfff" for character in text))
+    return ValueError(f"text {half!r:.60} has half a surrogate pair. Expected is valid Unicode. Remove it.")
 
 
 def train(texts: Iterable[str], *, vocab_size: int, lowercase: bool, markers: Sequence[str] = ()) -> TextTokenizer:

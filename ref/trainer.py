@@ -92,7 +92,8 @@ class Trainer:
         self.team.sum_in_place([*(weight.grad for weight in weights if weight.grad is not None), seen])
         figures = dict(zip(NAMES, seen, strict=True))
         useful = tokens * cache.passes / max(1, cache.positions)
-        return figures, {"useful_token_share": useful, "examples": work.examples}
+        drawn = sum(map(len, work.batch.examples)) / len(work.batch.examples)
+        return figures, {"useful_token_share": useful, "examples": work.examples, "examples_drawn": drawn}
 
     def segments(self, batch: Batch, share: Share) -> tuple[list[Segment], float]:
         """Queries, then passages, as ids behind their prefixes; and the mean number of examples that got in."""

@@ -9,7 +9,7 @@ An example is a query of the task and a good response to it; what a response is 
 
 Nothing of a scored split gets in, even where the training split repeats it: in retrieval and reranking neither a
 scored query nor a passage relevant to one (other passages are common to both splits), elsewhere no text at all.
-Called by run_eval.py and scoring.py. Importing this file imports mteb (three seconds). Facts about mteb: version 2.26.
+Called by run_eval.py and score.py. Importing this file imports mteb (three seconds). Facts about mteb: version 2.26.
 """
 
 import copy

@@ -8,7 +8,7 @@ attributes to set on it, and the instruction; its results stand under its own na
     {"class": "ArguAna", "instruction": "Given a question, retrieve answers"}
     {"class": "TwentyNewsgroupsClustering.v2", "set": {"max_fraction_of_documents_to_embed": null}}
 
-Used by scoring.py and run_eval.py. Importing this file imports mteb (three seconds). Facts about mteb: 2.26.
+Used by the files beside it and run_eval.py. Importing this file imports mteb (three seconds). Facts about mteb: 2.26.
 """
 
 import difflib
@@ -39,6 +39,7 @@ CATEGORIES = (
 )
 # A file's name says which part of a retrieval set it is; mteb reads them as configurations of one data set.
 RETRIEVAL_PARTS = {"corpus": "corpus", "queries": "queries", "qrels": "default", "top_ranked": "top_ranked"}
+FETCHED = ".fetched"  # in a folder: where its files are from
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ def folder_task(folder: Path, base: AbsTask) -> AbsTask:
     task: AbsTask = type(type(base).__name__, (FolderData, type(base)), {"metadata": metadata})()
     task.hf_subsets = list(base.hf_subsets)
     task.filter_eval_splits(base.eval_splits)
+    task.official = folder.name == base.metadata.name and _as_fetched(folder, base)  # type: ignore[attr-defined]
     for key, value in task_file.get("set", {}).items():
         if not hasattr(task, key):
             raise ValueError(f"{folder / 'task.json'}, set: {unknown('attribute', key, dir(task))}")
@@ -120,6 +122,8 @@ class FolderData(AbsTask):
     changed files. So it gets a cache of its own, deleted with the task. A retrieval folder need not bring a
     README.md: the configurations that mteb asks for are written beside links to its files.
     """
+
+    official = False  # the benchmark's own data, as `fetch` left them
 
     def load_data(self, num_proc: int | None = None, **options: Any) -> None:
         if self.data_loaded:
@@ -157,10 +161,27 @@ def _with_card(folder: Path, scratch: Path) -> Path:
     return linked
 
 
+def is_official(task: AbsTask) -> bool:
+    """Whether a task's data are known to be the benchmark's own: from the hub, or as `fetch` left them."""
+    return not isinstance(task, FolderData) or task.official
+
+
+def _as_fetched(folder: Path, base: AbsTask) -> bool:
+    place, mark = base.metadata.dataset, folder / FETCHED
+    return mark.is_file() and mark.read_text(encoding="utf-8") == _mark(folder, place["path"], place["revision"])
+
+
+def _mark(folder: Path, repository: str, revision: str) -> str:
+    """What FETCHED says: where the files are from, and a hash of all of them."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path != folder / FETCHED)
+    return f"{repository}\n{revision}\n{hash_files(folder, files)}\n"
+
+
 def fetch(tasks: Iterable[AbsTask], data_dir: Path) -> dict[str, str]:
     """Download the data of tasks from the hub into folders that --data-dir reads; name -> error of those that failed.
 
-    Prints for each task the repository, its revision, and whether it was there already.
+    A mark in each folder says where its files are from: unchanged, they count as the benchmark's own. Prints for each
+    task the repository, its revision, and whether it was there already.
     """
     failed: dict[str, str] = {}
     for task in tasks:
@@ -174,6 +195,7 @@ def fetch(tasks: Iterable[AbsTask], data_dir: Path) -> dict[str, str]:
         try:
             huggingface_hub.snapshot_download(
                 place["path"], repo_type="dataset", revision=place["revision"], local_dir=draft)
+            (draft / FETCHED).write_text(_mark(draft, place["path"], place["revision"]), encoding="utf-8")
             draft.rename(folder)
             print("fetched")
         except Exception as error:  # the hub's many: offline, gated, gone

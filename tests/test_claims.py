@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,7 +87,10 @@ def test_changed_data():
     assert untouched == before
 
 
-def test_another_seed_line_setting_or_code_is_another_row(monkeypatch):
+def test_another_seed_line_setting_code_or_data_is_another_row(monkeypatch, tmp_path):
+    monkeypatch.setenv("LG_ANNA_DATA", str(tmp_path))
+    for name in ("soft_labels", "pairs", "mteb"):
+        (tmp_path / name).mkdir()
     usual = Setting("world", 10, "tiny")
     one = row_path(usual, ARMS["full"], 0)
     assert one == row_path(Setting("world", 10, "tiny"), Arm(), 0)  # by its line, not by its name
@@ -94,22 +98,29 @@ def test_another_seed_line_setting_or_code_is_another_row(monkeypatch):
               *(row_path(setting, ARMS["full"], 0) for setting in (
                   Setting("real", 10, "tiny"), Setting("world", 11, "tiny"), Setting("world", 10, LARGER),
                   Setting("world", 10, "tiny", "cuda")))}
+    (tmp_path / "pairs/some.jsonl").write_text("x")
+    experiment.data_hash.cache_clear()
+    others.add(row_path(Setting("real", 10, "tiny"), ARMS["full"], 0))
+    assert row_path(usual, ARMS["full"], 0) == one
     monkeypatch.setattr(experiment, "code_hash", lambda: "other")
     others.add(row_path(usual, ARMS["full"], 0))
-    assert one not in others and len(others) == 7
+    experiment.data_hash.cache_clear()
+    assert one not in others and len(others) == 8
 
 
 def test_fixed_examples_differ_from_drawn_ones_in_nothing_but_which():
-    """As many in each batch, never a text of the batch, and the same ones throughout."""
-    data = SoftLabels([ROOT / "data/soft_labels.jsonl"], replace(Options(), max_examples=5, queries=8))
-    numbers = data.batches(0)[:40]
+    """As many in each batch of the study's size, never a text of the batch, and mostly the same five of a task."""
+    data = SoftLabels([ROOT / "data/soft_labels.jsonl"], replace(Options(), max_examples=5, queries=64))
+    numbers = (data.batches(0) + data.batches(1))[:40]
     drawn = [data.batch(lines, epoch=0, step=step) for step, lines in enumerate(numbers)]
     with experiment.fixed_examples():
         fixed = [data.batch(lines, epoch=0, step=step) for step, lines in enumerate(numbers)]
     counts = [[len(batch.examples[0]) for batch in some] for some in (drawn, fixed)]
-    assert set(counts[0]) == set(range(6)) and np.mean(np.equal(*counts)) > 0.8  # fewer where one is in the batch
-    shown = [{example for batch in some for example in batch.examples[0]} for some in (drawn, fixed)]
-    assert len(shown[1]) <= 5 * len({batch.task for batch in fixed}) < len(shown[0])
+    assert set(counts[0]) == set(range(6)) and counts[0] == counts[1]
+    shown = [Counter((batch.task, example) for batch in some for example in batch.examples[0])
+             for some in (drawn, fixed)]
+    share = [sum(n for _, n in some.most_common(5 * len({task for task, _ in some}))) / some.total() for some in shown]
+    assert share[0] < 0.5 < 0.7 < share[1]
     for batch in fixed:
         texts = {text for example in batch.examples[0] for text in (example.query, example.response)}
         assert not texts & {*batch.queries, *batch.passages}

@@ -318,10 +318,12 @@ def test_examples_are_of_the_task_and_never_of_the_batch(tmp_path, per):
     assert one.examples == other.examples
 
 
-def test_the_number_of_examples_is_uniform(tmp_path):
-    """P(k) = 1/6 each: 600 draws, every count within five standard deviations."""
-    data = load(tmp_path, rows_of({"A": 60}), queries=2)
-    drawn = [data.batch(np.array([0, 1]), epoch=0, step=step).examples[0] for step in range(600)]
+@pytest.mark.parametrize("inside", [2, 45])
+def test_the_number_of_examples_is_uniform(tmp_path, inside):
+    """P(k) = 1/6 each: 600 draws, every count within five standard deviations; also where most lines are in the batch.
+    """
+    data = load(tmp_path, rows_of({"A": 60}), queries=inside)
+    drawn = [data.batch(np.arange(inside), epoch=0, step=step).examples[0] for step in range(600)]
     counts = np.bincount(list(map(len, drawn)), minlength=6)
     assert abs(counts - 100).max() < 5 * math.sqrt(600 / 6 * 5 / 6)
 

@@ -28,7 +28,7 @@ from ref.prompts import Example
 from ref.published import PUBLISHED
 from scoring import plan
 from scoring.score import score_task
-from scoring.tasks import fetch, tasks_from
+from scoring.tasks import fetch, is_official, tasks_from
 
 __all__ = ["world"]  # a fixture
 ROOT = Path(__file__).parent.parent
@@ -228,6 +228,27 @@ def test_fetching_lists_each_repository_and_goes_on_after_a_failure(tmp_path, mo
     assert [path for path, *_ in asked if "biosses" not in path.lower()] == []  # the others are there
 
 
+def test_what_was_fetched_is_official_until_it_is_changed(tmp_path, monkeypatch):
+    """Neither one more file, nor another content, nor a copy under a name of its own."""
+    def download(path, *, repo_type, revision, local_dir):
+        write_lines(Path(local_dir) / "test.jsonl", [{"a": 1}])
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    [hub] = tasks_from("BIOSSES").tasks
+    assert is_official(hub) and fetch([hub], tmp_path) == {}
+
+    def official() -> dict[str, bool]:
+        return {task.metadata.name: is_official(task) for task in tasks_from("all", tmp_path).tasks}
+    assert official() == {"BIOSSES": True}
+    shutil.copytree(tmp_path / "BIOSSES", tmp_path / "Mine")
+    (tmp_path / "Mine/task.json").write_text('{"class": "BIOSSES"}')
+    write_lines(tmp_path / "BIOSSES/test.jsonl", [{"a": 2}])
+    assert official() == {"BIOSSES": False, "Mine": False}
+    write_lines(tmp_path / "BIOSSES/test.jsonl", [{"a": 1}])
+    assert official()["BIOSSES"]
+    (tmp_path / "BIOSSES/task.json").write_text('{"instruction": "Other"}')
+    assert not official()["BIOSSES"]
+
+
 # ------------------------------------------------------------------------------------------------- vectors kept
 
 def test_kept_vectors_are_the_same_and_a_stopped_task_goes_on(tmp_path, monkeypatch):
@@ -419,6 +440,20 @@ def test_other_weights_in_a_run_are_another_revision(model, tmp_path):
     weights = next((tmp_path / "run/model").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     assert name == "local/run" and run_eval.identity(str(tmp_path / "run")) != (name, before)
+
+
+def test_other_weights_under_an_adapter_are_another_revision_and_a_plan_is_none(model, tmp_path):
+    shutil.copytree(model / "model", tmp_path / "base")
+    (tmp_path / "adapter").mkdir()
+    config = {"base_model_name_or_path": str(tmp_path / "base")}
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    before = run_eval.identity(str(tmp_path / "adapter"))
+    for part in ("adapter", "base"):
+        (tmp_path / part / "plan.json").write_text("{}")
+    assert run_eval.identity(str(tmp_path / "adapter")) == before
+    weights = next((tmp_path / "base").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert run_eval.identity(str(tmp_path / "adapter")) != before
 
 
 def test_the_commit_of_an_adapter_on_the_hub_is_its_revision(tmp_path, monkeypatch):

@@ -210,6 +210,18 @@ def test_bad_files(tmp_path):
     (tmp_path / "beir/qrels/train.tsv").write_text("query-id\tcorpus-id\tscore\nq\ta\tmany\n")
     with pytest.raises(ValueError, match="train.tsv line 2"):
         Pairs(tmp_path / "beir", corpus)
+    for rows, queries, words in (
+        ("q\ta\tnan\n", ["q"], "train.tsv line 1: the score is 'nan'"),
+        ("q\ta\t1\nr\ta\t1\n", ["q"], "train.tsv judges 1 queries that .*queries.jsonl does not have, such as 'r'"),
+        ("q\ta\t1\n", ["q", "q"], "queries.jsonl line 2: _id 'q' stands on an earlier line too"),
+    ):
+        (tmp_path / "beir/qrels/train.tsv").write_text(rows)
+        write(tmp_path / "beir/queries.jsonl", [{"_id": name, "text": "x"} for name in queries])
+        with pytest.raises(ValueError, match=words):
+            Pairs(tmp_path / "beir", corpus)
+    write(tmp_path / "titled.jsonl", [{"_id": "a", "title": ["x"], "text": "y"}])
+    with pytest.raises(ValueError, match=r"line 1: title is \['x'\]"):
+        Corpus(tmp_path / "titled.jsonl")
 
 
 # ------------------------------------------------------------------------------------------------- the command
@@ -536,8 +548,9 @@ def test_words_of_nothing_but_stop_words_are_an_error_and_blank_lines_change_not
 
 
 @pytest.mark.parametrize(("row", "words"), [({"query": "q", "pos": 5}, "line 1: pos is 5"),
-                                            ({"query": "q", "pos": "text"}, "line 1: pos is 'text'")])
-def test_pairs_without_a_corpus_must_hold_lists(row, words, tmp_path):
+                                            ({"query": "q", "pos": "text"}, "line 1: pos is 'text'"),
+                                            ({"query": "q", "pos": ["n1"], "neg": ["n2"]}, "look like ids.*--corpus")])
+def test_pairs_without_a_corpus_must_hold_lists_of_texts(row, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         corpus_from_pairs(write(tmp_path / "pairs.jsonl", [row]), tmp_path)
 

@@ -156,8 +156,8 @@ def test_stand_ins_are_compared_with_nothing(tmp_path):
     tasks = results()
     tasks[3] = dataclasses.replace(tasks[3], official=False, score=99.99)
     page, text = written(a_report(tasks), tmp_path / "one")
-    assert [tasks[3].task, "99.99", "stand-in, not comparable", tasks[3].category, "accuracy"] in markdown_rows(text)
-    assert "> Not comparable: 1 task ran on stand-in data" in text and "40 of 41" in text
+    assert [tasks[3].task, "99.99", "other data, not comparable", tasks[3].category, "accuracy"] in markdown_rows(text)
+    assert "> Not comparable: 1 task ran on other data" in text and "40 of 41" in text
     assert text.count("99.99") == 2  # and their mean
     world = [TaskResult("IsleHome", "Retrieval", "ndcg_at_10", 95.95, "Find it.", official=False)]
     page, text = written(a_report(world), tmp_path / "none")

@@ -28,6 +28,8 @@ import run_train
 from ref import Embedder, runs
 from ref.checkpoint import read_tensors
 from ref.config import Options
+from ref.data import Task
+from ref.export import named_prompts
 from ref.prompts import Example
 
 ROOT = Path(run_train.__file__).parent
@@ -303,6 +305,11 @@ def test_two_instructions_under_one_name_are_both_exported(place, tmp_path):
     assert set(prompts) == {"same", "same-2"} and len(set(prompts.values())) == 2
 
 
+def test_a_numbered_name_takes_no_name_that_a_task_has():
+    tasks = [Task(name, prompt, "normal") for name, prompt in (("a-2", "x"), ("a", "y"), ("a", "z"), ("a", "w"))]
+    assert named_prompts(SimpleNamespace(tasks=tasks)) == {"a-2": "x", "a": "y", "a-3": "z", "a-4": "w"}
+
+
 def test_merging_does_not_touch_what_the_held_out_score_is_of(place, monkeypatch):
     """The adapter is scored, and merged after that."""
     order = []
@@ -357,6 +364,70 @@ def test_resume_refuses_what_would_be_another_run(place, whole, tmp_path, capsys
         assert place.train("changed", "--data", data) == 130
     write_data(data, lines()[:-1])
     assert "the data of" in error("--output", str(place.folder / "changed"))
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(CONFIG))
+    with ctrl_c_at(1):
+        assert place.train("remodelled", "--model", config) == 130
+    config.write_text(json.dumps({**CONFIG, "sliding_window": 3, "rope_theta": 50.0}))
+    assert "the architecture of" in error("--output", str(place.folder / "remodelled"))
+
+
+def test_what_a_message_advises_may_be_given_with_resume(place, whole, capsys):
+    """Less memory, another pace of saving: the same run but for rounding."""
+    with ctrl_c_at(2):
+        assert place.train("less") == 130
+    folder = place.folder / "less"
+    less = ["--chunk-tokens", "64", "--checkpointing", "--save-every", "1", "--keep", "9", "--peer-timeout", "5"]
+    assert run_train.main(["--resume", "--output", str(folder), *less]) == 0
+    assert facts(folder)["options"]["chunk_tokens"] == 64 and len(list((folder / "state").glob("0*"))) > 2
+    for one, other in zip(rows_of(folder), rows_of(whole), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_a_complete_run_has_nothing_to_go_on_with(place, whole, capsys):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    assert run_train.main(["--resume", "--output", str(whole)]) == 0
+    assert "is complete: there is nothing to go on with" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+
+
+def test_a_resumed_run_that_crashes_leaves_no_older_model(place, monkeypatch):
+    with ctrl_c_at(2):
+        assert place.train("older") == 130
+    folder = place.folder / "older"
+    assert Embedder.from_pretrained(folder)
+
+    def update(self, rate):
+        raise RuntimeError("power cut")
+    monkeypatch.setattr(run_train.Trainer, "update", update)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run_train.main(["--resume", "--output", str(folder)])
+    with pytest.raises(ValueError, match=r"no model yet.*--resume"):
+        Embedder.from_pretrained(folder)
+
+
+def test_a_damaged_state_names_the_one_before_it(place, capsys):
+    with ctrl_c_at(2):
+        assert place.train("damaged", "--save-every", 2) == 130
+    folder = place.folder / "damaged"
+    older, newest = sorted((folder / "state").glob("0*"))
+    (newest / "state.safetensors").write_bytes((newest / "state.safetensors").read_bytes()[:-9])
+    assert run_train.main(["--resume", "--output", str(folder)]) == 2
+    assert f"Or remove {newest}: --resume then goes on from {older}" in capsys.readouterr().err
+    shutil.rmtree(newest)
+    assert run_train.main(["--resume", "--output", str(folder)]) == 0
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (["--max-prompt-tokens", 40, "--max-text-tokens", 20], "drawn were .*--max-prompt-tokens"),
+    (["--queries", 32], "every line of a task is in its batch"),
+    ([], r"on average, of 0 to 2$"),
+])
+def test_why_prompts_have_no_examples(place, options, words, capsys):
+    name = f"why{len(options)}{options[:1]}"
+    assert place.train(name, *options) == 0
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("examples in a prompt"))
+    assert re.search(words, said), said
 
 
 # ------------------------------------------------------------------------------------------------- bad input
@@ -629,6 +700,7 @@ def test_template_and_lengths_travel_with_the_model(place):
         ({"max_text_tokens": 0}, "max_text_tokens is 0"),
         ({"max_text_tokens": "9"}, "max_text_tokens is '9'"),
         ({"other": 1}, "other is 1"),
+        ({"max_prompt_tokens": 2}, "a text of max_text_tokens, 512, does not fit into max_prompt_tokens, 2"),
     ],
 )
 def test_a_bad_settings_file_is_named(whole, tmp_path, settings, message):
@@ -636,6 +708,28 @@ def test_a_bad_settings_file_is_named(whole, tmp_path, settings, message):
     (tmp_path / "model" / "embedder.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=rf"embedder\.json.*{message}"):
         Embedder.from_pretrained(tmp_path / "model")
+
+
+def test_a_bad_argument_is_not_blamed_on_the_settings_file(whole):
+    for given in ({"template": "mine"}, {"max_text_tokens": 0}):
+        with pytest.raises(ValueError, match=rf"^{next(iter(given))} ") as error:
+            Embedder.from_pretrained(whole, **given)
+        assert "embedder.json" not in str(error.value)
+
+
+def test_a_checkpoint_beside_a_run_json_of_others_is_a_checkpoint(whole, tmp_path):
+    shutil.copytree(whole / "model", tmp_path / "model")
+    (tmp_path / "model/run.json").write_text('{"by": "someone else"}')
+    assert Embedder.from_pretrained(tmp_path / "model").encode(["anna"]).shape == (1, 32)
+
+
+def test_an_adapter_on_itself_is_refused(adapter, tmp_path):
+    shutil.copytree(adapter / "adapter", tmp_path / "a")
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    (tmp_path / "a/adapter_config.json").write_text(json.dumps(
+        {**config, "base_model_name_or_path": str(tmp_path / "a")}))
+    with pytest.raises(ValueError, match="is this adapter itself"):
+        Embedder.from_pretrained(tmp_path / "a")
 
 
 # ------------------------------------------------------------------------------------------------- the embedder
