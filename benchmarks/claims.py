@@ -249,7 +249,12 @@ def study(setting: Setting, left: Sequence[tuple[str, int]], paths: dict[tuple[s
     def one(item: tuple[str, int]) -> bool:
         call = [sys.executable, "-m", "benchmarks.claims", "--ground", setting.ground, "--steps", str(setting.steps),
                 "--model", setting.model, "--device", setting.device, "--one", item[0], str(item[1])]
-        return subprocess.run(call, cwd=ROOT, env=environment, check=False).returncode == 0 and paths[item].exists()
+        ended = subprocess.run(call, cwd=ROOT, env=environment, check=False, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)  # mteb and `datasets` say much
+        fine = ended.returncode == 0 and paths[item].exists()
+        if not fine:
+            print(ended.stdout[-2000:], flush=True)
+        return fine
 
     failed = 0
     with ThreadPoolExecutor(workers) as pool:

@@ -174,9 +174,12 @@ def test_a_part_of_the_study_overwrites_nothing(tmp_path, monkeypatch, capsys):
     """Fewer arms, fewer seeds, or runs that all fail: a table is printed at most."""
     monkeypatch.setattr(claims, "RESULTS", tmp_path)
     monkeypatch.setattr(experiment, "RESULTS", tmp_path)
-    nothing = SimpleNamespace(run=lambda *_, **__: SimpleNamespace(returncode=0))  # ends well and leaves no row
+    def run(*_, **__):
+        return SimpleNamespace(returncode=0, stdout="what it said")  # ends well and leaves no row
+    nothing = SimpleNamespace(run=run, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT)
     monkeypatch.setattr(claims, "subprocess", nothing)
     assert claims.main(["--only", "full", "hard labels", "--seeds", "1"]) == 1
+    assert capsys.readouterr().out.count("what it said") == 2
     setting = Setting("world", 400, "tiny")
     (tmp_path / "world").mkdir()
     for arm, seed in itertools.product(("full", "hard labels"), range(10)):
