@@ -14,7 +14,7 @@ instruction: {"class": "ArguAna", "instruction": "Given a question, retrieve ans
 
 Results are written in mteb's cache format and read back, so a run that stops resumes; with --vector-cache inside a
 task too. A failing task is reported, and the rest goes on. At the end: a table here, report.html and report.md in the
-result folder. Exit code: 0, or 1 if a task failed, or 2 for bad input.
+result folder. Exit code: 0, or 1 if a task failed, or 2 for bad input, or 130 after Ctrl-C.
 """
 
 import argparse

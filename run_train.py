@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from ref import runs
-from ref.config import PRESETS, OptionParser, Options, parse_options, pick_device, pick_kernels, read_json
+from ref.config import PRESETS, OptionParser, Options, pick_device, pick_kernels, read_json
 from ref.data import Batch, SoftLabels
 from ref.embedder import Embedder
 from ref.export import drop_result, save_merged, save_result
@@ -120,9 +120,9 @@ def held_out_score(trainer: Trainer, folder: Path | None, when: str) -> float | 
     return mean
 
 
-def prepare(arguments: list[str] | None) -> tuple[Trainer, Path, runs.Start]:
+def set_up(arguments: list[str] | None) -> tuple[Trainer, Path, runs.Start]:
     """From the command line to a model that is ready to train, telling what was chosen and why."""
-    given, _ = parse_options(arguments)
+    given = OptionParser().parse_args(arguments)  # as given: defaults are laid under it below
     say = print if os.environ.get("RANK", "0") == "0" else lambda *_, **__: None
     if getattr(given, "resume", False):
         given = runs.resumed(given)
@@ -176,9 +176,11 @@ def ready(start: runs.Start, options: Options, data: SoftLabels, device: torch.d
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train, save, score. Returns 0; 130 after Ctrl-C; 2 for bad input, with a message."""
+    """Train, save, score. Returns 0; 130 after Ctrl-C; with a message 2 for bad input, 3 when the GPU's memory is full,
+    4 when another process is dead or stuck.
+    """
     try:
-        trainer, folder, start = prepare(arguments)
+        trainer, folder, start = set_up(arguments)
         try:
             code = run(trainer, folder, start)
             trainer.team.close()

@@ -3,8 +3,9 @@
     suite       tests/test_kernels.py, natively (off a GPU: some of it, in Triton's interpreter)
     paths       tests/test_cuda.py: attention, compilation, no waits
     sanitizer   compute-sanitizer's memcheck and racecheck over every kernel at small shapes, where the tool runs
-    B7 … B10    see their files
+    B7 B8 B1 B5 B3 B6    see their files
     run         run_train.py on a 7B model of random weights, a few steps
+    B2 B4 B9 B10
 
 Each part writes benchmarks/results/gpu/PART.json when it ends, so that a slot that is cut short keeps what was done.
 Without a GPU everything runs at small shapes on the CPU: a dry run of the script, which measures nothing.

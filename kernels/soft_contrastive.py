@@ -20,7 +20,7 @@ The fast (`TritonEpilogue`): the products are the library's, over blocks of 1024
 a row of the block, so nothing is written twice; there are no atomics, and two runs agree bit for bit.
 
 Plain version and oracle: `ref.loss.eager_loss`. Called by ref/loss.py on CUDA. Source: arXiv 2506.07438 (the loss);
-the tiling: arXiv 2411.09009. Letters: i_ program, o_ offsets, m_ mask, b_ values on the chip.
+the tiling: arXiv 2411.09009. Letters: o_ offsets, m_ mask, b_ values on the chip.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Candidates of a query: by words (BM25), by meaning (vectors), and both fused.
+"""Candidates of a query: by words (BM25) and by meaning (vectors). pipeline.py fuses the two lists.
 
 BM25 is the bm25s library's Lucene variant: k1 1.5, b 0.75, English stop words, stemming where it is asked for. The
 index holds 8 bytes for each different word of a passage and grows with the corpus.
@@ -8,7 +8,7 @@ stay. The score matrix never exists as a whole:
 
     block 1    q . p   ->  best k            block 2    q . p  ->  best k of (best so far, this block)        …
 
-Ties go to the smaller passage id, in both.
+Ties go to the smaller passage id, in both. Here K counts the best passages of a query.
 """
 
 from collections.abc import Iterable

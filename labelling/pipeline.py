@@ -30,7 +30,7 @@ from ref.runs import write_whole
 from ref.team import Team
 
 PASSAGES, QUERIES = 4096, 1024  # of a block
-QUERIES_PER_SEARCH = 16  # blocks of queries for which the passages are read once
+BLOCKS_PER_SEARCH = 16  # blocks of queries for which the passages are read once
 QUERIES_PER_RERANKING = 32  # a block of reranker scores: half a minute's work at most on a GPU, minutes on a CPU
 
 Lists = Literal["fused", "words", "vectors"]
@@ -161,11 +161,11 @@ class Pipeline:
         """Dense search for all blocks of queries that have not been searched for: the passages go by once for many."""
         left = [rows for rows in self.query_blocks
                 if self.cache.read(self.cache.path("nearest", self._nearest_key(rows))) is None]
-        passes = -(-len(left) // QUERIES_PER_SEARCH)
+        passes = -(-len(left) // BLOCKS_PER_SEARCH)
         steps = Steps("dense search, blocks of passages", passes * len(self.passage_blocks) // self.team.size)
         mine = list(self.team.share(range(len(self.passage_blocks))))
-        for start in range(0, len(left), QUERIES_PER_SEARCH):
-            together = left[start : start + QUERIES_PER_SEARCH]
+        for start in range(0, len(left), BLOCKS_PER_SEARCH):
+            together = left[start : start + BLOCKS_PER_SEARCH]
             best = [TopK(torch.from_numpy(self.query_vectors(rows)).to(self.device),
                          min(self.search.depth, len(self.corpus))) for rows in together]
             for block in mine:

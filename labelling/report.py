@@ -13,8 +13,8 @@ import numpy as np
 from ref.mining import Candidate, Why, best_first, judge
 from ref.runs import write_whole
 
-RULES = [("none", 0.0), *(("percentage", r) for r in (0.99, 0.97, 0.95, 0.9, 0.8)),
-         *(("margin", m) for m in (0.02, 0.05, 0.1)), *(("absolute", c) for c in (0.8, 0.7, 0.6))]
+COMPARED = [("none", 0.0), *(("percentage", r) for r in (0.99, 0.97, 0.95, 0.9, 0.8)),
+            *(("margin", m) for m in (0.02, 0.05, 0.1)), *(("absolute", c) for c in (0.8, 0.7, 0.6))]
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -25,7 +25,7 @@ class Tally:
     temperature: float
     queries: int = 0
     fates: Counter[str] = field(default_factory=Counter)
-    short: Counter[int] = field(default_factory=Counter)  # queries by number of negatives
+    queries_by_negatives: Counter[int] = field(default_factory=Counter)
     entropy: float = 0.0
     scores: dict[str, "array[float]"] = field(default_factory=lambda: defaultdict(lambda: array("f")))
 
@@ -36,7 +36,7 @@ class Tally:
         """A query with what became of its candidates, and raw scores: those its line holds, and of all candidates."""
         self.queries += 1
         self.fates.update(why for _, why in fate)
-        self.short[len(negatives)] += 1
+        self.queries_by_negatives[len(negatives)] += 1
         self.entropy += entropy([positives[0], *negatives], self.temperature)
         for what, some in (("positive", positives), ("negative", negatives),
                            ("candidate", candidates[self.queries % 10 :: 10])):
@@ -48,8 +48,8 @@ class Tally:
         return {
             "queries": self.queries, "candidates": self.fates.total(), "fates": dict(self.fates),
             "rejected_share": round(self.fates["above the bar"] / max(1, judged), 4),
-            "queries_with_fewer_negatives": sum(n for count, n in self.short.items() if count < wanted),
-            "queries_by_negatives": {str(count): n for count, n in sorted(self.short.items())},
+            "queries_with_fewer_negatives": sum(n for count, n in self.queries_by_negatives.items() if count < wanted),
+            "queries_by_negatives": {str(count): n for count, n in sorted(self.queries_by_negatives.items())},
             "label_entropy": round(self.entropy / max(1, self.queries), 4), "entropy_of_flat_labels":
                 round(math.log(1 + wanted), 4), "label_temperature": self.temperature,
             "raw_score_quantiles": {what: {str(q): round(float(np.quantile(self.scores[what], q)), 4)
@@ -74,15 +74,15 @@ def rules_table(
     for query, positives, candidates, elsewhere in queries:
         count += 1
         ranked = best_first(candidates)
-        for rule in RULES:
+        for rule in COMPARED:
             fates = Counter(why for _, why in judge(
                 query, positives, ranked, rule=rule[0], value=rule[1], negatives=negatives, elsewhere=elsewhere))
             below = fates["kept"] + fates["not needed"]
             kept[rule] += below
             full[rule] += fates["kept"] == negatives
-            judged += below if rule == RULES[0] else 0  # the rule `none` keeps whatever can be judged
+            judged += below if rule == COMPARED[0] else 0  # the rule `none` keeps whatever can be judged
     lines = [f"{'rule':<12}{'value':>7}{'kept a query':>14}{'rejected':>10}{f'with {negatives} negatives':>19}"]
-    for rule in RULES:
+    for rule in COMPARED:
         lines.append(f"{rule[0]:<12}{rule[1]:>7.2f}{kept[rule] / count:>14.1f}{1 - kept[rule] / max(1, judged):>10.1%}"
                      f"{full[rule] / count:>19.1%}")
     return lines

@@ -32,7 +32,7 @@ from torch import Tensor
 from ref.packing import Packed, to_device
 
 BLOCK = 128  # rows and keys of a block that FlexAttention visits or skips
-KeyValue = tuple[Tensor, Tensor]  # rotated keys (S, G, K) and values (S, G, K) of a shared prefix, one layer
+KeyValue = tuple[Tensor, Tensor]  # of a layer, the keys rotated: (T, G, K) of a stream, (S, G, K) of a prefix
 
 
 def attend(
@@ -130,8 +130,8 @@ def block_table(
     mask function still decides inside it), the second never. Two texts of 3 tokens, blocks of 2, no window:
 
                   keys 0-1  2-3  4-5
-        rows 0-1        x    .    .
-        rows 2-3        x    x    .      row 2 ends the first text, row 3 begins the second
+        rows 0-1        x    o    .      o: named, though the mask function finds nothing in it
+        rows 2-3        x    x    o      row 2 ends the first text, row 3 begins the second
         rows 4-5        .    x    x
     """
     prefix, window = packed.prefix_tokens, window_keys or 2**62

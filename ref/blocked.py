@@ -9,7 +9,7 @@ The products are the library's; what happens to a block of cosines between them 
 here in torch (`TorchEpilogue`), on CUDA one Triton kernel each (kernels/soft_contrastive.py). Memory beyond inputs and
 gradients is a few blocks and dQ in fp32. The running maximum is needed: with a fixed one of 1/tau, exp(s - m)
 underflows to zero where all scores of a row lie near -1/tau and tau is below 0.023.
-Called by loss.py. Source: the online softmax of arXiv 1805.02867; blocks of columns as in arXiv 2411.09009.
+Called by loss.py and the kernel. Source: the online softmax of arXiv 1805.02867; blocks of columns, arXiv 2411.09009.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class Rule:
     label_QC: Tensor  # fp32, sums to one by row, or zeros: row ignored
     limit_Q: Tensor  # fp32; inf: no limit
     temperature: float
-    in_batch: bool = True  # False: a query sees its own candidates alone
+    in_batch: bool = True  # False: own candidates alone; in training loss.own_loss does that with less work
 
     def label_block(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Labels, and who is a candidate, for the columns first..first+count-1: two (Q, count), fp32 and bool."""

@@ -9,7 +9,7 @@ ever read: a pickle can run code.
     model.layers.0.mlp.up_proj.weight    without "model."    MistralForCausalLM
     lm_head.weight                       skipped             an embedder predicts no words
 
-Called by embedder.py, lora.py, runs.py and export.py.
+Called by embedder.py, lora.py, runs.py, export.py and labelling/.
 """
 
 import json

@@ -2,7 +2,7 @@
 
 Every option of run_train.py is one field of `Options`, with its default and its help; `--preset` lays a named set of
 values over the defaults, and what the command line says goes over both. The README says of each default
-whether it is published, taken from the lineage, or our own choice.
+that shapes the result whether it is published, taken from the lineage, or our own choice.
 """
 
 import argparse
@@ -227,7 +227,7 @@ class Options:
     examples_per: Literal["batch", "query"] = _option("batch", "one draw of examples for the batch or for each query")
 
     queries: int = _option(512, "queries of a batch with in-batch negatives", group="batch", least=1)
-    queries_symmetric: int = _option(256, "queries of a batch without", least=1)
+    queries_symmetric: int = _option(256, "queries of a batch without in-batch negatives", least=1)
     negatives: int = _option(7, "hard negatives of a query, at most", least=0)
     in_batch: Literal["by-type", "all", "none"] = _option("by-type", "who sees the batch's other passages as negatives")
     order: Literal["mixed", "sts-first"] = _option("mixed", "order of the batches within an epoch")
@@ -253,7 +253,7 @@ class Options:
     epochs: float = _option(1.0, "passes over the data", above=0)
     steps: int | None = _option(None, "steps instead of epochs", least=1)
     minutes: float | None = _option(None, "minutes of training instead of epochs", above=0)
-    seed: int = _option(0, "same seed, same result (bit for bit on a CPU)", least=0, below=2**31)
+    seed: int = _option(0, "same seed, same result (bit for bit on a CPU with as many threads)", least=0, below=2**31)
     save_every: int = _option(500, "steps between saved states", least=1)
     keep: int = _option(2, "saved states that stay", least=1)
     peer_timeout: float = _option(600.0, "seconds that a process waits for another before it gives up", above=0)
@@ -287,12 +287,6 @@ def _range(limits: Any) -> str:
     words = [f"{word} {limits[key]}" for key, word in
              (("least", "at least"), ("above", "above"), ("below", "below")) if key in limits]
     return f"Expected is a finite number{' ' if words else ''}{' and '.join(words)}."
-
-
-def parse_options(arguments: list[str] | None = None) -> tuple[argparse.Namespace, "OptionParser"]:
-    """The command line as given, nothing filled in: `OptionParser.options` lays it over preset and defaults."""
-    parser = OptionParser()
-    return parser.parse_args(arguments), parser
 
 
 class OptionParser(argparse.ArgumentParser):

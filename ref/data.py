@@ -7,9 +7,10 @@ One JSON object a line (FlagEmbedding's schema):
     type         see KINDS (default normal)    task           name (default: the file's)
 
 A first pass checks every line and keeps 14 bytes of it (place, file, task), so a file may be larger than memory.
-Lines of one task, instruction and type form a group; every batch comes from one group. Each draw depends on
+Lines of one name, instruction and type are one Task; every batch comes from one. Each draw depends on
 the seed, the epoch and the line or batch alone: a run can start at any step and sees the same batches.
-Called by run_train.py. Source: arXiv 2506.07438 (one task a batch, 7 negatives); arXiv 2409.15700 (types, examples).
+Called by run_train.py, trainer.py. Source: arXiv 2506.07438 (one task a batch); arXiv 2409.15700 (types, 7 negatives,
+examples).
 """
 
 import hashlib
@@ -47,6 +48,7 @@ KINDS = {
     "only_1neg": Kind(both_sides=False, in_batch=True, negatives=1),
     "symmetric_sts": Kind(both_sides=True, in_batch=False, negatives=None),
     "symmetric_clustering": Kind(both_sides=True, in_batch=False, negatives=None),
+    # a text and its class: FlagEmbedding's name, though the instruction stands on the query alone
     "symmetric_class": Kind(both_sides=False, in_batch=False, negatives=10**9),
 }
 
@@ -144,7 +146,7 @@ class SoftLabels:
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         """Line numbers of every batch of an epoch: each line once, one task a batch, in a new order."""
-        groups: list[list[np.ndarray]] = []
+        by_task: list[list[np.ndarray]] = []
         for number, task in enumerate(self.tasks):
             draw = np.random.default_rng([self.options.seed, epoch, number])
             lines = draw.permutation(np.flatnonzero(self.task == number))
@@ -152,9 +154,9 @@ class SoftLabels:
             cuts = list(range(size, len(lines), size))
             if size > 1 and len(lines) % size == 1 and cuts:
                 cuts.pop()  # a query left alone would have no passage of others to see
-            groups.append(np.split(lines, cuts))
-        flat = [batch for group in groups for batch in group]
-        order = np.random.default_rng([self.options.seed, epoch, len(groups)]).permutation(len(flat))
+            by_task.append(np.split(lines, cuts))
+        flat = [batch for some in by_task for batch in some]
+        order = np.random.default_rng([self.options.seed, epoch, len(by_task)]).permutation(len(flat))
         batches = [flat[i] for i in order]
         if self.options.order == "sts-first":
             batches.sort(key=lambda batch: self.tasks[self.task[batch[0]]].kind != "symmetric_sts")

@@ -99,7 +99,7 @@ class Embedder:
             raise ValueError(f"texts is {texts!r:.60}. Expected is a sequence of str. Put a single text in a list.")
         device = self.model.norm.weight.device
         prefix = self.prompter.prefix(instruction, examples)
-        shared = self.model.prefix(pack([prefix.ids], device=device)) if len(prefix.ids) > 1 else None
+        shared = self.model.prefix_key_values(pack([prefix.ids], device=device)) if len(prefix.ids) > 1 else None
         ahead = () if shared else prefix.ids  # `<s>` alone is cheaper in each text than as a shared prefix
         first = first_of_equal(texts)
         once = different(first)

@@ -70,7 +70,7 @@ class GradientCache:
         self.parts, self.positions = [], 0
         with torch.set_grad_enabled(self.fits):
             for segment in self.segments:
-                prefix = self._first(self._prefix, segment)
+                prefix = self._first(self._prefix_key_values, segment)
                 self.parts += [self._first(self._chunk, segment, chunk, prefix) for chunk in segment.chunks]
         rows = np.fromiter(self._rows(), np.int64)
         back, self.rows = (to_device(order, self.device) for order in (rows.argsort(), rows))
@@ -89,7 +89,7 @@ class GradientCache:
         again, gradient = iter(self.random), iter(gradients)
         for segment in self.segments:
             next(again)()
-            prefix = self._prefix(segment)
+            prefix = self._prefix_key_values(segment)
             leaves = prefix and [(k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in prefix]
             for chunk in segment.chunks:
                 next(again)()
@@ -102,12 +102,12 @@ class GradientCache:
             self.random.append(_random_state(self.device))
         return call(*arguments)
 
-    def _prefix(self, segment: Segment) -> KeyValues:
+    def _prefix_key_values(self, segment: Segment) -> KeyValues:
         if not segment.prefix:
             return None
         packed = pack([segment.prefix], device=self.device)
         self.positions += len(packed.ids_T)
-        return self.model.prefix(packed)
+        return self.model.prefix_key_values(packed)
 
     def _chunk(self, segment: Segment, chunk: list[int], prefix: KeyValues) -> Tensor:
         packed = pack([segment.texts[i] for i in chunk], device=self.device, prefix_tokens=len(segment.prefix))

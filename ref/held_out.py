@@ -1,7 +1,7 @@
 """nDCG@10 of a small retrieval set kept as jsonl files, without mteb.
 
 `run_train.py` calls `retrieval_ndcg10` before the first and after the last step, so it must start in a moment
-and need nothing but numpy and torch; `run_eval.py` scores the same folder through mteb, and a test holds the
+and need neither mteb nor datasets; `run_eval.py` scores the same folder through mteb, and a test holds the
 two equal. A folder:
 
     corpus.jsonl    {"_id": "d1", "title": "", "text": "..."}           title may be absent

@@ -15,7 +15,8 @@ false negative that has left the set):
     query 2    0 x x x c c
 
 A column leaves A_i when its cosine exceeds the positive's by more than a margin, or when its text is the query's own
-or one of its known positives. A candidate never leaves. The mask is a constant in backward.
+or one of its known positives. A candidate never leaves. The mask is a constant in backward. `Groups` (whose columns)
+and `Rule` (labels, and who leaves) open the next page, blocked.py.
 
 Called by trainer.py. Source: arXiv 2506.07438 (both terms; weights and temperatures are not public);
 InfoNCE: arXiv 1807.03748; distillation: arXiv 1503.02531; the margin: arXiv 2506.05176.

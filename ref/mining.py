@@ -22,7 +22,7 @@ One query whose positive scores 0.80, candidates by score, two negatives wanted 
 candidates. Several positives: the lowest sets the bar. Below zero r s would raise the bar, so what is taken off is a
 share of the size: s - (1 - r) |s|, which is r s for s >= 0 and (2 - r) s below.
 
-Standard library only: this is the page to read. Called by run_label.py, labelling/ and data.py (fold).
+Standard library only: this is the page to read. Called by run_label.py, labelling/; `fold` by data.py and scoring/ too.
 Source: arXiv 2506.07438, mining (its sentence has the inequality the wrong way round: it would drop the easy ones);
 rules and values: NV-Retriever, arXiv 2407.15831, section 3.
 """

@@ -180,7 +180,7 @@ class Mistral(nn.Module):
                 prefix=prefix[number] if prefix else None, rows=packed.last_B if last else None)
         return x_TD
 
-    def prefix(self, packed: Packed) -> list[KeyValue]:
+    def prefix_key_values(self, packed: Packed) -> list[KeyValue]:
         """Keys and values of one text (the shared prefix) for every layer; the last layer stops after them."""
         x_TD = self.embed_tokens(packed.ids_T)
         rotary = self._rotary(packed.position_T)

@@ -5,7 +5,7 @@
     offsets    0 3 5                   last_B      2 4         (the token that is pooled)
 
 Batches are cut from a list sorted by token count, so that a batch holds texts of nearly one length: the CPU's
-attention then runs over few groups of equal length. Called by embedder.py and gradcache.py.
+attention then runs over few groups of equal length. Called by embedder.py, gradcache.py and trainer.py.
 """
 
 from collections.abc import Sequence

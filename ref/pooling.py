@@ -42,6 +42,6 @@ def embed(
     model: Mistral, packed: Packed, *, prefix: Sequence[KeyValue] | None = None, kernels: Kernels = "eager",
 ) -> Tensor:
     """Unit vectors (B, D) fp32 of packed texts: the forward pass and the pooling of its last tokens."""
-    hidden_BD = model(packed, prefix=prefix)
-    row_B = torch.arange(len(hidden_BD), device=hidden_BD.device)
-    return last_token_pool(hidden_BD, row_B, model.norm.weight, eps=model.norm.eps, kernels=kernels)
+    hidden_BD = model(packed, prefix=prefix)  # of each text the last block computes the last token alone
+    every_B = torch.arange(len(hidden_BD), device=hidden_BD.device)
+    return last_token_pool(hidden_BD, every_B, model.norm.weight, eps=model.norm.eps, kernels=kernels)

@@ -1,14 +1,14 @@
 r"""Prompts: what stands before a text, as data, and how it becomes ids.
 
-    <s> Instruct: … \n Query: q1 \n Response: p1 \n\n Instruct: … \n Query:   the text …   </s>
-    `----------------- prefix, the same ids for every query of a task -----'
+    <s>Instruct: …\nQuery: q1\nResponse: p1\n\nInstruct: …\nQuery: the text …</s>
+    `----------- prefix, the same ids for all queries -----------'
 
 The prefix ends with `Query:` and is encoded as one string; the text follows with the word-start mark that
 encoding gives it, which stands for the space after the colon. So the ids are those of the whole string, and
 the prefix's keys and values serve every query. Only text is ever cut: to its own limit, and to what the
 prefix leaves; examples that do not fit are dropped whole, the last first, and counted.
 
-A passage is bare: `<s>` text `</s>`. Called by embedder.py, trainer.py and run_train.py.
+A passage is bare: `<s>` text `</s>`. Called by embedder.py, trainer.py, run_train.py and scoring/.
 Source: arXiv 2506.07438 (the template); arXiv 2409.15700 and its trainer (examples, the second template).
 """
 

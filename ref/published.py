@@ -5,7 +5,7 @@ All are Mistral-7B with last-token pooling on `</s>`, which we append by id; eac
     python run_eval.py --model intfloat/e5-mistral-7b-instruct --tasks all
 
 The columns end_token and stored_bits are for the reader: `</s>` is appended for all, and whatever the files hold,
-scoring computes in bf16 on CUDA and in fp32 on a CPU. Token limit: the report's 512.
+scoring computes in bf16 on CUDA and in fp32 on a CPU. Token limit: 512, as in the lineage.
 Source: the model cards; arXiv 2506.07438; for the template of bge-en-icl arXiv 2409.15700. Called by embedder.py.
 """
 

@@ -8,8 +8,8 @@
               adapter/        --train lora: PEFT's files;  base/ beside it if the base had fresh weights
               merged/         --train lora --merge: base and adapter as one checkpoint
 
-Every file and folder appears whole or not at all: it is written under another name and renamed.
-Called by run_train.py.
+All but metrics.jsonl, which grows line by line, appear whole or not at all: written under another name, then renamed.
+Called by run_train.py, export.py, run_eval.py and run_label.py.
 """
 
 import dataclasses

@@ -9,7 +9,7 @@ nothing is averaged, and both loss terms are treated alike. (Averaging, as usual
 gathered passages W times too small.)
 
 Started by torchrun, or any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without these the process
-is alone and everything here does nothing. Called by run_train.py, run_eval.py and run_label.py.
+is alone and everything here does nothing. Called by the three run scripts, trainer.py, scoring/ and labelling/.
 Source: arXiv 2101.06983, section 3.4 (gradient caching over devices); torch.distributed: gloo, and NCCL between GPUs.
 """
 

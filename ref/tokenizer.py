@@ -1,7 +1,7 @@
 """Text to token ids, and never more than text: a control token comes from us, by id, or not at all.
 
 The library is `tokenizers` and the file tokenizer.json. Every added token of the file is marked special and
-encoded as the characters it is written with, so that a user's text that contains `</s>` is five characters.
+encoded as the characters it is written with, so that `</s>` in a user's text is those four characters.
 
 For a model with fresh weights `train` learns a byte-pair vocabulary from the training texts, in the same form
 as Mistral's: a space becomes the word-start mark, and a text brings a mark of its own.

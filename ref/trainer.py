@@ -4,7 +4,8 @@
     trainer.step(work)       leaves the gradient of both loss terms in the weights that learn
     trainer.update(rate)     clips it and moves them
 
-Neither of the last two reads a number from the device, so the host never waits for it. The loop stands in run_train.py.
+With the default kernels neither of the last two reads a number from the device, so the host never waits for it. The
+loop stands in run_train.py.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ref.config import Options
+from ref.config import Options, pick_kernels
 from ref.data import KINDS, Batch, SoftLabels
 from ref.gradcache import GradientCache, Segment
 from ref.loss import Groups, LossTerms, training_loss
@@ -71,7 +72,7 @@ class Trainer:
 
         `stop`: this process was asked to end; the figure of that name counts the processes that were.
         """
-        kernels = self.options.kernels or "eager"
+        kernels = pick_kernels(self.options.kernels, self.device)
         cache = GradientCache(self.model, work.segments, chunk_tokens=self.options.chunk_tokens, kernels=kernels)
         low = self.options.train == "all" and self.options.dtype == "bfloat16"
         model_in = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=low)
@@ -129,7 +130,7 @@ class Trainer:
             query_QD, passage_PD, groups, to_device(batch.teacher_QC[mine], self.device),
             temperature=options.temperature, teacher_temperature=options.teacher_temperature,
             hard_weight=options.hard_weight, soft_weight=options.soft_weight, in_batch=batch.in_batch,
-            margin=options.false_negative_margin, kernels=options.kernels or "eager",
+            margin=options.false_negative_margin, kernels=pick_kernels(options.kernels, self.device),
             whole=(len(batch.queries), labelled))
 
     def update(self, rate: float) -> torch.Tensor:

@@ -46,7 +46,8 @@ def examples_for(task: AbsTask, count: int, *, seed: int) -> FewShot:
     The task is not touched: a copy of it reads the data. Raises ValueError for a negative count; if the data cannot
     be read, that is no error but zero-shot, and `source` says why.
 
-    Source: method, section 2; arXiv 2409.15700 (a query and a relevant text). Classes in turn: ours.
+    Source: arXiv 2409.15700 (a query and a relevant text). What stands for these in
+    other types, and classes in turn: ours.
     """
     if count < 0:
         raise ValueError(f"count is {count}. Expected is a number of examples, 0 or more. Correct it.")

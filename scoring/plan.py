@@ -37,7 +37,7 @@ class TaskPlan:
     revision: str
     texts: int = 0
     different: int = 0
-    tokens: int = 0  # of the different texts, and of each call's prompt
+    tokens: int = 0  # of the different texts, and of each call's prompt (a passage's `<s>` left out)
     sample: list[str] = field(default_factory=list)  # to measure the speed on
 
 

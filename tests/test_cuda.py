@@ -84,7 +84,7 @@ def test_vectors_equal_the_cpus(dtype, bound):
     for device in (CPU, CUDA):
         here = model.to(device, torch.float32 if device == CPU else dtype)
         with torch.inference_mode():
-            shared = here.prefix(pack(prefix, device=device))
+            shared = here.prefix_key_values(pack(prefix, device=device))
             packed = pack(texts, device=device, prefix_tokens=200)
             vectors[device] = embed(here, packed, prefix=shared, kernels="eager" if device == CPU else "triton")
     assert relative(vectors[CUDA], vectors[CPU]) <= bound

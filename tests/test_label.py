@@ -56,7 +56,7 @@ def raw(tmp_path):
 @pytest.fixture
 def label(raw, retriever, tmp_path, monkeypatch):
     """`label(…)` runs the command on the raw data; small blocks, so that there are several of each."""
-    for name, size in (("PASSAGES", 16), ("QUERIES", 8), ("QUERIES_PER_SEARCH", 2), ("QUERIES_PER_RERANKING", 4)):
+    for name, size in (("PASSAGES", 16), ("QUERIES", 8), ("BLOCKS_PER_SEARCH", 2), ("QUERIES_PER_RERANKING", 4)):
         monkeypatch.setattr(pipeline, name, size)
 
     def run(*options, output="out.jsonl", cache="cache"):
@@ -452,7 +452,7 @@ def test_two_processes_give_the_same_bytes(raw, retriever, tmp_path):
 
 def command(raw, retriever, folder, name):
     """The command in a process of its own, with small blocks."""
-    code = ("import sys; from labelling import pipeline as p; p.PASSAGES, p.QUERIES, p.QUERIES_PER_SEARCH, "
+    code = ("import sys; from labelling import pipeline as p; p.PASSAGES, p.QUERIES, p.BLOCKS_PER_SEARCH, "
             "p.QUERIES_PER_RERANKING = 8, 4, 2, 4; import run_label; sys.exit(run_label.main(sys.argv[1:]))")
     return [sys.executable, "-c", code, "--pairs", str(raw[0]), "--corpus", str(raw[1]), "--retriever", str(retriever),
             "--output", str(folder / f"out-{name}.jsonl"), "--cache", str(folder / f"cache-{name}"), "--depth", "20",

@@ -278,7 +278,7 @@ def test_pack_says_where_texts_lie() -> None:
 
 
 def with_prefix(model: Mistral, prefix: list[int], texts: Texts, *, every_token: bool) -> Tensor:
-    shared = model.prefix(pack([prefix], device=CPU))
+    shared = model.prefix_key_values(pack([prefix], device=CPU))
     return model(pack(texts, device=CPU, prefix_tokens=len(prefix)), prefix=shared, every_token=every_token)
 
 
@@ -290,7 +290,7 @@ def test_last_layer_shortcut_equals_the_full_layer(
     model, texts = small_model(window_keys=window_keys), random_texts([13, 4, 4, 1])
     packed, shared = pack(texts, device=CPU, prefix_tokens=prefix_tokens), None
     if prefix_tokens:
-        shared = model.prefix(pack(random_texts([prefix_tokens]), device=CPU))
+        shared = model.prefix_key_values(pack(random_texts([prefix_tokens]), device=CPU))
     short, full = (model(packed, prefix=shared, every_token=every_token) for every_token in (False, True))
     assert short.shape == (4, SMALL.width) and full.shape == (22, SMALL.width)
     assert relative(short, full[packed.last_B]) <= 1e-6
@@ -340,7 +340,7 @@ def test_prefix_matters(small_model: Callable[..., Mistral]) -> None:
     model, texts, [prefix] = small_model(window_keys=None), random_texts([5, 5]), random_texts([9])
     right = with_prefix(model, prefix, texts, every_token=False)
     assert relative(with_prefix(model, prefix[::-1], texts, every_token=False), right) > 1e-3
-    shared = model.prefix(pack([prefix], device=CPU))
+    shared = model.prefix_key_values(pack([prefix], device=CPU))
     shifted = model(pack(texts, device=CPU, prefix_tokens=9), prefix=[(k.roll(1, 0), v) for k, v in shared])
     assert relative(shifted, right) > 1e-3
 
