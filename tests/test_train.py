@@ -723,6 +723,20 @@ def test_a_checkpoint_beside_a_run_json_of_others_is_a_checkpoint(whole, tmp_pat
     assert Embedder.from_pretrained(tmp_path / "model").encode(["anna"]).shape == (1, 32)
 
 
+def test_a_number_of_thousands_of_digits_is_named_with_its_file(whole, tmp_path):
+    shutil.copytree(whole / "model", tmp_path / "model")
+    (tmp_path / "model/config.json").write_text('{"vocab_size": 1' + "0" * 5000 + "}")
+    with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
+        Embedder.from_pretrained(tmp_path / "model")
+
+
+def test_the_time_left_is_never_below_zero(capsys):
+    progress = runs.Progress(dataclasses.replace(Options(), minutes=1.0), 9)
+    progress.show({"step": 3, "elapsed_s": 63.0, "examples": 0, "examples_drawn": 0, "loss": 1.0, "hard": 1.0,
+                   "soft": 1.0, "tokens_per_s": 1.0})
+    assert "left 0:00" in capsys.readouterr().out
+
+
 def test_an_adapter_on_itself_is_refused(adapter, tmp_path):
     shutil.copytree(adapter / "adapter", tmp_path / "a")
     config = json.loads((tmp_path / "a/adapter_config.json").read_text())
@@ -752,6 +766,9 @@ def test_encode_in_any_batch_and_order_gives_the_same_rows(whole):
 def test_encode_refuses_what_is_no_text(whole, texts):
     with pytest.raises(ValueError, match="Expected is"):
         Embedder.from_pretrained(whole).encode(texts)
+    for bad in (Example("half \ud83d pair", "anna"), Example("anna", "half \ud83d pair")):
+        with pytest.raises(ValueError, match="half a surrogate pair"):
+            Embedder.from_pretrained(whole).encode(["anna"], instruction="Find", examples=[bad])
 
 
 @pytest.mark.parametrize(
