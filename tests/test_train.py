@@ -306,8 +306,11 @@ def test_two_instructions_under_one_name_are_both_exported(place, tmp_path):
 
 
 def test_a_numbered_name_takes_no_name_that_a_task_has():
-    tasks = [Task(name, prompt, "normal") for name, prompt in (("a-2", "x"), ("a", "y"), ("a", "z"), ("a", "w"))]
-    assert named_prompts(SimpleNamespace(tasks=tasks)) == {"a-2": "x", "a": "y", "a-3": "z", "a-4": "w"}
+    """In whatever order they come."""
+    given = [("a-2", "x"), ("a", "y"), ("a", "z"), ("a", "w")]
+    for order in (given, [*given[1:], given[0]]):
+        tasks = [Task(name, prompt, "normal") for name, prompt in order]
+        assert named_prompts(SimpleNamespace(tasks=tasks)) == {"a-2": "x", "a": "y", "a-3": "z", "a-4": "w"}
 
 
 def test_merging_does_not_touch_what_the_held_out_score_is_of(place, monkeypatch):
