@@ -305,19 +305,13 @@ def identity(model: str) -> tuple[str, str]:
 
         found = (huggingface_hub.try_to_load_from_cache(model, name) for name in ("config.json", "adapter_config.json"))
         return model, next((Path(path).parent.name for path in found if isinstance(path, str)), "main")
-    from ref.embedder import inside_run
-
-    return f"local/{folder.resolve().name}", hash_of_model(inside_run(folder))  # not what is written beside the model
-
-
-def hash_of_model(folder: Path) -> str:
-    """Of what decides a model's vectors; for an adapter its base's too."""
-    from ref.embedder import base_of
+    from ref.embedder import inside_run, with_bases
     from ref.runs import hash_files
 
-    own = hash_files(folder, (path for path in folder.glob("*") if path.suffix in MODEL_FILES and path.name != PLAN))
-    base = base_of(folder)
-    return own[:16] if base is None else f"{own[:16]}-{hash_of_model(base)}"
+    parts = with_bases(inside_run(folder))  # not what scoring or further training writes beside the model
+    hashes = [hash_files(part, (path for path in part.glob("*") if path.suffix in MODEL_FILES and path.name != PLAN))
+              for part in parts]
+    return f"local/{folder.resolve().name}", "-".join(one[:16] for one in hashes)
 
 
 def default_output(model: str, name: str) -> Path:

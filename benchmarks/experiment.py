@@ -24,7 +24,7 @@ from unittest import mock
 import numpy as np
 
 import run_label
-from benchmarks.mining_world import label, raw_pairs
+from benchmarks.mining_world import label, raw_pairs, read_lines
 from ref.team import Team
 
 ROOT = Path(__file__).parent.parent
@@ -84,10 +84,11 @@ def run_one(setting: Setting, arm: Arm, seed: int) -> dict[str, Any]:
     start_s = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         folder, written = Path(scratch), []
-        data = {file.name: read_lines(file) for file in training_files(setting.ground)}
         if arm.data.startswith("mined"):
             _, rule, value = arm.data.split()
             data = {"soft_labels.jsonl": mined(setting.ground, rule, value, folder, seed)}
+        else:
+            data = {file.name: read_lines(file) for file in training_files(setting.ground)}
         changed([line for lines in data.values() for line in lines], arm.data, seed)
         for name, lines in data.items():
             written.append(folder / "data" / name)
@@ -116,9 +117,9 @@ def training_files(ground: str) -> list[Path]:
         real_folder("soft_labels").glob("*.jsonl"))
 
 
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Of a JSONL file."""
-    return [json.loads(line) for line in file.read_text().splitlines()]
+def training_lines(ground: str) -> list[dict[str, Any]]:
+    """Of all these files."""
+    return [line for file in training_files(ground) for line in read_lines(file)]
 
 
 def changed(lines: list[dict[str, Any]], how: str, seed: int) -> None:
@@ -214,7 +215,7 @@ def world_score(run: Path, arm: Arm, device: str) -> dict[str, Any]:
     from ref.held_out import read_task_file, retrieval_ndcg10
 
     embedder = Embedder.from_pretrained(run, device=device)
-    lines = [line for file in training_files("world") for line in read_lines(file)]
+    lines = training_lines("world")
     sets = {}
     for folder in sorted((ROOT / "data/held_out").glob("*/task.json")):
         prompt = "Find texts." if arm.data == SAME else read_task_file(folder.parent)["instruction"]
@@ -263,7 +264,7 @@ def real_score(run: Path, arm: Arm, device: str) -> dict[str, Any]:
     instructions = json.loads((ROOT / "configs/real_instructions.json").read_text())
     if arm.data == SAME:
         instructions = dict.fromkeys(instructions, "Find texts.")
-    lines = [line for file in training_files("real") for line in read_lines(file)] if arm.shown else []
+    lines = training_lines("real") if arm.shown else []
     shown = {name: FewShot(first_examples(lines, prompt, arm.shown), "first lines of the training data")
              for name, prompt in instructions.items() if arm.shown}
     encoder = MtebEncoder(Embedder.from_pretrained(run, device=device), name="local/run", revision="1",

@@ -49,7 +49,12 @@ def label(given: list[str], output: Path) -> list[dict[str, Any]]:
         code = run_label.main([*given, "--output", str(output)])
     if code:
         raise SystemExit("labelling failed")
-    return [json.loads(line) for line in output.read_text().splitlines()]
+    return read_lines(output)
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Of a JSONL file."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def shares(

@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from labelling.cache import fingerprint
 from ref.checkpoint import locate
 from ref.config import pick_device, read_json
-from ref.embedder import SETTINGS, Embedder, base_of, inside_run
+from ref.embedder import SETTINGS, Embedder, inside_run, with_bases
 
 OTHER_FORMATS = ["*.bin", "*.onnx", "onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot", "*.gguf"]
 
@@ -48,7 +48,7 @@ class OurRetriever:
     def __init__(self, name: str, device: str | None) -> None:
         self.name, self.device = name, pick_device(device)
         precision = "bfloat16" if self.device.type == "cuda" else "float32"
-        self.key = f"{_with_base(inside_run(locate(name)))} {precision}"
+        self.key = " ".join([*map(fingerprint, with_bases(inside_run(locate(name)))), precision])
 
     @cached_property
     def embedder(self) -> Embedder:
@@ -134,12 +134,6 @@ def finite(scores: np.ndarray, texts: Sequence[Any], model: str) -> np.ndarray:
         raise ValueError(f"{model} gives a number that is not finite for {texts[bad[0]]!r:.120}. Expected are finite "
                          "numbers. Look at that text, or choose another model or precision.")
     return scores
-
-
-def _with_base(folder: Path) -> str:
-    """The fingerprint of a model's files, and for an adapter those of its base too."""
-    own, base = fingerprint(folder), base_of(folder)
-    return own if base is None else f"{own} {_with_base(base)}"
 
 
 def _library() -> Any:

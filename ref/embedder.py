@@ -151,6 +151,12 @@ def base_of(folder: Path) -> Path | None:
     return base
 
 
+def with_bases(folder: Path) -> list[Path]:
+    """A checkpoint's folder; behind an adapter's the model under it, and so on: all that its vectors depend on."""
+    base = base_of(folder)
+    return [folder] if base is None else [folder, *with_bases(base)]
+
+
 def load_with_adapter(
     folder: Path, *, device: torch.device, dtype: torch.dtype | None,
 ) -> tuple[Mistral, TextTokenizer]:

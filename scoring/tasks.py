@@ -91,7 +91,8 @@ def folder_task(folder: Path, base: AbsTask) -> AbsTask:
     Raises: ValueError if task.json sets an attribute that the class does not have.
     """
     task_file = read_task_file(folder)
-    place = {"path": str(folder.resolve()), "revision": _local_revision(folder)}
+    content = _hash_of(folder)
+    place = {"path": str(folder.resolve()), "revision": f"local-{content[:16]}"}
     prompt = base.metadata.prompt if folder.name == base.metadata.name else None
     metadata = base.metadata.model_copy(
         update={
@@ -103,7 +104,10 @@ def folder_task(folder: Path, base: AbsTask) -> AbsTask:
     task: AbsTask = type(type(base).__name__, (FolderData, type(base)), {"metadata": metadata})()
     task.hf_subsets = list(base.hf_subsets)
     task.filter_eval_splits(base.eval_splits)
-    task.official = folder.name == base.metadata.name and _as_fetched(folder, base)  # type: ignore[attr-defined]
+    mark = folder / FETCHED
+    task.official = (  # type: ignore[attr-defined]
+        folder.name == base.metadata.name and mark.is_file()
+        and mark.read_text(encoding="utf-8") == _mark(base, content))
     for key, value in task_file.get("set", {}).items():
         if not hasattr(task, key):
             raise ValueError(f"{folder / 'task.json'}, set: {unknown('attribute', key, dir(task))}")
@@ -166,15 +170,9 @@ def is_official(task: AbsTask) -> bool:
     return not isinstance(task, FolderData) or task.official
 
 
-def _as_fetched(folder: Path, base: AbsTask) -> bool:
-    place, mark = base.metadata.dataset, folder / FETCHED
-    return mark.is_file() and mark.read_text(encoding="utf-8") == _mark(folder, place["path"], place["revision"])
-
-
-def _mark(folder: Path, repository: str, revision: str) -> str:
-    """What FETCHED says: where the files are from, and a hash of all of them."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path != folder / FETCHED)
-    return f"{repository}\n{revision}\n{hash_files(folder, files)}\n"
+def _mark(task: AbsTask, content: str) -> str:
+    """What FETCHED says: where the files are from, and a hash of them."""
+    return f"{task.metadata.dataset['path']}\n{task.metadata.dataset['revision']}\n{content}\n"
 
 
 def fetch(tasks: Iterable[AbsTask], data_dir: Path) -> dict[str, str]:
@@ -195,7 +193,7 @@ def fetch(tasks: Iterable[AbsTask], data_dir: Path) -> dict[str, str]:
         try:
             huggingface_hub.snapshot_download(
                 place["path"], repo_type="dataset", revision=place["revision"], local_dir=draft)
-            (draft / FETCHED).write_text(_mark(draft, place["path"], place["revision"]), encoding="utf-8")
+            (draft / FETCHED).write_text(_mark(task, _hash_of(draft)), encoding="utf-8")
             draft.rename(folder)
             print("fetched")
         except Exception as error:  # the hub's many: offline, gated, gone
@@ -248,5 +246,5 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
     return f"unknown {what} {name!r}. Nearest: {', '.join(near) or 'none'}. Correct the name."
 
 
-def _local_revision(folder: Path) -> str:
-    return f"local-{hash_files(folder, (p for p in folder.rglob('*') if p.is_file()))[:16]}"
+def _hash_of(folder: Path) -> str:
+    return hash_files(folder, (path for path in folder.rglob("*") if path.is_file() and path != folder / FETCHED))
