@@ -111,7 +111,7 @@ def visible_rule(
         text_T[packed.last_B], position_T[packed.last_B])
     key_position = torch.cat((torch.arange(prefix_tokens, device=position_T.device), position_T))
     key_text = torch.cat((text_T.new_full((prefix_tokens,), -1), text_T))
-    window = window_keys or 2**62
+    window = window_keys or 2**30  # larger than any text; the kernel counts in 32 bits
 
     def visible(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         distance = position_N[query] - key_position[key]

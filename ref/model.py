@@ -44,7 +44,8 @@ class Normed(torch.autograd.Function):
 
         dx = r (g w - n mean(g w n))          dw = sum over tokens of g n
 
-    autograd would keep x twice and n, and pass over them a dozen times.
+    autograd would keep x twice and n, and pass over them a dozen times. (A result made in place is returned through
+    detach(), here and below: torch 2.11 compiles it to one without a gradient otherwise.)
     """
 
     @staticmethod
@@ -52,7 +53,7 @@ class Normed(torch.autograd.Function):
         wide_TD = x_TD.float()
         r_T1 = torch.rsqrt(torch.linalg.vector_norm(wide_TD, dim=-1, keepdim=True).square() / x_TD.shape[-1] + eps)
         ctx.save_for_backward(x_TD, weight_D, r_T1)
-        return (wide_TD * r_T1).to(x_TD.dtype).mul_(weight_D.to(x_TD.dtype))
+        return (wide_TD * r_T1).to(x_TD.dtype).mul_(weight_D.to(x_TD.dtype)).detach()
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor | None, None]:
@@ -90,7 +91,7 @@ class SiluTimes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
         ctx.save_for_backward(gate_TF, up_TF)
-        return F.silu(gate_TF).mul_(up_TF)
+        return F.silu(gate_TF).mul_(up_TF).detach()
 
     @staticmethod
     def backward(ctx: Any, grad_TF: Tensor) -> tuple[Tensor, Tensor]:

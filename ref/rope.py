@@ -34,7 +34,7 @@ class Rotated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
         ctx.save_for_backward(cos_TK, sin_TK)
-        return turn(x_THK, cos_TK, sin_TK)
+        return turn(x_THK, cos_TK, sin_TK).detach()  # see model.Normed
 
     @staticmethod
     def backward(ctx: Any, grad_THK: Tensor) -> tuple[Tensor, None, None]:

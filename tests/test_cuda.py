@@ -90,6 +90,26 @@ def test_vectors_equal_the_cpus(dtype, bound):
     assert relative(vectors[CUDA], vectors[CPU]) <= bound
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("prefix_tokens", [0, 70])
+def test_gradients_equal_the_cpus(checkpointing, prefix_tokens):
+    """Through everything that is compiled: every adapter's gradient, fp32."""
+    model, direction_BD = built(replace(ARCH, window_keys=None), rank=8), torch.randn(4, ARCH.width)
+    model.checkpointing = checkpointing
+    prefix, texts, found = texts_of((prefix_tokens,)), texts_of((70, 70, 9, 300)), {}
+    for device in (CPU, CUDA):
+        here = model.to(device)
+        shared = here.prefix_key_values(pack(prefix, device=device)) if prefix_tokens else None
+        packed = pack(texts, device=device, prefix_tokens=prefix_tokens)
+        vector_BD = embed(here, packed, prefix=shared, kernels="eager" if device == CPU else "triton")
+        weights = [p for p in here.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad((vector_BD * direction_BD.to(device)).sum(), weights)
+        found[device] = [gradient.cpu() for gradient in gradients]
+    assert len(found[CPU]) == 2 * len(adapters(model))
+    for ours, truth in zip(found[CUDA], found[CPU], strict=True):
+        assert relative(ours, truth) <= 1e-4
+
+
 @contextmanager
 def no_recompilation() -> Iterator[None]:
     """An error where torch.compile would compile again."""
