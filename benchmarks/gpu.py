@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,14 +112,14 @@ BENCHMARKS: dict[str, Callable[..., Result]] = {
 
 
 def training_run(cuda: bool) -> dict[str, Any]:
-    """run_train.py itself on random weights: one step to warm up, three timed, of 512 queries x (1+7)."""
+    """run_train.py itself on random weights: one step to warm up, three timed, of 128 queries x (1+7)."""
     device = torch.device("cuda" if cuda else "cpu")
     s = encoding.setting(device, not cuda)
     draw = random.Random(0)
     weights = encoding.weights_in_products(s.model)
     del s.model, s.twin, s.embedder  # the run loads its own
     encoding.setting.cache_clear()
-    queries, tokens = (512, 96) if cuda else (8, 12)
+    queries, tokens = (128, 96) if cuda else (8, 12)
     rows = [{"query": shapes.text(draw.randrange(8, 33), draw), "prompt": "w1", "pos_scores": [0.9],
              "pos": [shapes.text(draw.randrange(tokens // 3, tokens), draw)], "neg_scores": [0.5] * 7,
              "neg": [shapes.text(draw.randrange(tokens // 3, tokens), draw) for _ in range(7)]} for _ in range(queries)]
@@ -158,6 +159,7 @@ def main(names: list[str]) -> int:
             content = PARTS[name](cuda)
         except Exception as error:  # the other parts do not depend on it
             content = {"error": f"{type(error).__name__}: {error}"}
+            traceback.print_exc()
         if content.get("error") or content.get("passed") is False:
             failed.append(name)
         folder(cuda).mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,18 +72,37 @@ def met(value: float, sign: str, wanted: float) -> bool:
 
 
 def measure(
-    calls: Mapping[str, Callable[[], object] | str], *, device: torch.device, rounds: int,
+    calls: Mapping[str, Callable[[], object] | str], *, device: torch.device, rounds: int, warm: bool = False,
 ) -> dict[str, Contestant]:
-    """Time every call in turn, `rounds` times, after two calls to warm up; a text in place of a call says why not."""
+    """Time every call in turn, `rounds` times; a text in place of a call says why not.
+
+    A call of each warms up, unless the caller has seen to that (`warm`: calls that take long). On the CPU another one
+    measures memory; on CUDA, where that costs no time, the first that is timed.
+    """
     found = {name: Contestant(missing=call if isinstance(call, str) else "") for name, call in calls.items()}
     runnable = {name: call for name, call in calls.items() if not isinstance(call, str)}
     for name, call in runnable.items():
-        call()
-        found[name].peak_bytes = peak_bytes(call, device)
-    for _ in range(rounds):
+        if not warm:
+            call()
+        if device.type == "cpu":
+            found[name].peak_bytes = peak_bytes(call, device)
+    for n in range(rounds):
         for name, call in runnable.items():
-            found[name].seconds.append(seconds(call, device))
+            if n == 0 and device.type == "cuda":
+                duration_s, found[name].peak_bytes = seconds_and_peak(call, device)
+            else:
+                duration_s = seconds(call, device)
+            found[name].seconds.append(duration_s)
     return found
+
+
+def seconds_and_peak(call: Callable[[], object], device: torch.device) -> tuple[float, int]:
+    """Both, of one call on CUDA, of a call each on the CPU, where looking at memory takes time."""
+    if device.type == "cpu":
+        return seconds(call, device), peak_bytes(call, device)
+    durations: list[float] = []
+    peak = peak_bytes(lambda: durations.append(seconds(call, device)), device)
+    return durations[0], peak
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
@@ -131,10 +151,7 @@ def _status(key: str) -> int:
 def growth(call: Callable[[int], object], sizes: Sequence[int], device: torch.device) -> dict[str, float]:
     """How time and peak memory grow with size: the exponents, by least squares on logarithms, a pass each a size."""
     call(sizes[0])
-    peaks, times = [], []
-    for size in sizes:
-        times.append(seconds(lambda size=size: call(size), device))  # type: ignore[misc]
-        peaks.append(peak_bytes(lambda size=size: call(size), device))  # type: ignore[misc]
+    times, peaks = zip(*(seconds_and_peak(partial(call, size), device) for size in sizes), strict=True)
     exponents = {what: slope(sizes, values) for what, values in (("time", times), ("peak memory", peaks))}
     return {**{f"exponent of {what}, {sizes[0]} to {sizes[-1]}": value for what, value in exponents.items()},
             **{f"s at {size}": seconds for size, seconds in zip(sizes, times, strict=True)},

@@ -130,7 +130,7 @@ def b5(device: torch.device, *, quick: bool = False) -> Result:
     agree(checks, 1e-4 if not cuda else 0.1)
     batch = {name: largest(call, texts) if cuda else texts for name, call in calls.items() if not isinstance(call, str)}
     found = measure({name: call if isinstance(call, str) else partial(call, batch[name])
-                     for name, call in calls.items()}, device=device, rounds=s.rounds)
+                     for name, call in calls.items()}, device=device, rounds=2 if cuda else s.rounds)
     rate = {name: batch[name] * length / c.median_s for name, c in found.items() if not c.missing}
     targets: dict[str, Target] = {}
     if not quick:

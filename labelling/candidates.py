@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ref.runs import hash_files
@@ -128,18 +129,23 @@ class TopK:
         if self.scratch.numel() < rows * len(passage_PD):
             self.scratch = self.score_QK.new_empty(rows * len(passage_PD))
         found = []
-        for query_QD in self.query_QD.split(rows):
+        for start in range(0, len(self.query_QD), rows):
+            query_QD, so_far_QK = self.query_QD[start : start + rows], self.score_QK[start : start + rows]
             score_QP = self.scratch[: len(query_QD) * len(passage_PD)].view(len(query_QD), len(passage_PD))
             products(query_QD, passage_PD, out=score_QP)
-            found.append(best_columns(score_QP, self.count, rank_P))
-        column_QK, score_QK = (torch.cat(parts) for parts in zip(*found, strict=True))
-        self.merge(score_QK, (first_row + column_QK).int(), rank_P[column_QK])
+            full = so_far_QK.shape[1] == self.count
+            some = columns_above(score_QP, so_far_QK[:, -1], at_most=self.count) if full else None
+            found.append(some or best_columns(score_QP, self.count, rank_P))
+        widest = max(score_QM.shape[1] for _, score_QM in found)
+        column_QM = torch.cat([F.pad(column, (0, widest - column.shape[1])) for column, _ in found])
+        score_QM = torch.cat([F.pad(score, (0, widest - score.shape[1]), value=-torch.inf) for _, score in found])
+        self.merge(score_QM, (first_row + column_QM).int(), rank_P[column_QM])
 
     def merge(self, score_QK: Tensor, row_QK: Tensor, rank_QK: Tensor) -> None:
         """Keep the best of what is here and of what is given, best first."""
         score, row, rank = (torch.cat(pair, dim=1) for pair in (
             (self.score_QK, score_QK), (self.row_QK, row_QK), (self.rank_QK, rank_QK)))
-        order = sorted_by_score(score, rank)[:, : self.count]
+        order = sorted_by_score(score, rank, self.count)
         self.score_QK, self.row_QK, self.rank_QK = (x.gather(1, order) for x in (score, row, rank))
 
 
@@ -183,12 +189,37 @@ def best_columns(score_QP: Tensor, count: int, rank_P: Tensor) -> tuple[Tensor, 
     return column, score
 
 
-def sorted_by_score(score_QK: Tensor, rank_QK: Tensor) -> Tensor:
-    """The order of each row: largest score first, equal ones by rank."""
+def columns_above(score_QP: Tensor, bar_Q: Tensor, *, at_most: int) -> tuple[Tensor, Tensor] | None:
+    """The columns of each row with scores from its bar on, and these scores; None if there are over `at_most` a row.
+
+    Once some blocks have gone by, few reach the bar, most groups of columns are ruled out by their maxima, and nothing
+    is sorted. Rows with fewer than others are filled up with column 0 at -inf.
+    """
+    rows, columns = score_QP.shape
+    groups = columns // GROUP
+    whole = score_QP[:, : groups * GROUP].view(rows, GROUP, groups)
+    row_N, group_N = (whole.amax(1) >= bar_Q[:, None]).nonzero(as_tuple=True)
+    if groups == 0 or len(row_N) > rows * at_most:
+        return None
+    inside_NG = whole[row_N, :, group_N]
+    hit_M, member_M = (inside_NG >= bar_Q[row_N, None]).nonzero(as_tuple=True)
+    row_M = row_N[hit_M]  # in ascending order: the hits of a row are neighbours
+    held_Q = row_M.bincount(minlength=rows)
+    place_M = torch.arange(len(row_M), device=row_M.device) - (held_Q.cumsum(0) - held_Q)[row_M]
+    column_QM = row_M.new_zeros(rows, int(held_Q.max()))
+    score_QM = score_QP.new_full(column_QM.shape, -torch.inf)
+    column_QM[row_M, place_M] = group_N[hit_M] + groups * member_M
+    score_QM[row_M, place_M] = inside_NG[hit_M, member_M]
+    rest = torch.arange(groups * GROUP, columns, device=row_M.device).expand(rows, -1)
+    return torch.cat((column_QM, rest), dim=1), torch.cat((score_QM, score_QP[:, groups * GROUP :]), dim=1)
+
+
+def sorted_by_score(score_QK: Tensor, rank_QK: Tensor, count: int) -> Tensor:
+    """Where each row's `count` best stand: largest score first, equal ones by rank."""
     in_order, order = score_QK.sort(dim=1, descending=True)
-    unclear = (in_order[:, 1:] == in_order[:, :-1]).any(1).nonzero()[:, 0]
+    unclear = (in_order[:, 1 : count + 1] == in_order[:, :-1][:, :count]).any(1).nonzero()[:, 0]
     if len(unclear):
         by_rank = rank_QK[unclear].argsort(dim=1)
         by_score = score_QK[unclear].gather(1, by_rank).sort(dim=1, descending=True, stable=True).indices
         order[unclear] = by_rank.gather(1, by_score)
-    return order
+    return order[:, :count]

@@ -474,11 +474,9 @@ def bytes_kept(call: Callable[[], object], model: Mistral) -> int:
     return sum(kept.values())
 
 
-def test_a_compiled_block_keeps_what_backward_needs_and_no_more(
-    small_model: Callable[..., Mistral], monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@torch._functorch.config.patch(ban_recompute_materialized_backward=True)  # puts it back at the end
+def test_a_compiled_block_keeps_what_backward_needs_and_no_more(small_model: Callable[..., Mistral]) -> None:
     """Norm inputs, q, k, v, attention output, gate and up, and the adapters' R numbers, as torch's partitioner cuts."""
-    monkeypatch.setattr(torch._functorch.config, "ban_recompute_materialized_backward", True)  # put back at the end
     ref.attention.compiled.__wrapped__(Block.before)  # what is set there is what is tested here
     torch._dynamo.reset()
     before, after = (torch.compile(half, dynamic=True, fullgraph=True, backend="aot_eager_decomp_partition")
