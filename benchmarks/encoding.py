@@ -131,10 +131,12 @@ def b1(device: torch.device, *, quick: bool = False) -> Result:
 
     compiled: Any = "left out on the CPU"
     if device.type == "cuda":
-        module = torch.compile(s.twin, dynamic=False)
-        compiled = torch.inference_mode()(lambda: shapes.last_token(module, ids_BT))
+        other = shapes.transformers_twin(s.model)
+        for layer in other.layers:
+            layer.compile(dynamic=False)  # one graph for all layers: compiled as a whole it takes minutes
+        compiled = torch.inference_mode()(lambda: shapes.last_token(other, ids_BT))
     checks = s.check(strings[:16], {"transformers": theirs()[:16]}, ours()[:16])
-    found = measure({"ours": ours, "transformers, SDPA": theirs, "transformers, compiled": compiled},
+    found = measure({"ours": ours, "transformers, SDPA": theirs, "transformers, layers compiled": compiled},
                     device=device, rounds=s.rounds)
     mine = found["ours"].median_s
     flop = 2 * weights_in_products(s.model) * texts * length
@@ -145,8 +147,8 @@ def b1(device: torch.device, *, quick: bool = False) -> Result:
         cuda = device.type == "cuda"
         targets = {"transformers / ours": (found["transformers, SDPA"].median_s / mine, ">=", 1.2 if cuda else 1.1),
                    "share of the matrix rate": (share, ">=", 0.75 if cuda else 0.7)}
-        if not found["transformers, compiled"].missing:
-            targets["compiled / ours"] = (found["transformers, compiled"].median_s / mine, ">=", 1.05)
+        if not found["transformers, layers compiled"].missing:
+            targets["compiled / ours"] = (found["transformers, layers compiled"].median_s / mine, ">=", 1.05)
     figures = {"ours, tokens/s": texts * length / mine, "matrix rate, GFLOP/s": rate / 1e9,
                "share of the matrix rate": share}
     return Result("B1", {"texts": texts, "tokens": length}, found, checks, targets, figures)

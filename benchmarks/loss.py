@@ -64,7 +64,7 @@ def eager(query_QD: Tensor, passage_PD: Tensor, rule: Rule) -> Tensor:
 def ours(query_QD: Tensor, passage_PD: Tensor, rule: Rule) -> Tensor:
     """What training calls on this device."""
     if query_QD.device.type == "cpu":
-        return blocked_loss(query_QD, passage_PD, rule, TorchEpilogue())[0].mean()
+        return blocked_loss(query_QD, passage_PD, TorchEpilogue(rule))[0].mean()
     from ref.kernels.soft_contrastive import triton_loss
 
     return triton_loss(query_QD, passage_PD, rule)[0].mean()

@@ -15,9 +15,9 @@ The smallest (`*_small`): everything in the tile.
     backward Q  a program owns rows and a slice of D, walks over columns, scores its tiles again: dQ = g P
     backward P  a program owns columns and a slice of D, walks over rows, scores its tiles again: dP = g^T Q
 
-The fast (`TritonEpilogue`): the products are the library's, over blocks of 1024 passages whose scores stay in the cache
+The fast (`TritonEpilogue`): the products are the library's, over blocks of passages whose scores stay in the cache
 (ref/blocked.py), and one kernel here turns a block of scores into row statistics, another into g. One program owns
-a row of the block, so nothing is written twice; there are no atomics, and two runs agree bit for bit.
+some rows of the block, so nothing is written twice; there are no atomics, and two runs agree bit for bit.
 
 Plain version and oracle: `ref.loss.eager_loss`. Called by ref/loss.py on CUDA. Source: arXiv 2506.07438 (the loss);
 the tiling: arXiv 2411.09009. Letters: o_ offsets, m_ mask, b_ values on the chip.
@@ -34,6 +34,7 @@ from ref.blocked import RowState, Rule, blocked_loss
 
 # rows x columns of a tile and its step along D: nothing spills on sm_80 and sm_90; not yet tuned on a GPU
 TILE = {"BLOCK_Q": 16, "BLOCK_P": 32, "BLOCK_D": 32, "num_warps": 4}
+ROWS = 4  # of a block that a program of the fast kernels takes one after another, with the same texts
 
 
 @triton.jit
@@ -66,16 +67,16 @@ def _rule_tile(
     b_cosine, o_q, o_p, queries, passages,
     column_ptr,  # (Q, C) int64
     label_ptr,  # (Q, C)
-    text_ptr,  # (P,) int64
-    known_ptr,  # (Q, X) int64
+    text_ptr,  # (P,) int32
+    known_ptr,  # (Q, X) int32
     limit_ptr,  # (Q,)
-    candidates, knowns, in_batch, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr,
+    candidates, knowns, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Labels of a tile and who leaves the set: the rule of ref/blocked.py, for all (i, j) at once."""
     m_q, m_p = o_q < queries, o_p < passages
     b_text = tl.load(text_ptr + o_p, mask=m_p, other=-2)
     b_limit = tl.load(limit_ptr + o_q, mask=m_q, other=float("inf"))
-    b_out = (b_cosine > b_limit[:, None]) | (in_batch == 0)
+    b_out = b_cosine > b_limit[:, None]
     b_label = tl.zeros((BLOCK_Q, BLOCK_P), b_cosine.dtype)
     b_own = tl.zeros((BLOCK_Q, BLOCK_P), tl.int1)
     for x in range(knowns):
@@ -91,9 +92,9 @@ def _rule_tile(
 
 
 def tensors_of(rule: Rule) -> tuple[Tensor, ...]:
-    """The rule's tensors in the order of the kernels' arguments, rows without gaps."""
+    """The rule's tensors in the order of the kernels' arguments, rows without gaps; texts in half their bytes."""
     groups = rule.groups
-    tensors = (groups.column_QC, rule.label_QC, groups.text_P, groups.known_QX, rule.limit_Q)
+    tensors = (groups.column_QC, rule.label_QC, groups.text_P.int(), groups.known_QX.int(), rule.limit_Q)
     return tuple(tensor.contiguous() for tensor in tensors)
 
 
@@ -105,7 +106,7 @@ def _forward_small(
     query_ptr, passage_ptr,  # (Q, D), (P, D)
     column_ptr, label_ptr, text_ptr, known_ptr, limit_ptr,  # the rule
     lse_ptr, target_ptr, masked_ptr,  # (Q,) out: log-sum-exp, label . score, columns that left
-    queries, passages, width, candidates, knowns, in_batch, temperature,
+    queries, passages, width, candidates, knowns, temperature,
     ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     o_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -118,10 +119,10 @@ def _forward_small(
         b_cosine = _score_tile(query_ptr, passage_ptr, o_q, o_p, queries, passages, width,
                                ACC, UPCAST, BLOCK_Q, BLOCK_P, BLOCK_D)
         b_label, b_out = _rule_tile(b_cosine, o_q, o_p, queries, passages, column_ptr, label_ptr, text_ptr, known_ptr,
-                                    limit_ptr, candidates, knowns, in_batch, BLOCK_Q, BLOCK_P)
+                                    limit_ptr, candidates, knowns, BLOCK_Q, BLOCK_P)
         b_score = b_cosine / temperature
         b_target += tl.sum(b_label * b_score, 1)
-        b_masked += tl.sum(b_out.to(tl.int32), 1) * in_batch
+        b_masked += tl.sum(b_out.to(tl.int32), 1)
         b_score = tl.where(b_out | (o_p >= passages)[None, :], float("-inf"), b_score)
         b_new = tl.maximum(b_max, tl.max(b_score, 1))
         b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)  # a tile may be masked as a whole
@@ -136,14 +137,14 @@ def _forward_small(
 @triton.jit
 def _coefficient_tile(
     query_ptr, passage_ptr, column_ptr, label_ptr, text_ptr, known_ptr, limit_ptr, lse_ptr, grad_ptr,
-    o_q, o_p, queries, passages, width, candidates, knowns, in_batch, temperature,
+    o_q, o_p, queries, passages, width, candidates, knowns, temperature,
     ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """g = (exp(s - lse) - y) dL / tau of a tile: its scores computed again, zero outside the set."""
     b_cosine = _score_tile(query_ptr, passage_ptr, o_q, o_p, queries, passages, width,
                            ACC, UPCAST, BLOCK_Q, BLOCK_P, BLOCK_D)
     b_label, b_out = _rule_tile(b_cosine, o_q, o_p, queries, passages, column_ptr, label_ptr, text_ptr, known_ptr,
-                                limit_ptr, candidates, knowns, in_batch, BLOCK_Q, BLOCK_P)
+                                limit_ptr, candidates, knowns, BLOCK_Q, BLOCK_P)
     m_q = o_q < queries
     b_lse = tl.load(lse_ptr + o_q, mask=m_q, other=0.0)
     b_grad = tl.load(grad_ptr + o_q, mask=m_q, other=0.0)
@@ -157,7 +158,7 @@ def _backward_query_small(
     query_ptr, passage_ptr, column_ptr, label_ptr, text_ptr, known_ptr, limit_ptr,  # as in forward
     lse_ptr, grad_ptr,  # (Q,) kept by forward; incoming gradient
     out_ptr,  # (Q, D) out: dQ
-    queries, passages, width, candidates, knowns, in_batch, temperature,
+    queries, passages, width, candidates, knowns, temperature,
     ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     o_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -166,7 +167,7 @@ def _backward_query_small(
     for p in range(0, passages, BLOCK_P):
         o_p = p + tl.arange(0, BLOCK_P)
         b_g = _coefficient_tile(query_ptr, passage_ptr, column_ptr, label_ptr, text_ptr, known_ptr, limit_ptr, lse_ptr,
-                                grad_ptr, o_q, o_p, queries, passages, width, candidates, knowns, in_batch, temperature,
+                                grad_ptr, o_q, o_p, queries, passages, width, candidates, knowns, temperature,
                                 ACC, UPCAST, BLOCK_Q, BLOCK_P, BLOCK_D)
         b_p = _load(passage_ptr, o_p, o_d, passages, width, ACC, True)
         b_dq += tl.dot(b_g, b_p, input_precision="ieee", out_dtype=ACC)
@@ -180,7 +181,7 @@ def _backward_passage_small(
     query_ptr, passage_ptr, column_ptr, label_ptr, text_ptr, known_ptr, limit_ptr,  # as in forward
     lse_ptr, grad_ptr,  # (Q,) kept by forward; incoming gradient
     out_ptr,  # (P, D) out: dP
-    queries, passages, width, candidates, knowns, in_batch, temperature,
+    queries, passages, width, candidates, knowns, temperature,
     ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     o_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -189,7 +190,7 @@ def _backward_passage_small(
     for q in range(0, queries, BLOCK_Q):
         o_q = q + tl.arange(0, BLOCK_Q)
         b_g = _coefficient_tile(query_ptr, passage_ptr, column_ptr, label_ptr, text_ptr, known_ptr, limit_ptr, lse_ptr,
-                                grad_ptr, o_q, o_p, queries, passages, width, candidates, knowns, in_batch, temperature,
+                                grad_ptr, o_q, o_p, queries, passages, width, candidates, knowns, temperature,
                                 ACC, UPCAST, BLOCK_Q, BLOCK_P, BLOCK_D)
         b_q = _load(query_ptr, o_q, o_d, queries, width, ACC, True)
         b_dp += tl.dot(tl.trans(b_g), b_q, input_precision="ieee", out_dtype=ACC)
@@ -206,7 +207,7 @@ class _Small(torch.autograd.Function):
         ctx.constants = {**TILE, "ACC": tl.float64 if exact else tl.float32, "UPCAST": interpreted()}
         ctx.rule = tensors_of(rule)
         candidates, knowns = rule.label_QC.shape[1], rule.groups.known_QX.shape[1]
-        ctx.scalars = (queries, passages, width, candidates, knowns, int(rule.in_batch), rule.temperature)
+        ctx.scalars = (queries, passages, width, candidates, knowns, rule.temperature)
         dtype = torch.float64 if exact else torch.float32
         lse_Q, target_Q = (query_QD.new_empty(queries, dtype=dtype) for _ in range(2))
         masked_Q = torch.empty(queries, dtype=torch.int64, device=query_QD.device)
@@ -237,33 +238,55 @@ class _Small(torch.autograd.Function):
 
 
 @triton.jit
+def _rule_row(
+    b_cosine, b_text, i_q, o_local, first, count,
+    column_ptr, label_ptr, known_ptr, limit_ptr,  # the rule
+    candidates, knowns, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """`_rule_tile` for one row of a block: a candidate costs a look at its column, unless that lies in the block."""
+    b_label = tl.zeros((BLOCK_P,), b_cosine.dtype)
+    b_out = b_cosine > tl.load(limit_ptr + i_q)
+    for x in range(knowns):
+        b_out = b_out | (b_text == tl.load(known_ptr + i_q * knowns + x))
+    for c in range(candidates):
+        column = tl.load(column_ptr + i_q * candidates + c) - first
+        if (column >= 0) & (column < count):
+            b_out = b_out & (o_local != column)
+            weight = tl.load(label_ptr + i_q * candidates + c).to(b_cosine.dtype)
+            b_label += tl.where(o_local == column, weight, 0.0)
+    return b_label, b_out
+
+
+@triton.jit
 def _reduce_block(
     cosine_ptr,  # (Q, count) fp32
     column_ptr, label_ptr, text_ptr, known_ptr, limit_ptr,  # the rule
     max_ptr, sum_ptr, target_ptr, masked_ptr,  # (Q,) in and out: the row's statistics so far
-    queries, count, first, candidates, knowns, in_batch, temperature,
-    BLOCK_P: tl.constexpr,
+    queries, count, first, candidates, knowns, temperature,
+    ROWS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    o_q = tl.program_id(0) + tl.arange(0, 1)
     o_local = tl.arange(0, BLOCK_P)
-    o_p, passages = first + o_local, first + count
-    m_p = (o_local < count)[None, :]
-    o_tile = o_q.to(tl.int64)[:, None] * count + o_local[None, :]
-    b_cosine = tl.load(cosine_ptr + o_tile, mask=m_p, other=0.0)
-    b_label, b_out = _rule_tile(b_cosine, o_q, o_p, queries, passages, column_ptr, label_ptr, text_ptr,
-                                known_ptr, limit_ptr, candidates, knowns, in_batch, 1, BLOCK_P)
-    b_score = b_cosine / temperature
-    b_target = tl.load(target_ptr + o_q) + tl.sum(b_label * b_score, 1)
-    b_masked = tl.load(masked_ptr + o_q) + tl.sum(b_out.to(tl.int32), 1) * in_batch
-    b_score = tl.where(b_out | (m_p == 0), float("-inf"), b_score)
-    b_max = tl.load(max_ptr + o_q)
-    b_new = tl.maximum(b_max, tl.max(b_score, 1))
-    b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-    b_sum = tl.load(sum_ptr + o_q) * tl.exp(b_max - b_safe) + tl.sum(tl.exp(b_score - b_safe[:, None]), 1)
-    tl.store(max_ptr + o_q, b_new)
-    tl.store(sum_ptr + o_q, b_sum)
-    tl.store(target_ptr + o_q, b_target)
-    tl.store(masked_ptr + o_q, b_masked)
+    m_p = o_local < count
+    b_text = tl.load(text_ptr + first + o_local, mask=m_p, other=-2)
+    for row in range(ROWS):
+        i_q = tl.program_id(0) * ROWS + row
+        if i_q < queries:
+            b_cosine = tl.load(cosine_ptr + i_q.to(tl.int64) * count + o_local, mask=m_p, other=0.0)
+            b_label, b_out = _rule_row(b_cosine, b_text, i_q, o_local, first, count, column_ptr, label_ptr, known_ptr,
+                                       limit_ptr, candidates, knowns, BLOCK_P)
+            b_out = b_out & m_p
+            b_score = b_cosine * (1.0 / temperature)
+            target = tl.load(target_ptr + i_q) + tl.sum(b_label * b_score, 0)
+            masked = tl.load(masked_ptr + i_q) + tl.sum(b_out.to(tl.int32), 0)
+            b_score = tl.where(b_out | (m_p == 0), float("-inf"), b_score)
+            before = tl.load(max_ptr + i_q)
+            highest = tl.maximum(before, tl.max(b_score, 0))
+            safe = tl.where(highest == float("-inf"), 0.0, highest)  # a block may be masked as a whole
+            total = tl.load(sum_ptr + i_q) * tl.exp(before - safe) + tl.sum(tl.exp(b_score - safe), 0)
+            tl.store(max_ptr + i_q, highest)
+            tl.store(sum_ptr + i_q, total)
+            tl.store(target_ptr + i_q, target)
+            tl.store(masked_ptr + i_q, masked)
 
 
 @triton.jit
@@ -272,45 +295,48 @@ def _gradient_block(
     column_ptr, label_ptr, text_ptr, known_ptr, limit_ptr,  # the rule
     lse_ptr, grad_ptr,  # (Q,)
     out_ptr,  # (Q, count) out: g, in the dtype of the vectors
-    queries, count, first, candidates, knowns, in_batch, temperature,
-    BLOCK_P: tl.constexpr,
+    queries, count, first, candidates, knowns, temperature,
+    ROWS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    o_q = tl.program_id(0) + tl.arange(0, 1)
     o_local = tl.arange(0, BLOCK_P)
-    o_p, passages = first + o_local, first + count
-    m_p = (o_local < count)[None, :]
-    o_tile = o_q.to(tl.int64)[:, None] * count + o_local[None, :]
-    b_cosine = tl.load(cosine_ptr + o_tile, mask=m_p, other=0.0)
-    b_label, b_out = _rule_tile(b_cosine, o_q, o_p, queries, passages, column_ptr, label_ptr, text_ptr,
-                                known_ptr, limit_ptr, candidates, knowns, in_batch, 1, BLOCK_P)
-    b_lse, b_grad = tl.load(lse_ptr + o_q), tl.load(grad_ptr + o_q)
-    b_probability = tl.where(b_out, 0.0, tl.exp(b_cosine / temperature - b_lse[:, None]))
-    b_g = (b_probability - b_label) * (b_grad / temperature)[:, None]
-    tl.store(out_ptr + o_tile, b_g.to(out_ptr.dtype.element_ty), mask=m_p)
+    m_p = o_local < count
+    b_text = tl.load(text_ptr + first + o_local, mask=m_p, other=-2)
+    for row in range(ROWS):
+        i_q = tl.program_id(0) * ROWS + row
+        if i_q < queries:
+            o_row = i_q.to(tl.int64) * count + o_local
+            b_cosine = tl.load(cosine_ptr + o_row, mask=m_p, other=0.0)
+            b_label, b_out = _rule_row(b_cosine, b_text, i_q, o_local, first, count, column_ptr, label_ptr, known_ptr,
+                                       limit_ptr, candidates, knowns, BLOCK_P)
+            inverse = 1.0 / temperature
+            b_probability = tl.where(b_out, 0.0, tl.exp(b_cosine * inverse - tl.load(lse_ptr + i_q)))
+            b_g = (b_probability - b_label) * (tl.load(grad_ptr + i_q) * inverse)
+            tl.store(out_ptr + o_row, b_g.to(out_ptr.dtype.element_ty), mask=m_p)
 
 
 class TritonEpilogue:
     """Between two products of the library: one kernel over the rows of a block of cosines (ref/blocked.py)."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype  # of the vectors, which multiply the gradient
+    def __init__(self, rule: Rule, dtype: torch.dtype) -> None:
+        self.rule, self.dtype = rule, dtype  # of the vectors, which multiply the gradient
+        self.tensors = tensors_of(rule)
 
-    def reduce(self, cosine: Tensor, first: int, rule: Rule, state: RowState) -> None:
+    def reduce(self, cosine: Tensor, first: int, state: RowState) -> None:
         """Add a block (Q, count) fp32 to the row statistics, in place."""
-        self._launch(_reduce_block, cosine, first, rule, state.maximum, state.total, state.target, state.masked)
+        self._launch(_reduce_block, cosine, first, state.maximum, state.total, state.target, state.masked)
 
-    def gradient(self, cosine: Tensor, first: int, rule: Rule, lse_Q: Tensor, grad_Q: Tensor) -> Tensor:
+    def gradient(self, cosine: Tensor, first: int, lse_Q: Tensor, grad_Q: Tensor) -> Tensor:
         """(exp(cosine / temperature - lse) - label) * grad / temperature, (Q, count)."""
         out = torch.empty_like(cosine, dtype=self.dtype)
-        self._launch(_gradient_block, cosine, first, rule, lse_Q, grad_Q.contiguous(), out)
+        self._launch(_gradient_block, cosine, first, lse_Q, grad_Q.contiguous(), out)
         return out
 
-    def _launch(self, kernel: Any, cosine: Tensor, first: int, rule: Rule, *tensors: Tensor) -> None:
-        queries, count = cosine.shape
-        kernel[(queries,)](
-            cosine, *tensors_of(rule), *tensors, queries, count, first, rule.label_QC.shape[1],
-            rule.groups.known_QX.shape[1], int(rule.in_batch), rule.temperature,
-            BLOCK_P=triton.next_power_of_2(count), num_warps=4)
+    def _launch(self, kernel: Any, cosine: Tensor, first: int, *tensors: Tensor) -> None:
+        (queries, count), rule = cosine.shape, self.rule
+        kernel[(triton.cdiv(queries, ROWS),)](
+            cosine, *self.tensors, *tensors, queries, count, first, rule.label_QC.shape[1],
+            rule.groups.known_QX.shape[1], rule.temperature,
+            ROWS=ROWS, BLOCK_P=triton.next_power_of_2(count), num_warps=8 if count > 1024 else 4)
 
 
 def interpreted() -> bool:
@@ -337,7 +363,7 @@ def triton_loss(
     Raises ValueError for bad input; for bad numbers on a device only with `check_values` (see `check`).
     """
     check(query_QD, passage_PD, rule, values=check_values)
-    return blocked_loss(query_QD, passage_PD, rule, TritonEpilogue(passage_PD.dtype))
+    return blocked_loss(query_QD, passage_PD, TritonEpilogue(rule, passage_PD.dtype))
 
 
 def check(query_QD: Tensor, passage_PD: Tensor, rule: Rule, *, values: bool) -> None:

@@ -11,7 +11,7 @@ stay. The score matrix never exists as a whole:
 Ties go to the smaller passage id, in both. Here K counts the best passages of a query.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ref.overlap import Item, one_ahead
 from ref.runs import hash_files
 
 SCORES_AT_ONCE = {"cpu": 2**21, "cuda": 2**29}  # fp32: what stays in a CPU's cache; 2 GB on a GPU
@@ -113,6 +114,25 @@ def _tokeniser(stemmer: str | None) -> Any:
     return tokenise
 
 
+def on_device(
+    read: Callable[[Item], np.ndarray], blocks: Iterable[Item], device: torch.device,
+) -> Iterator[Tensor]:
+    """The vectors of each block on the device; the next ones are read and copied while the caller works on these."""
+    side = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def put(block: Item) -> Tensor:
+        with torch.cuda.stream(side):
+            vectors = torch.from_numpy(read(block)).to(device)
+        if side is not None:
+            side.synchronize()
+        return vectors
+
+    for vectors in one_ahead(put, blocks):
+        if side is not None:
+            vectors.record_stream(torch.cuda.current_stream(device))  # else the next copy could take its place too soon
+        yield vectors
+
+
 class TopK:
     """The best passages of some queries, over blocks that are given one after another."""
 
@@ -134,7 +154,7 @@ class TopK:
             score_QP = self.scratch[: len(query_QD) * len(passage_PD)].view(len(query_QD), len(passage_PD))
             products(query_QD, passage_PD, out=score_QP)
             full = so_far_QK.shape[1] == self.count
-            some = columns_above(score_QP, so_far_QK[:, -1], at_most=self.count) if full else None
+            some = columns_above(score_QP, so_far_QK[:, -1], at_most=2 * self.count) if full else None
             found.append(some or best_columns(score_QP, self.count, rank_P))
         widest = max(score_QM.shape[1] for _, score_QM in found)
         column_QM = torch.cat([F.pad(column, (0, widest - column.shape[1])) for column, _ in found])

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from labelling.cache import Arrays, Cache, key_of
-from labelling.candidates import TopK, WordSearch
+from labelling.candidates import TopK, WordSearch, on_device
 from labelling.models import Reranker, Retriever, finite
 from labelling.sources import Corpus, Pair, Pairs
 from ref.config import pick_device
@@ -168,8 +168,7 @@ class Pipeline:
             together = left[start : start + BLOCKS_PER_SEARCH]
             best = [TopK(torch.from_numpy(self.query_vectors(rows)).to(self.device),
                          min(self.search.depth, len(self.corpus))) for rows in together]
-            for block in mine:
-                vectors = torch.from_numpy(self.passage_vectors(block)).to(self.device)
+            for block, vectors in zip(mine, on_device(self.passage_vectors, mine, self.device), strict=True):
                 first = self.passage_blocks[block].start
                 rank = torch.from_numpy(self.corpus.rank[first : first + len(vectors)]).to(self.device)
                 for one in best:

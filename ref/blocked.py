@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-PASSAGES_PER_BLOCK = 1024
+PASSAGES_PER_BLOCK = {"cpu": 1024, "cuda": 2048}  # scores of some thousand queries stay in the device's cache
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,6 @@ class Rule:
     label_QC: Tensor  # fp32, sums to one by row, or zeros: row ignored
     limit_Q: Tensor  # fp32; inf: no limit
     temperature: float
-    in_batch: bool = True  # False: own candidates alone; in training loss.own_loss does that with less work
 
     def label_block(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Labels, and who is a candidate, for the columns first..first+count-1: two (Q, count), fp32 and bool."""
@@ -57,8 +56,6 @@ class Rule:
 
     def leaves(self, cosine: Tensor, first: int) -> Tensor:
         """Who is not in the set, (Q, count) bool, unless it is a candidate: too close to be wrong, or known right."""
-        if not self.in_batch:
-            return torch.ones_like(cosine, dtype=torch.bool)
         text_P = self.groups.text_P[first : first + cosine.shape[1]].int()  # half the traffic of int64
         leaves = cosine > self.limit_Q[:, None]
         for known_Q in self.groups.known_QX.T.int():
@@ -86,69 +83,77 @@ class RowState:
 class Epilogue(Protocol):
     """What happens to a block of cosines (Q, count), fp32, which it may overwrite."""
 
-    def reduce(self, cosine: Tensor, first: int, rule: Rule, state: RowState) -> None:
+    rule: Rule
+
+    def reduce(self, cosine: Tensor, first: int, state: RowState) -> None:
         """Add a block to the row statistics."""
 
-    def gradient(self, cosine: Tensor, first: int, rule: Rule, lse_Q: Tensor, grad_Q: Tensor) -> Tensor:
+    def gradient(self, cosine: Tensor, first: int, lse_Q: Tensor, grad_Q: Tensor) -> Tensor:
         """(exp(cosine / temperature - lse) - label) * grad / temperature, zero for columns outside the set."""
 
 
+@dataclass
 class TorchEpilogue:
     """The epilogue in plain torch."""
 
-    def reduce(self, cosine: Tensor, first: int, rule: Rule, state: RowState) -> None:
-        row, column, label = rule.candidates(first, cosine.shape[1])
-        masked = rule.leaves(cosine, first)
+    rule: Rule
+
+    def reduce(self, cosine: Tensor, first: int, state: RowState) -> None:
+        row, column, label = self.rule.candidates(first, cosine.shape[1])
+        masked = self.rule.leaves(cosine, first)
         masked[row, column] = False
-        score = cosine.div_(rule.temperature)
+        score = cosine.div_(self.rule.temperature)
         state.target.index_add_(0, row, label * score[row, column])
-        state.masked += masked.sum(1) * rule.in_batch
+        state.masked += masked.sum(1)
         score.masked_fill_(masked, -torch.inf)
         maximum = torch.maximum(state.maximum, score.amax(1))
         safe = maximum.masked_fill(maximum == -torch.inf, 0.0)  # a block may be masked as a whole
         state.total.mul_((state.maximum - safe).exp_()).add_(score.sub_(safe[:, None]).exp_().sum(1))
         state.maximum = maximum
 
-    def gradient(self, cosine: Tensor, first: int, rule: Rule, lse_Q: Tensor, grad_Q: Tensor) -> Tensor:
-        row, column, label = rule.candidates(first, cosine.shape[1])
-        masked = rule.leaves(cosine, first)
+    def gradient(self, cosine: Tensor, first: int, lse_Q: Tensor, grad_Q: Tensor) -> Tensor:
+        row, column, label = self.rule.candidates(first, cosine.shape[1])
+        masked = self.rule.leaves(cosine, first)
         masked[row, column] = False
-        probability = cosine.div_(rule.temperature).sub_(lse_Q[:, None]).exp_().masked_fill_(masked, 0.0)
+        probability = cosine.div_(self.rule.temperature).sub_(lse_Q[:, None]).exp_().masked_fill_(masked, 0.0)
         probability.index_put_((row, column), -label.to(probability.dtype), accumulate=True)
-        return probability.mul_((grad_Q / rule.temperature)[:, None])
+        return probability.mul_((grad_Q / self.rule.temperature)[:, None])
 
 
 class _Blocked(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, query_QD: Tensor, passage_PD: Tensor, rule: Rule, epilogue: Epilogue,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, query_QD: Tensor, passage_PD: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
         state = RowState.empty(query_QD)
-        for first in range(0, len(passage_PD), PASSAGES_PER_BLOCK):
-            epilogue.reduce(product(query_QD, passage_PD[first : first + PASSAGES_PER_BLOCK].T), first, rule, state)
+        for block in blocks(passage_PD):
+            epilogue.reduce(product(query_QD, passage_PD[block].T), block.start, state)
         lse_Q = state.maximum + state.total.log()
         ctx.save_for_backward(query_QD, passage_PD, lse_Q)
-        ctx.rule, ctx.epilogue = rule, epilogue
+        ctx.epilogue = epilogue
         ctx.mark_non_differentiable(state.masked)
-        return (lse_Q - state.target) * rule.label_QC.any(1), state.masked
+        return (lse_Q - state.target) * epilogue.rule.label_QC.any(1), state.masked
 
     @staticmethod
-    def backward(ctx: Any, grad_Q: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_Q: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         query_QD, passage_PD, lse_Q = ctx.saved_tensors
         needs_query, needs_passage = ctx.needs_input_grad[:2]
         query_grad = torch.zeros_like(query_QD, dtype=lse_Q.dtype) if needs_query else None
         passage_grad = torch.empty_like(passage_PD) if needs_passage else None
-        grad_Q = grad_Q * ctx.rule.label_QC.any(1)
-        for first in range(0, len(passage_PD), PASSAGES_PER_BLOCK):
-            block = slice(first, first + PASSAGES_PER_BLOCK)
+        grad_Q = grad_Q * ctx.epilogue.rule.label_QC.any(1)
+        for block in blocks(passage_PD):
             cosine = product(query_QD, passage_PD[block].T)
-            coefficient = ctx.epilogue.gradient(cosine, first, ctx.rule, lse_Q, grad_Q).to(passage_PD.dtype)
+            coefficient = ctx.epilogue.gradient(cosine, block.start, lse_Q, grad_Q).to(passage_PD.dtype)
             if query_grad is not None:
                 add_product(query_grad, coefficient, passage_PD[block])
             if passage_grad is not None:
                 torch.mm(coefficient.T, query_QD, out=passage_grad[block])
             del cosine, coefficient  # before the next block, and the last cast, ask for theirs
-        return None if query_grad is None else query_grad.to(query_QD.dtype), passage_grad, None, None
+        return None if query_grad is None else query_grad.to(query_QD.dtype), passage_grad, None
+
+
+def blocks(passage_PD: Tensor) -> list[slice]:
+    """The rows of each block."""
+    size = PASSAGES_PER_BLOCK[passage_PD.device.type]
+    return [slice(first, first + size) for first in range(0, len(passage_PD), size)]
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
@@ -168,9 +173,9 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left.to(total.dtype), right.to(total.dtype))
 
 
-def blocked_loss(query_QD: Tensor, passage_PD: Tensor, rule: Rule, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
+def blocked_loss(query_QD: Tensor, passage_PD: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
     """Loss of each query (Q,) fp32, zero for ignored rows, and how many columns left its set (Q,) int64.
 
     `query_QD` and `passage_PD` are unit vectors of one dtype. Equals `loss.eager_loss`, with its gradient.
     """
-    return _Blocked.apply(query_QD, passage_PD, rule, epilogue)
+    return _Blocked.apply(query_QD, passage_PD, epilogue)

@@ -88,7 +88,7 @@ def soft_contrastive(
 
     `kernels` says who computes the loss over a batch, with equal results: "eager" (the plain page below), "blocked"
     (blocks of passages in torch), "triton" or "small" (Triton, fast or short). Over a query's own few candidates
-    (`in_batch` False) (Q, C) scores are less work than any of them, which could do it too.
+    (`in_batch` False) it is (Q, C) scores for all of them.
 
     Raises ValueError for tensors that the Triton kernels would read wrongly; with `check_values` also for wrong numbers
     on a device, which waits for it once.
@@ -102,7 +102,7 @@ def soft_contrastive(
     if kernels == "eager":
         return eager_loss(query_QD, passage_PD, rule)
     if kernels == "blocked":
-        return blocked_loss(query_QD, passage_PD, rule, TorchEpilogue())
+        return blocked_loss(query_QD, passage_PD, TorchEpilogue(rule))
     from ref.kernels.soft_contrastive import small_loss, triton_loss
 
     return {"small": small_loss, "triton": triton_loss}[kernels](query_QD, passage_PD, rule, check_values=check_values)
@@ -127,4 +127,4 @@ def eager_loss(query_QD: Tensor, passage_PD: Tensor, rule: Rule) -> tuple[Tensor
     score_QP = cosine_QP / rule.temperature
     lse_Q = score_QP.masked_fill(masked_QP, -torch.inf).logsumexp(1)
     loss_Q = lse_Q - (label_QP * score_QP).sum(1)
-    return loss_Q * rule.label_QC.any(1), masked_QP.sum(1) * rule.in_batch
+    return loss_Q * rule.label_QC.any(1), masked_QP.sum(1)

@@ -37,7 +37,7 @@ from ref.kernels.last_token_pool import last_token_pool
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = {
-    "blocked": lambda q, p, rule: blocked_loss(q, p, rule, TorchEpilogue()),
+    "blocked": lambda q, p, rule: blocked_loss(q, p, TorchEpilogue(rule)),
     "triton": kernels.triton_loss,
     "small": kernels.small_loss,
 }
@@ -183,7 +183,6 @@ def test_control_another_norm_is_told_apart():
 def loss_case(
     queries: int, candidates: int, width: int, *,
     extra: int = 0, temperature: float = 0.02, margin: float | None = 0.1, dtype: torch.dtype = torch.float32,
-    in_batch: bool = True,
 ) -> tuple[Tensor, Tensor, Rule, Tensor]:
     """Unit vectors, a rule with ragged groups, ignored rows, repeated texts and planted near-duplicates; a gradient."""
     passages = queries * candidates + extra
@@ -204,7 +203,7 @@ def loss_case(
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     put = lambda x, kind=None: guarded(x.to(DEVICE, kind))  # noqa: E731
     groups = Groups(put(column_QC), put(text_P), put(known_QX))
-    rule = Rule(groups, put(label_QC, exact), put(limit_Q, exact), temperature, in_batch)
+    rule = Rule(groups, put(label_QC, exact), put(limit_Q, exact), temperature)
     return put(query_QD, dtype), put(passage_PD, dtype), rule, torch.randn(queries, dtype=exact, device=DEVICE)
 
 
@@ -223,7 +222,7 @@ def assert_within_budget(variant: str, case: tuple[Tensor, Tensor, Rule, Tensor]
     then errs by that share, and a gradient by that over tau once more, beside the rounding of its own dtype.
     """
     query_QD, passage_PD, rule, grad_Q = case
-    wide = Rule(rule.groups, rule.label_QC.double(), rule.limit_Q.double(), rule.temperature, rule.in_batch)
+    wide = Rule(rule.groups, rule.label_QC.double(), rule.limit_Q.double(), rule.temperature)
     truth = run(exact_loss, query_QD.double(), passage_PD.double(), wide, grad_Q.double())
     eager, kernel = run(eager_loss, *case), run(VARIANTS[variant], *case)
     assert torch.equal(kernel[1], truth[1])
@@ -244,12 +243,12 @@ def exact_loss(query_QD: Tensor, passage_PD: Tensor, rule: Rule) -> tuple[Tensor
         cosine_P = passage_PD @ query_D
         near = (cosine_P > rule.limit_Q[i]).tolist()
         out = [j for j, text in enumerate(rule.groups.text_P.tolist())
-               if j not in label and (not rule.in_batch or text in known or near[j])]
+               if j not in label and (text in known or near[j])]
         seen = torch.ones(len(passage_PD), dtype=torch.bool).index_fill(0, torch.tensor(out, dtype=torch.int64), False)
         target = sum(weight * cosine_P[j] for j, weight in label.items())
         loss = (cosine_P[seen.to(DEVICE)] / rule.temperature).logsumexp(0) - target / rule.temperature
         losses.append(loss if rule.label_QC[i].any() else loss * 0)
-        counts.append(len(out) * rule.in_batch)
+        counts.append(len(out))
     return torch.stack(losses), torch.tensor(counts, device=DEVICE)
 
 
@@ -264,7 +263,6 @@ def test_loss_is_as_near_the_truth_as_eager(variant, queries, candidates, width,
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("options", [
     {"temperature": 0.005}, {"temperature": 1.0}, {"margin": None}, {"dtype": torch.bfloat16}, {"dtype": torch.float16},
-    {"in_batch": False}, {"in_batch": False, "dtype": torch.bfloat16},
 ], ids=str)  # fmt: skip
 def test_loss_over_its_range(variant, options):
     assert_within_budget(variant, loss_case(9, 4, 48, extra=5, **options))
