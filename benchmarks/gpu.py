@@ -117,6 +117,7 @@ def training_run(cuda: bool) -> dict[str, Any]:
     s = encoding.setting(device, not cuda)
     draw = random.Random(0)
     weights = encoding.weights_in_products(s.model)
+    checkpoint = s.folder
     del s.model, s.twin, s.embedder  # the run loads its own
     encoding.setting.cache_clear()
     queries, tokens = (128, 96) if cuda else (8, 12)
@@ -129,7 +130,7 @@ def training_run(cuda: bool) -> dict[str, Any]:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         code = run_train.main([
-            "--data", str(data), "--model", str(s.folder), "--preset", "report", "--lora-rank", "32", "--steps", "4",
+            "--data", str(data), "--model", str(checkpoint), "--preset", "report", "--lora-rank", "32", "--steps", "4",
             "--queries", str(queries), "--max-text-tokens", "96", "--max-examples", "0", "--output", str(output)])
         if code:
             return {"error": f"run_train.py ended with {code}"}

@@ -76,15 +76,15 @@ def measure(
 ) -> dict[str, Contestant]:
     """Time every call in turn, `rounds` times; a text in place of a call says why not.
 
-    A call of each warms up, unless the caller has seen to that (`warm`: calls that take long). On the CPU another one
-    measures memory; on CUDA, where that costs no time, the first that is timed.
+    A call of each warms up and on the CPU another measures memory, unless the caller says that all is `warm`: calls
+    that take long. On CUDA, where looking at memory costs no time, the first that is timed does that.
     """
     found = {name: Contestant(missing=call if isinstance(call, str) else "") for name, call in calls.items()}
     runnable = {name: call for name, call in calls.items() if not isinstance(call, str)}
     for name, call in runnable.items():
         if not warm:
             call()
-        if device.type == "cpu":
+        if device.type == "cpu" and not warm:
             found[name].peak_bytes = peak_bytes(call, device)
     for n in range(rounds):
         for name, call in runnable.items():
@@ -93,6 +93,8 @@ def measure(
             else:
                 duration_s = seconds(call, device)
             found[name].seconds.append(duration_s)
+            if duration_s > 0.1:
+                print(f"  round {n + 1} of {rounds}, {name}: {duration_s:.3f} s", file=sys.stderr, flush=True)
     return found
 
 

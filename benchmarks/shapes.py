@@ -3,14 +3,13 @@
     cpu     width 512, 8 layers, 8 heads over 2, feed-forward 1792, fp32
     cuda    Mistral-7B: width 4096, 32 layers, 32 heads over 8, feed-forward 14336, bf16
 
-Weights are random and go through a safetensors checkpoint and our loader, as real ones would. A text of n tokens is n
-words of a vocabulary in which every word is a token, so that lengths are exact for everyone.
+Weights are random. A text of n tokens is n words of a vocabulary in which every word is a token, so that lengths are
+exact for everyone.
 """
 
 import random
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,8 @@ import torch.nn.functional as F
 from tokenizers import models, pre_tokenizers
 from torch import Tensor
 
-from ref.checkpoint import load_model
 from ref.config import Architecture
-from ref.export import export
 from ref.model import Mistral
-from ref.prompts import Prompter
 from ref.tokenizer import BEGIN, END, UNKNOWN, TextTokenizer
 
 CPU = Architecture(vocab_size=8000, width=512, layers=8, heads=8, kv_heads=2, head_width=64, ffn_width=1792,
@@ -40,8 +36,8 @@ def architecture(device: torch.device, *, quick: bool) -> Architecture:
     return replace(CPU, width=64, layers=2, heads=4, head_width=16, ffn_width=224) if quick else CPU
 
 
-def write_checkpoint(arch: Architecture, folder: Path, device: torch.device) -> None:
-    """Random weights as a checkpoint that we, transformers and sentence-transformers load."""
+def random_model(arch: Architecture, device: torch.device) -> Mistral:
+    """Our model with random weights, frozen."""
     with torch.device("meta"):
         model = Mistral(arch)
     dtype = getattr(torch, arch.dtype)
@@ -52,7 +48,7 @@ def write_checkpoint(arch: Architecture, folder: Path, device: torch.device) -> 
         if weight.ndim == 2:
             state[name].normal_(std=0.02 if "embed" in name else weight.shape[1] ** -0.5, generator=draw)
     model.load_state_dict(state, assign=True)
-    export(model, Prompter(tokenizer(arch)), {}, folder)
+    return model.requires_grad_(False)
 
 
 def tokenizer(arch: Architecture) -> TextTokenizer:
@@ -65,14 +61,8 @@ def tokenizer(arch: Architecture) -> TextTokenizer:
     return TextTokenizer(library)
 
 
-def loaded(folder: Path, arch: Architecture, device: torch.device) -> tuple[Mistral, Any]:
-    """Our model through our loader, and transformers' on the very same tensors (a text, why not, if it is missing)."""
-    ours = load_model(folder, device=device, dtype=getattr(torch, arch.dtype)).requires_grad_(False)
-    return ours, transformers_twin(ours)
-
-
 def transformers_twin(ours: Mistral) -> Any:
-    """transformers' MistralModel that shares our weights, attention by SDPA."""
+    """transformers' MistralModel that shares our weights, attention by SDPA; a text, why not, if it is missing."""
     try:
         import transformers
     except ImportError:

@@ -17,7 +17,7 @@ The smallest (`*_small`): everything in the tile.
 
 The fast (`TritonEpilogue`): the products are the library's, over blocks of passages whose scores stay in the cache
 (ref/blocked.py), and one kernel here turns a block of scores into row statistics, another into g. One program owns
-some rows of the block, so nothing is written twice; there are no atomics, and two runs agree bit for bit.
+a row of the block, so nothing is written twice; there are no atomics, and two runs agree bit for bit.
 
 Plain version and oracle: `ref.loss.eager_loss`. Called by ref/loss.py on CUDA. Source: arXiv 2506.07438 (the loss);
 the tiling: arXiv 2411.09009. Letters: o_ offsets, m_ mask, b_ values on the chip.
@@ -34,7 +34,7 @@ from ref.blocked import RowState, Rule, blocked_loss
 
 # rows x columns of a tile and its step along D: nothing spills on sm_80 and sm_90; not yet tuned on a GPU
 TILE = {"BLOCK_Q": 16, "BLOCK_P": 32, "BLOCK_D": 32, "num_warps": 4}
-ROWS = 4  # of a block that a program of the fast kernels takes one after another, with the same texts
+ROW_WARPS = 4  # that share a row of a block in the fast kernels
 
 
 @triton.jit
@@ -239,21 +239,24 @@ class _Small(torch.autograd.Function):
 
 @triton.jit
 def _rule_row(
-    b_cosine, b_text, i_q, o_local, first, count,
-    column_ptr, label_ptr, known_ptr, limit_ptr,  # the rule
-    candidates, knowns, BLOCK_P: tl.constexpr,
+    b_cosine, i_q, o_local, first, count,
+    column_ptr, label_ptr, text_ptr, known_ptr, limit_ptr,  # the rule
+    candidates, knowns, CANDIDATES: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """`_rule_tile` for one row of a block: a candidate costs a look at its column, unless that lies in the block."""
-    b_label = tl.zeros((BLOCK_P,), b_cosine.dtype)
-    b_out = b_cosine > tl.load(limit_ptr + i_q)
+    """`_rule_tile` for a row of a block. Few blocks hold a candidate of the row: one look at its columns tells."""
+    m_p = o_local < count
+    b_text = tl.load(text_ptr + first + o_local, mask=m_p, other=-2)
+    b_out = (b_cosine > tl.load(limit_ptr + i_q)) & m_p
     for x in range(knowns):
         b_out = b_out | (b_text == tl.load(known_ptr + i_q * knowns + x))
-    for c in range(candidates):
-        column = tl.load(column_ptr + i_q * candidates + c) - first
-        if (column >= 0) & (column < count):
-            b_out = b_out & (o_local != column)
-            weight = tl.load(label_ptr + i_q * candidates + c).to(b_cosine.dtype)
-            b_label += tl.where(o_local == column, weight, 0.0)
+    b_label = tl.zeros((BLOCK_P,), b_cosine.dtype)
+    o_c = tl.arange(0, CANDIDATES)
+    b_column = tl.load(column_ptr + i_q * candidates + o_c, mask=o_c < candidates, other=-1) - first
+    if tl.max(((b_column >= 0) & (b_column < count)).to(tl.int32), 0) > 0:
+        for c in range(candidates):
+            b_hit = o_local == tl.load(column_ptr + i_q * candidates + c) - first
+            b_out = b_out & (b_hit == 0)
+            b_label += tl.where(b_hit & m_p, tl.load(label_ptr + i_q * candidates + c).to(b_cosine.dtype), 0.0)
     return b_label, b_out
 
 
@@ -262,31 +265,27 @@ def _reduce_block(
     cosine_ptr,  # (Q, count) fp32
     column_ptr, label_ptr, text_ptr, known_ptr, limit_ptr,  # the rule
     max_ptr, sum_ptr, target_ptr, masked_ptr,  # (Q,) in and out: the row's statistics so far
-    queries, count, first, candidates, knowns, temperature,
-    ROWS: tl.constexpr, BLOCK_P: tl.constexpr,
+    count, first, candidates, knowns, temperature,
+    CANDIDATES: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
+    i_q = tl.program_id(0)
     o_local = tl.arange(0, BLOCK_P)
     m_p = o_local < count
-    b_text = tl.load(text_ptr + first + o_local, mask=m_p, other=-2)
-    for row in range(ROWS):
-        i_q = tl.program_id(0) * ROWS + row
-        if i_q < queries:
-            b_cosine = tl.load(cosine_ptr + i_q.to(tl.int64) * count + o_local, mask=m_p, other=0.0)
-            b_label, b_out = _rule_row(b_cosine, b_text, i_q, o_local, first, count, column_ptr, label_ptr, known_ptr,
-                                       limit_ptr, candidates, knowns, BLOCK_P)
-            b_out = b_out & m_p
-            b_score = b_cosine * (1.0 / temperature)
-            target = tl.load(target_ptr + i_q) + tl.sum(b_label * b_score, 0)
-            masked = tl.load(masked_ptr + i_q) + tl.sum(b_out.to(tl.int32), 0)
-            b_score = tl.where(b_out | (m_p == 0), float("-inf"), b_score)
-            before = tl.load(max_ptr + i_q)
-            highest = tl.maximum(before, tl.max(b_score, 0))
-            safe = tl.where(highest == float("-inf"), 0.0, highest)  # a block may be masked as a whole
-            total = tl.load(sum_ptr + i_q) * tl.exp(before - safe) + tl.sum(tl.exp(b_score - safe), 0)
-            tl.store(max_ptr + i_q, highest)
-            tl.store(sum_ptr + i_q, total)
-            tl.store(target_ptr + i_q, target)
-            tl.store(masked_ptr + i_q, masked)
+    b_cosine = tl.load(cosine_ptr + i_q.to(tl.int64) * count + o_local, mask=m_p, other=0.0)
+    b_label, b_out = _rule_row(b_cosine, i_q, o_local, first, count, column_ptr, label_ptr, text_ptr, known_ptr,
+                               limit_ptr, candidates, knowns, CANDIDATES, BLOCK_P)
+    b_score = b_cosine * (1.0 / temperature)
+    target = tl.load(target_ptr + i_q) + tl.sum(b_label * b_score, 0)
+    masked = tl.load(masked_ptr + i_q) + tl.sum(b_out.to(tl.int32), 0)
+    b_score = tl.where(b_out | (m_p == 0), float("-inf"), b_score)
+    before = tl.load(max_ptr + i_q)
+    highest = tl.maximum(before, tl.max(b_score, 0))
+    safe = tl.where(highest == float("-inf"), 0.0, highest)  # a block may be masked as a whole
+    total = tl.load(sum_ptr + i_q) * tl.exp(before - safe) + tl.sum(tl.exp(b_score - safe), 0)
+    tl.store(max_ptr + i_q, highest)
+    tl.store(sum_ptr + i_q, total)
+    tl.store(target_ptr + i_q, target)
+    tl.store(masked_ptr + i_q, masked)
 
 
 @triton.jit
@@ -295,23 +294,20 @@ def _gradient_block(
     column_ptr, label_ptr, text_ptr, known_ptr, limit_ptr,  # the rule
     lse_ptr, grad_ptr,  # (Q,)
     out_ptr,  # (Q, count) out: g, in the dtype of the vectors
-    queries, count, first, candidates, knowns, temperature,
-    ROWS: tl.constexpr, BLOCK_P: tl.constexpr,
+    count, first, candidates, knowns, temperature,
+    CANDIDATES: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
+    i_q = tl.program_id(0)
     o_local = tl.arange(0, BLOCK_P)
     m_p = o_local < count
-    b_text = tl.load(text_ptr + first + o_local, mask=m_p, other=-2)
-    for row in range(ROWS):
-        i_q = tl.program_id(0) * ROWS + row
-        if i_q < queries:
-            o_row = i_q.to(tl.int64) * count + o_local
-            b_cosine = tl.load(cosine_ptr + o_row, mask=m_p, other=0.0)
-            b_label, b_out = _rule_row(b_cosine, b_text, i_q, o_local, first, count, column_ptr, label_ptr, known_ptr,
-                                       limit_ptr, candidates, knowns, BLOCK_P)
-            inverse = 1.0 / temperature
-            b_probability = tl.where(b_out, 0.0, tl.exp(b_cosine * inverse - tl.load(lse_ptr + i_q)))
-            b_g = (b_probability - b_label) * (tl.load(grad_ptr + i_q) * inverse)
-            tl.store(out_ptr + o_row, b_g.to(out_ptr.dtype.element_ty), mask=m_p)
+    o_row = i_q.to(tl.int64) * count + o_local
+    b_cosine = tl.load(cosine_ptr + o_row, mask=m_p, other=0.0)
+    b_label, b_out = _rule_row(b_cosine, i_q, o_local, first, count, column_ptr, label_ptr, text_ptr, known_ptr,
+                               limit_ptr, candidates, knowns, CANDIDATES, BLOCK_P)
+    inverse = 1.0 / temperature
+    b_probability = tl.where(b_out, 0.0, tl.exp(b_cosine * inverse - tl.load(lse_ptr + i_q)))
+    b_g = (b_probability - b_label) * (tl.load(grad_ptr + i_q) * inverse)
+    tl.store(out_ptr + o_row, b_g.to(out_ptr.dtype.element_ty), mask=m_p)
 
 
 class TritonEpilogue:
@@ -332,11 +328,11 @@ class TritonEpilogue:
         return out
 
     def _launch(self, kernel: Any, cosine: Tensor, first: int, *tensors: Tensor) -> None:
-        (queries, count), rule = cosine.shape, self.rule
-        kernel[(triton.cdiv(queries, ROWS),)](
-            cosine, *self.tensors, *tensors, queries, count, first, rule.label_QC.shape[1],
-            rule.groups.known_QX.shape[1], rule.temperature,
-            ROWS=ROWS, BLOCK_P=triton.next_power_of_2(count), num_warps=8 if count > 1024 else 4)
+        (queries, count), candidates = cosine.shape, self.rule.label_QC.shape[1]
+        kernel[(queries,)](
+            cosine, *self.tensors, *tensors, count, first, candidates, self.rule.groups.known_QX.shape[1],
+            self.rule.temperature, CANDIDATES=triton.next_power_of_2(candidates),
+            BLOCK_P=triton.next_power_of_2(count), num_warps=ROW_WARPS)
 
 
 def interpreted() -> bool:
