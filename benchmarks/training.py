@@ -8,6 +8,7 @@ the loss (B6).
 """
 
 import random
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -129,6 +130,7 @@ def b5(device: torch.device, *, quick: bool = False) -> Result:
         for at, layer in lora.adapters(model).items()) for name, peer in peers.items() if not isinstance(peer, str)}
     agree(checks, 1e-4 if not cuda else 0.1)
     batch = {name: largest(call, texts) if cuda else texts for name, call in calls.items() if not isinstance(call, str)}
+    print("  texts a step:", ", ".join(f"{name} {count}" for name, count in batch.items()), file=sys.stderr)
     found = measure({name: call if isinstance(call, str) else partial(call, batch[name])
                      for name, call in calls.items()}, device=device, rounds=s.rounds)
     rate = {name: batch[name] * length / c.median_s for name, c in found.items() if not c.missing}

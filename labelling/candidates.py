@@ -154,7 +154,7 @@ class TopK:
             score_QP = self.scratch[: len(query_QD) * len(passage_PD)].view(len(query_QD), len(passage_PD))
             products(query_QD, passage_PD, out=score_QP)
             full = so_far_QK.shape[1] == self.count
-            some = columns_above(score_QP, so_far_QK[:, -1], at_most=2 * self.count) if full else None
+            some = columns_above(score_QP, so_far_QK[:, -1], at_most=4 * self.count) if full else None
             found.append(some or best_columns(score_QP, self.count, rank_P))
         widest = max(score_QM.shape[1] for _, score_QM in found)
         column_QM = torch.cat([F.pad(column, (0, widest - column.shape[1])) for column, _ in found])
@@ -210,17 +210,20 @@ def best_columns(score_QP: Tensor, count: int, rank_P: Tensor) -> tuple[Tensor, 
 
 
 def columns_above(score_QP: Tensor, bar_Q: Tensor, *, at_most: int) -> tuple[Tensor, Tensor] | None:
-    """The columns of each row with scores from its bar on, and these scores; None if there are over `at_most` a row.
+    """The columns of each row with scores from its bar on, and these scores; None if a row has over `at_most` groups.
 
     Once some blocks have gone by, few reach the bar, most groups of columns are ruled out by their maxima, and nothing
     is sorted. Rows with fewer than others are filled up with column 0 at -inf.
     """
     rows, columns = score_QP.shape
     groups = columns // GROUP
-    whole = score_QP[:, : groups * GROUP].view(rows, GROUP, groups)
-    row_N, group_N = (whole.amax(1) >= bar_Q[:, None]).nonzero(as_tuple=True)
-    if groups == 0 or len(row_N) > rows * at_most:
+    if groups == 0:
         return None
+    whole = score_QP[:, : groups * GROUP].view(rows, GROUP, groups)
+    above_QG = whole.amax(1) >= bar_Q[:, None]
+    if int(above_QG.sum(1).max()) > at_most:
+        return None
+    row_N, group_N = above_QG.nonzero(as_tuple=True)
     inside_NG = whole[row_N, :, group_N]
     hit_M, member_M = (inside_NG >= bar_Q[row_N, None]).nonzero(as_tuple=True)
     row_M = row_N[hit_M]  # in ascending order: the hits of a row are neighbours

@@ -24,7 +24,7 @@ import run_train
 from labelling import cache as cache_module
 from labelling import models, pipeline
 from labelling.cache import Cache, key_of
-from labelling.candidates import GROUP, TopK, WordSearch, best_columns, best_of
+from labelling.candidates import GROUP, TopK, WordSearch, best_columns, best_of, columns_above
 from labelling.sources import Corpus, Pairs, corpus_from_pairs
 from ref.data import parse
 
@@ -84,6 +84,37 @@ def test_best_columns_are_those_of_a_full_sort(columns, count, levels):
         order = sorted(range(columns), key=lambda j: (-score[row, j].item(), rank[j].item()))[:count]
         assert sorted(column[row].tolist()) == sorted(order)
         assert found[row].tolist() == [score[row, j].item() for j in column[row].tolist()]
+
+
+@pytest.mark.parametrize("columns", [GROUP, 3 * GROUP, 7 * GROUP + 3])
+@pytest.mark.parametrize("levels", [3, 50, 10**6])
+def test_columns_above_a_bar_are_those_of_a_comparison(columns, levels):
+    """And each once; what fills up has no score. Rows with a bar that nothing reaches, or everything."""
+    score, bar = torch.randint(levels, (17, columns)).float(), torch.randint(levels, (17,)).float()
+    bar[0], bar[1] = levels, 0
+    column, found = columns_above(score, bar, at_most=columns)
+    for row in range(17):
+        real = found[row] >= bar[row]
+        assert sorted(column[row][real].tolist()) == (score[row] >= bar[row]).nonzero()[:, 0].tolist()
+        assert torch.equal(found[row][real], score[row][column[row][real]])
+
+
+def test_too_many_columns_above_a_bar_are_not_looked_for():
+    score = torch.rand(5, 10 * GROUP)
+    assert columns_above(score, torch.full((5,), -1.0), at_most=9) is None
+    assert columns_above(score, torch.full((5,), -1.0), at_most=10) is not None
+    assert columns_above(score[:, : GROUP - 1], torch.zeros(5), at_most=10) is None  # no whole group
+
+
+@pytest.mark.parametrize("falling", [False, True])
+def test_dense_search_where_every_block_is_better_or_worse_than_all_before(falling):
+    """Every passage of a new block reaches the bar, or none."""
+    query, order = torch.ones(4, 1), torch.arange(600.0)
+    passage = (order.flip(0) if falling else order)[:, None]
+    best = TopK(query, 5)
+    for start in range(0, 600, 200):
+        best.add(passage[start : start + 200], start, torch.arange(start, start + 200).int())
+    assert best.row_QK.tolist() == [[0, 1, 2, 3, 4] if falling else [599, 598, 597, 596, 595]] * 4
 
 
 @pytest.mark.parametrize("block", [7, 64, 500, 1000])
