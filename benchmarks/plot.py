@@ -14,6 +14,7 @@ def draw(folder: Path) -> str:
     """Draw the results in `folder` as its overview.svg; returns what was written, or why nothing was."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import NullFormatter
     except ImportError:
         return "no picture: matplotlib is not installed (pip install -e .[plots])"
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("B*.json"), key=_number)]
@@ -31,12 +32,16 @@ def draw(folder: Path) -> str:
             left.plot([wanted, wanted], [row - 0.4, row + 0.4], color="#cc3311", linewidth=2)
     left.axvline(1, color="gray", linewidth=0.8)
     left.invert_yaxis()
-    left.set(xlabel="time of the peer / time of ours   (red: target)", xlim=(0, 1.12 * max(r for _, r, _ in bars)))
+    highest = max(ratio for _, ratio, _ in bars)
+    left.set(xlabel="time of the peer / time of ours   (red: target)", xlim=(0, 1.12 * highest))
+    if highest > 50:
+        left.set(xscale="log", xlim=(0.5, 3 * highest))
     for axes in right:
         for name, (sizes, seconds, megabytes) in curves.items():
             axes.loglog(sizes, seconds, "o-", label=f"{name}: seconds")
             axes.loglog(sizes, megabytes, "s--", label=f"{name}: peak MB")
         axes.set(xlabel="texts (B2), passages (B9)", title="growth")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.savefig(folder / "overview.svg", metadata={"Date": None})
