@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ref.blocked import RowState, Rule, blocked_loss
 
-# rows x columns of a tile and its step along D: nothing spills on sm_80 and sm_90; not yet tuned on a GPU
+# rows x columns of a tile and its step along D: nothing spills on sm_80 and sm_90; not tuned for speed
 TILE = {"BLOCK_Q": 16, "BLOCK_P": 32, "BLOCK_D": 32, "num_warps": 4}
 ROW_WARPS = 4  # that share a row of a block in the fast kernels
 

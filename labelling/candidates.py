@@ -8,6 +8,8 @@ stay. The score matrix never exists as a whole:
 
     block 1    q . p   ->  best k            block 2    q . p  ->  best k of (best so far, this block)        …
 
+From the second block on the worst of the best so far is a bar: groups of passages that do not reach it are passed over.
+
 Ties go to the smaller passage id, in both. Here K counts the best passages of a query.
 """
 

@@ -98,6 +98,7 @@ machinery.PathFinder.find_spec = staticmethod(find_spec)
 
 def test_an_installed_copy_brings_the_kernels_as_ref_kernels(tmp_path):
     """What a wheel would hold: ours under ref/, nothing under the name `kernels`."""
+    pytest.importorskip("setuptools", minversion="77")
     call = run(f"""
 from setuptools import Distribution
 from setuptools.config.pyprojecttoml import apply_configuration
