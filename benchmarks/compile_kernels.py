@@ -17,6 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ref.blocked import PASSAGES_PER_BLOCK
 from ref.kernels import last_token_pool, soft_contrastive
 
 POINTERS = {
@@ -45,14 +46,14 @@ def variants() -> dict[str, tuple[Any, str, dict[str, Any], int]]:
     """Name -> kernel, type of its output, constants, warps: as the launchers choose them."""
     fp32, pool, loss = triton.language.float32, last_token_pool, soft_contrastive
     tile = {k: v for k, v in loss.TILE.items() if k.startswith("BLOCK")}
-    row = {"CANDIDATES": 8, "BLOCK_P": 2048}
+    row, warps = {"CANDIDATES": 8, "BLOCK_P": PASSAGES_PER_BLOCK["cuda"]}, loss.TILE["num_warps"]
     small = {**tile, "ACC": fp32, "UPCAST": False}
     found: dict[str, tuple[Any, str, dict[str, Any], int]] = {
-        "loss forward, small": (loss._forward_small, "*fp32", small, 4),
-        "loss backward query, small": (loss._backward_query_small, "*bf16", small, 4),
-        "loss backward passage, small": (loss._backward_passage_small, "*bf16", small, 4),
-        "loss reduce block": (loss._reduce_block, "*fp32", row, 4),
-        "loss gradient block": (loss._gradient_block, "*bf16", row, 4),
+        "loss forward, small": (loss._forward_small, "*fp32", small, warps),
+        "loss backward query, small": (loss._backward_query_small, "*bf16", small, warps),
+        "loss backward passage, small": (loss._backward_passage_small, "*bf16", small, warps),
+        "loss reduce block": (loss._reduce_block, "*fp32", row, loss.ROW_WARPS),
+        "loss gradient block": (loss._gradient_block, "*bf16", row, loss.ROW_WARPS),
         "pool backward weight": (pool._backward_weight, "*bf16", {"ACC": fp32, "BLOCK_D": 128}, 4),
     }
     for width in (4096, 8192):

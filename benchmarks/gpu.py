@@ -11,6 +11,7 @@ Each part writes benchmarks/results/gpu/PART.json when it ends, so that a slot t
 Without a GPU everything runs at small shapes on the CPU: a dry run of the script, which measures nothing.
 """
 
+import gc
 import json
 import os
 import random
@@ -119,6 +120,8 @@ def training_run(cuda: bool) -> dict[str, Any]:
     weights = encoding.weights_in_products(s.model)
     checkpoint = s.folder
     del s.model, s.twin, s.embedder  # the run loads its own
+    s.__dict__.pop("_library", None)
+    gc.collect()
     encoding.setting.cache_clear()
     queries, tokens = (128, 96) if cuda else (8, 12)
     rows = [{"query": shapes.text(draw.randrange(8, 33), draw), "prompt": "w1", "pos_scores": [0.9],

@@ -1,8 +1,8 @@
 """Measuring side by side: time, memory, and what the figures depend on.
 
 Every figure is a ratio within one run: `measure` calls all contestants in turn, round after round, so that what
-disturbs the machine disturbs all of them. A result is checked against the peer's before anything is timed; a benchmark
-whose check fails raises and reports no speed.
+disturbs the machine disturbs all of them. A result is checked against the peer's before anything is timed (where a
+pass takes long, after it); a benchmark whose check fails raises and reports no speed.
 """
 
 import ctypes
@@ -34,7 +34,7 @@ class Contestant:
     """Seconds of each round and the most memory beyond what was there before; or why it did not run."""
 
     seconds: list[float] = field(default_factory=list)
-    peak_bytes: int = 0
+    peak_bytes: int = 0  # 0: not looked at, and not reported
     missing: str = ""  # the reason
 
     @property
@@ -57,7 +57,7 @@ class Result:
         """All of it, with date, commit, hardware and versions."""
         rows = {name: {"missing": c.missing} if c.missing else {
             "median_s": c.median_s, "min_s": min(c.seconds), "max_s": max(c.seconds), "rounds": len(c.seconds),
-            "peak_bytes": c.peak_bytes} for name, c in self.contestants.items()}
+            "peak_bytes": c.peak_bytes or None} for name, c in self.contestants.items()}
         about = machine()
         about["versions"] |= {name: package_version(name) for name in PEERS}
         return {"benchmark": self.name, "date": now(), **about, "shape": self.shape, "checks": self.checks,
@@ -76,8 +76,8 @@ def measure(
 ) -> dict[str, Contestant]:
     """Time every call in turn, `rounds` times; a text in place of a call says why not.
 
-    A call of each warms up and on the CPU another measures memory, unless the caller says that all is `warm`: calls
-    that take long. On CUDA, where looking at memory costs no time, the first that is timed does that.
+    A call of each warms up, and on the CPU another measures memory. Calls that take long may come in `warm`: then
+    neither is done. On CUDA, where looking at memory costs no time, the first call that is timed does that.
     """
     found = {name: Contestant(missing=call if isinstance(call, str) else "") for name, call in calls.items()}
     runnable = {name: call for name, call in calls.items() if not isinstance(call, str)}
@@ -189,7 +189,8 @@ def report(result: Result, folder: Path = RESULTS) -> str:
     for name, row in content["contestants"].items():
         lines.append(f"  {name:<44} not measured: {row['missing']}" if "missing" in row else
                      f"  {name:<44}{1000 * row['median_s']:>10.3f} ms  ({1000 * row['min_s']:.3f} to "
-                     f"{1000 * row['max_s']:.3f}, {row['rounds']} rounds){row['peak_bytes'] / 1e6:>10.1f} MB")
+                     f"{1000 * row['max_s']:.3f}, {row['rounds']} rounds)"
+                     + ("" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:>10.1f} MB"))
     lines += [f"  {what}: {value:.4g}" for what, value in result.figures.items()]
     lines += [f"  {what}: {t['measured']:.3g}, wanted {t['wanted']}{'' if t['met'] else '   MISSED'}"
               for what, t in content["targets"].items()]

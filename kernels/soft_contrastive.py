@@ -405,9 +405,11 @@ def check(query_QD: Tensor, passage_PD: Tensor, rule: Rule, *, values: bool) -> 
 def _check_values(rule: Rule, passages: int) -> None:
     column_QC, label_QC = rule.groups.column_QC, rule.label_QC
     sums_Q, sorted_QC = label_QC.sum(1), column_QC.sort(1).values
+    texts = torch.cat((rule.groups.text_P, rule.groups.known_QX.flatten()))
     faults = {
         "columns lie outside 0..P-1": (column_QC >= passages) | (column_QC < -1),
         "a query has no positive in its first column": column_QC[:, :1] < 0,
+        "numbers of texts do not fit into 32 bits": texts != texts.int(),
         "a column stands twice in a row": (sorted_QC[:, 1:] == sorted_QC[:, :-1]) & (sorted_QC[:, 1:] >= 0),
         "labels are negative or NaN": ~(label_QC >= 0),
         "a weight stands where there is no column": (label_QC > 0) & (column_QC < 0),

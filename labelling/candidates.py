@@ -8,12 +8,13 @@ stay. The score matrix never exists as a whole:
 
     block 1    q . p   ->  best k            block 2    q . p  ->  best k of (best so far, this block)        …
 
-From the second block on the worst of the best so far is a bar: groups of passages that do not reach it are passed over.
+Once k have been seen, the worst of them is a bar, and groups of passages that do not reach it are passed over.
 
 Ties go to the smaller passage id, in both. Here K counts the best passages of a query.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -119,20 +120,27 @@ def _tokeniser(stemmer: str | None) -> Any:
 def on_device(
     read: Callable[[Item], np.ndarray], blocks: Iterable[Item], device: torch.device,
 ) -> Iterator[Tensor]:
-    """The vectors of each block on the device; the next ones are read and copied while the caller works on these."""
-    side = torch.cuda.Stream(device) if device.type == "cuda" else None
+    """The vectors of each block on the device: on CUDA the next are read and copied while the caller works on these."""
+    if device.type == "cpu":
+        yield from map(torch.from_numpy, map(read, blocks))
+        return
+    side = copies(device)
 
     def put(block: Item) -> Tensor:
         with torch.cuda.stream(side):
             vectors = torch.from_numpy(read(block)).to(device)
-        if side is not None:
-            side.synchronize()
+        side.synchronize()
         return vectors
 
     for vectors in one_ahead(put, blocks):
-        if side is not None:
-            vectors.record_stream(torch.cuda.current_stream(device))  # else the next copy could take its place too soon
+        vectors.record_stream(torch.cuda.current_stream(device))  # else the next copy could take its place too soon
         yield vectors
+
+
+@cache
+def copies(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which a device's blocks are copied: always the same, so that their memory is used again."""
+    return torch.cuda.Stream(device)
 
 
 class TopK:
@@ -156,7 +164,7 @@ class TopK:
             score_QP = self.scratch[: len(query_QD) * len(passage_PD)].view(len(query_QD), len(passage_PD))
             products(query_QD, passage_PD, out=score_QP)
             full = so_far_QK.shape[1] == self.count
-            some = columns_above(score_QP, so_far_QK[:, -1], at_most=4 * self.count) if full else None
+            some = columns_above(score_QP, so_far_QK[:, -1], at_most=2 * self.count) if full else None
             found.append(some or best_columns(score_QP, self.count, rank_P))
         widest = max(score_QM.shape[1] for _, score_QM in found)
         column_QM = torch.cat([F.pad(column, (0, widest - column.shape[1])) for column, _ in found])
@@ -212,10 +220,11 @@ def best_columns(score_QP: Tensor, count: int, rank_P: Tensor) -> tuple[Tensor, 
 
 
 def columns_above(score_QP: Tensor, bar_Q: Tensor, *, at_most: int) -> tuple[Tensor, Tensor] | None:
-    """The columns of each row with scores from its bar on, and these scores; None if a row has over `at_most` groups.
+    """The columns of each row with scores from its bar on, and these scores.
 
     Once some blocks have gone by, few reach the bar, most groups of columns are ruled out by their maxima, and nothing
-    is sorted. Rows with fewer than others are filled up with column 0 at -inf.
+    is sorted. Rows with fewer than others are filled up with column 0 at -inf; the columns after the last whole group
+    come as they are. None if a row has over `at_most` columns from its bar on, or there is no group.
     """
     rows, columns = score_QP.shape
     groups = columns // GROUP
@@ -226,15 +235,18 @@ def columns_above(score_QP: Tensor, bar_Q: Tensor, *, at_most: int) -> tuple[Ten
     if int(above_QG.sum(1).max()) > at_most:
         return None
     row_N, group_N = above_QG.nonzero(as_tuple=True)
-    inside_NG = whole[row_N, :, group_N]
-    hit_M, member_M = (inside_NG >= bar_Q[row_N, None]).nonzero(as_tuple=True)
+    inside_NJ = whole[row_N, :, group_N]
+    hit_M, member_M = (inside_NJ >= bar_Q[row_N, None]).nonzero(as_tuple=True)
     row_M = row_N[hit_M]  # in ascending order: the hits of a row are neighbours
     held_Q = row_M.bincount(minlength=rows)
+    widest = int(held_Q.max())
+    if widest > at_most:
+        return None
     place_M = torch.arange(len(row_M), device=row_M.device) - (held_Q.cumsum(0) - held_Q)[row_M]
-    column_QM = row_M.new_zeros(rows, int(held_Q.max()))
+    column_QM = row_M.new_zeros(rows, widest)
     score_QM = score_QP.new_full(column_QM.shape, -torch.inf)
     column_QM[row_M, place_M] = group_N[hit_M] + groups * member_M
-    score_QM[row_M, place_M] = inside_NG[hit_M, member_M]
+    score_QM[row_M, place_M] = inside_NJ[hit_M, member_M]
     rest = torch.arange(groups * GROUP, columns, device=row_M.device).expand(rows, -1)
     return torch.cat((column_QM, rest), dim=1), torch.cat((score_QM, score_QP[:, groups * GROUP :]), dim=1)
 

@@ -26,7 +26,7 @@ class Groups:
     """Which passages belong to which query, and which texts are the same. Columns count the passages of the batch."""
 
     column_QC: Tensor  # int64: the positive's column, then the hard negatives'; -1 where a query has fewer
-    text_P: Tensor  # int64: equal numbers for equal texts
+    text_P: Tensor  # int64, below 2^31: equal numbers for equal texts
     known_QX: Tensor  # int64: numbers of the query's own text and of all its known positives; -1 where fewer
 
 

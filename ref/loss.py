@@ -87,8 +87,8 @@ def soft_contrastive(
     the positive's by more than `margin` (None: never), or a text known to be right.
 
     `kernels` says who computes the loss over a batch, with equal results: "eager" (the plain page below), "blocked"
-    (blocks of passages in torch), "triton" or "small" (Triton, fast or short). Over a query's own few candidates
-    (`in_batch` False) it is (Q, C) scores for all of them.
+    (blocks of passages in torch), "triton" or "small" (Triton, fast or short). Without `in_batch` all are the same:
+    (Q, C) scores of each query's own candidates (`own_loss`).
 
     Raises ValueError for tensors that the Triton kernels would read wrongly; with `check_values` also for wrong numbers
     on a device, which waits for it once.

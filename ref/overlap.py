@@ -2,11 +2,11 @@
 
     first_of_equal    a text that came before has its vector already: `different` names the others, and
                       `fill_repeated` gives it that vector
-    one_ahead         a thread turns the next texts into ids while the model is at work on these
+    one_ahead         a thread makes the next item (ids of texts, vectors read from disk) during work on this one
     to_host           a copy to the host that is waited for only when its numbers are read
     LateCopies        vectors travel to the host one batch late, while the device works on the next
 
-Called by embedder.py, scoring/, runs.py, run_train.py and labelling/cache.py.
+Called by embedder.py, scoring/, runs.py, run_train.py, labelling/cache.py and labelling/candidates.py.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,12 +1,13 @@
 """What only an NVIDIA GPU can show: the CUDA paths equal the CPU's, compile once, and do not wait for the device.
 
-Skipped without one; `python -m benchmarks gpu suite` runs it.
+Skipped without one; `python -m benchmarks gpu paths` runs it.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL, scatter_weights
@@ -157,6 +158,15 @@ def test_after_a_warm_up_nothing_is_compiled_again_and_a_step_never_waits():
     with no_recompilation():
         gradient_step(model, (33,) * 6, chunk_tokens=100, may_wait=False)
         gradient_step(model, (75,) * 12, chunk_tokens=300, may_wait=False)
+
+
+def test_blocks_on_the_device_are_those_that_were_read():
+    """Copied on a stream of their own while others are used; memory is given back and taken again."""
+    from labelling.candidates import on_device
+
+    blocks = [np.random.default_rng(n).standard_normal((500, 300), np.float32) for n in range(20)]
+    sums = [vectors.double().sum() for vectors in on_device(blocks.__getitem__, range(20), CUDA)]
+    assert [x.item() for x in sums] == pytest.approx([block.sum(dtype=np.float64) for block in blocks], rel=1e-9)
 
 
 def test_nccl_with_one_process_equals_no_process_group(tmp_path):

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ref.blocked import PASSAGES_PER_BLOCK
 from ref.loss import Groups, Rule, TorchEpilogue, blocked_loss, eager_loss
 from ref.pooling import last_token_pool as plain_pool
 
@@ -260,6 +261,20 @@ def test_loss_is_as_near_the_truth_as_eager(variant, queries, candidates, width,
     assert_within_budget(variant, loss_case(queries, candidates, width, extra=extra))
 
 
+@pytest.mark.parametrize("variant", ["blocked", "triton"])
+@pytest.mark.parametrize("block", [1, 16, 50])
+def test_candidates_in_any_block_of_passages(variant, block, monkeypatch):
+    """Passages in any order, so that a query's candidates lie in several of the blocks."""
+    monkeypatch.setitem(PASSAGES_PER_BLOCK, DEVICE, block)
+    query_QD, passage_PD, rule, grad_Q = loss_case(9, 4, 24, extra=13)
+    order = torch.randperm(len(passage_PD), device=DEVICE)
+    groups, place = rule.groups, order.argsort()
+    column_QC = torch.where(groups.column_QC < 0, -1, place[groups.column_QC])
+    shuffled = Rule(Groups(column_QC, groups.text_P[order], groups.known_QX), rule.label_QC, rule.limit_Q,
+                    rule.temperature)
+    assert_within_budget(variant, (query_QD, passage_PD[order], shuffled, grad_Q))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("options", [
     {"temperature": 0.005}, {"temperature": 1.0}, {"margin": None}, {"dtype": torch.bfloat16}, {"dtype": torch.float16},
@@ -405,6 +420,7 @@ def test_control_another_rule_is_told_apart(variant):
     ({"text": torch.zeros(5, dtype=torch.int64)}, "texts"),
     ({"text": torch.zeros(6, dtype=torch.int64, device="meta")}, "one device"),
     ({"column": torch.tensor([[0, 1, 6], [3, 4, 5]])}, "outside"),
+    ({"text": torch.arange(6) + 2**32}, "32 bits"),
     ({"column": torch.tensor([[-1, 1, 2], [3, 4, 5]])}, "positive"),
     ({"column": torch.tensor([[0, 1, 1], [3, 4, 5]])}, "twice"),
     ({"label": torch.tensor([[1.5, -0.5, 0.0], [1.0, 0, 0]])}, "negative"),

@@ -24,7 +24,7 @@ import run_train
 from labelling import cache as cache_module
 from labelling import models, pipeline
 from labelling.cache import Cache, key_of
-from labelling.candidates import GROUP, TopK, WordSearch, best_columns, best_of, columns_above
+from labelling.candidates import GROUP, SCORES_AT_ONCE, TopK, WordSearch, best_columns, best_of, columns_above
 from labelling.sources import Corpus, Pairs, corpus_from_pairs
 from ref.data import parse
 
@@ -101,8 +101,9 @@ def test_columns_above_a_bar_are_those_of_a_comparison(columns, levels):
 
 def test_too_many_columns_above_a_bar_are_not_looked_for():
     score = torch.rand(5, 10 * GROUP)
-    assert columns_above(score, torch.full((5,), -1.0), at_most=9) is None
-    assert columns_above(score, torch.full((5,), -1.0), at_most=10) is not None
+    assert columns_above(score, torch.full((5,), -1.0), at_most=10 * GROUP - 1) is None
+    assert columns_above(score, torch.full((5,), -1.0), at_most=10 * GROUP) is not None
+    assert columns_above(score, torch.full((5,), -1.0), at_most=9) is None  # not even the groups
     assert columns_above(score[:, : GROUP - 1], torch.zeros(5), at_most=10) is None  # no whole group
 
 
@@ -117,10 +118,19 @@ def test_dense_search_where_every_block_is_better_or_worse_than_all_before(falli
     assert best.row_QK.tolist() == [[0, 1, 2, 3, 4] if falling else [599, 598, 597, 596, 595]] * 4
 
 
-@pytest.mark.parametrize("block", [7, 64, 500, 1000])
-def test_dense_search_by_blocks_equals_brute_force_with_ties(block):
-    """Whole numbers as vectors: scores are exact, and many are equal."""
+@pytest.mark.parametrize("negative", [False, True])
+@pytest.mark.parametrize("at_once", [700, 10**6])
+@pytest.mark.parametrize("block", [7, 64, 200, 500, 1000])
+def test_dense_search_by_blocks_equals_brute_force_with_ties(block, at_once, negative, monkeypatch):
+    """Whole numbers as vectors: scores are exact, and many are equal. Few scores at once: queries come in parts.
+
+    Some queries find much in the last passages, so that their bars are reached by many, the others' by few.
+    """
+    monkeypatch.setitem(SCORES_AT_ONCE, "cpu", at_once)
     query, passage = torch.randint(-2, 3, (23, 6)).float(), torch.randint(-2, 3, (1000, 6)).float()
+    passage[600:, 0], query[::5, 0] = 3, 2
+    if negative:
+        query, passage = query.abs(), -passage.abs() - 1
     rank = torch.randperm(1000).int()
     best = TopK(query, 12)
     for start in range(0, 1000, block):
