@@ -41,7 +41,6 @@ class Setting:
         self.embedder = Embedder(self.model, Prompter(self.tokens))
         self.rounds = 3 if device.type == "cuda" else 5
         self.bound = 1e-5 if device.type == "cpu" else 4.5e-2  # of two bf16 runs: a cosine of 0.999
-        self.few_rounds = 1 if device.type == "cuda" else 5  # of what takes up to a minute a pass there
 
     def sized(self, gpu: int, cpu: int, quick: int) -> int:
         """A number of the shape: on a GPU (whose `quick` run differs in its layers alone), on a CPU, in a dry run."""
@@ -69,6 +68,11 @@ class Setting:
         if not isinstance(library, str):
             library[0].model = self.twin  # the very same tensors: there is room for one 7B
         return library
+
+    def measure_long(self, calls: dict[str, Any]) -> dict[str, Contestant]:
+        """`measure` calls that take up to a minute on a GPU, and that checks have warmed up: there a round each."""
+        cuda = self.device.type == "cuda"
+        return measure(calls, device=self.device, rounds=1 if cuda else self.rounds, warm=cuda)
 
     def check(self, texts: list[str], peers: dict[str, Tensor], ours: Tensor) -> dict[str, float]:
         """Compare vectors of texts, then raise where a bound does not hold.
@@ -182,7 +186,7 @@ def b2(device: torch.device, *, quick: bool = False) -> Result:
     if not isinstance(peer, str):
         peers["sentence-transformers"] = torch.from_numpy(peer.encode(few)).float()
     checks = s.check(few, peers, torch.from_numpy(s.embedder.encode(few)))
-    found = measure(calls, device=device, rounds=s.few_rounds, warm=device.type == "cuda")
+    found = s.measure_long(calls)
     tokens = sum(map(len, s.ids(texts)))
     figures = {"ours, tokens/s": tokens / found["ours"].median_s, "mean tokens": tokens / len(texts)}
     if not quick:
@@ -224,8 +228,7 @@ def b3(device: torch.device, *, quick: bool = False) -> Result:
 
     checks = {"ours against prefix and query in full": difference(torch.from_numpy(ours()), theirs())}
     agree(checks, s.bound)
-    found = measure({"ours": ours, "prefix and query for each query": theirs}, device=device, rounds=s.few_rounds,
-                    warm=device.type == "cuda")
+    found = s.measure_long({"ours": ours, "prefix and query for each query": theirs})
     gain = found["prefix and query for each query"].median_s / found["ours"].median_s
     ideal = queries * len(rows[0]) / (len(prefix.ids) + queries * (len(rows[0]) - len(prefix.ids)))
     targets: dict[str, Target] = {}
@@ -270,13 +273,13 @@ def b10(device: torch.device, *, quick: bool = False) -> Result:
     texts = different + draw.choices(different, k=count - len(different))
     draw.shuffle(texts)
     peer = s.sentence_transformer()
-    checks = {}
+    few, checks = texts[:16], {}
+    mine = torch.from_numpy(s.embedder.encode(few))
     if not isinstance(peer, str):
-        theirs = torch.from_numpy(peer.encode(texts[:16])).float()
-        checks = s.check(texts[:16], {"sentence-transformers": theirs}, torch.from_numpy(s.embedder.encode(texts[:16])))
-    found = measure({"ours": lambda: s.embedder.encode(texts),
-                     "sentence-transformers": peer if isinstance(peer, str) else lambda: peer.encode(texts)},
-                    device=device, rounds=s.few_rounds, warm=device.type == "cuda")
+        checks = s.check(few, {"sentence-transformers": torch.from_numpy(peer.encode(few)).float()}, mine)
+    found = s.measure_long({
+        "ours": lambda: s.embedder.encode(texts),
+        "sentence-transformers": peer if isinstance(peer, str) else lambda: peer.encode(texts)})
     wanted = {"sentence-transformers": 1.6 if device.type == "cuda" else 2.0}
     return Result("B10", {"texts": count, "different": len(different)}, found, checks,
                   {} if quick else against(found, wanted), {"ours, texts/s": count / found["ours"].median_s})

@@ -30,6 +30,8 @@ import torch
 import run_train
 from benchmarks import encoding, loss, mining, pooling, shapes, training
 from benchmarks.measure import RESULTS, Result, report
+from ref.export import export
+from ref.prompts import Prompter
 from ref.runs import machine, now
 
 ROOT = Path(__file__).parent.parent
@@ -115,20 +117,19 @@ BENCHMARKS: dict[str, Callable[..., Result]] = {
 def training_run(cuda: bool) -> dict[str, Any]:
     """run_train.py itself on random weights: one step to warm up, three timed, of 128 queries x (1+7)."""
     device = torch.device("cuda" if cuda else "cpu")
-    s = encoding.setting(device, not cuda)
-    draw = random.Random(0)
-    weights = encoding.weights_in_products(s.model)
-    checkpoint = s.folder
-    del s.model, s.twin, s.embedder  # the run loads its own
-    s.__dict__.pop("_library", None)
+    encoding.setting.cache_clear()  # the run loads weights of its own
     gc.collect()
-    encoding.setting.cache_clear()
+    arch, draw = shapes.architecture(device, quick=not cuda), random.Random(0)
     queries, tokens = (128, 96) if cuda else (8, 12)
     rows = [{"query": shapes.text(draw.randrange(8, 33), draw), "prompt": "w1", "pos_scores": [0.9],
              "pos": [shapes.text(draw.randrange(tokens // 3, tokens), draw)], "neg_scores": [0.5] * 7,
              "neg": [shapes.text(draw.randrange(tokens // 3, tokens), draw) for _ in range(7)]} for _ in range(queries)]
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as scratch:
-        data, output = Path(scratch) / "soft_labels.jsonl", Path(scratch) / "run"
+        data, output, checkpoint = (Path(scratch) / name for name in ("soft_labels.jsonl", "run", "model"))
+        model = shapes.random_model(arch, device)
+        weights = encoding.weights_in_products(model)
+        export(model, Prompter(shapes.tokenizer(arch)), {}, checkpoint)
+        del model
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         if cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -140,7 +141,7 @@ def training_run(cuda: bool) -> dict[str, Any]:
         steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][1:]
     rate = statistics.median(step["tokens_per_s"] for step in steps)
     dtype = torch.bfloat16 if cuda else torch.float32
-    floor = encoding.matrix_rate(s.arch, device, dtype) / (6 * weights)
+    floor = encoding.matrix_rate(arch, device, dtype) / (6 * weights)
     peak = torch.cuda.max_memory_allocated() if cuda else 0
     return {"queries": queries, "tokens a step": steps[0]["tokens"], "tokens/s": [x["tokens_per_s"] for x in steps],
             "median tokens/s": rate, "peak GB": peak / 1e9, "share of the floor of 6 P": rate / floor}

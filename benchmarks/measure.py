@@ -81,10 +81,9 @@ def measure(
     """
     found = {name: Contestant(missing=call if isinstance(call, str) else "") for name, call in calls.items()}
     runnable = {name: call for name, call in calls.items() if not isinstance(call, str)}
-    for name, call in runnable.items():
-        if not warm:
-            call()
-        if device.type == "cpu" and not warm:
+    for name, call in () if warm else runnable.items():
+        call()
+        if device.type == "cpu":
             found[name].peak_bytes = peak_bytes(call, device)
     for n in range(rounds):
         for name, call in runnable.items():

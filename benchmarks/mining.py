@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from benchmarks.measure import Result, Target, agree, growth, measure
+from benchmarks.measure import Contestant, Result, Target, agree, growth, measure
 from labelling.candidates import TopK, on_device
 from ref.mining import Candidate, judge, mine
 
@@ -141,54 +141,63 @@ def b9(device: torch.device, *, quick: bool = False) -> Result:
     cuda = device.type == "cuda"
     queries, passages, width = (60, 500, 32) if quick else (20_000, 500_000, 4096) if cuda else (500, 20_000, 256)
     query_QD, passage_PD = case(queries, passages, width, device)
-    blocks = passage_PD.split(BLOCK[device.type])
-    best = ours_top(query_QD, blocks)
-    few = slice(0, 200)
-    exact = (query_QD[few].float() @ passage_PD.float().T).sort(dim=1, descending=True).values[:, :BEST]
-    # a tensor core cuts off what an fp32 sum cannot hold where other units round: up to 2^-24 at each of 256 steps
-    agree({"scores of the best against a full sort": (best.score_QK[few] - exact).abs().max().item()},
-          3e-5 if cuda else 1e-5)
-    del exact
-    found = measure({"ours": lambda: ours_top(query_QD, blocks),
-                     "torch, product and topk": lambda: theirs_top(query_QD, passage_PD)}, device=device, rounds=7)
-    figures = {}
-    targets: dict[str, Target] = {}
-    if not quick:
-        if cuda:
-            targets["torch, product and topk / ours"] = (
-                found["torch, product and topk"].median_s / found["ours"].median_s, ">=", 1.3)
-        sizes = [passages // 16, passages // 4, passages] if cuda else [passages, 4 * passages, 16 * passages]
-        more_PD = passage_PD if cuda else case(1, sizes[-1], width, device)[1]
-        figures = growth(lambda n: ours_top(query_QD, more_PD[:n].split(BLOCK[device.type])), sizes, device)
-        targets["exponent of time"] = (figures[f"exponent of time, {sizes[0]} to {sizes[-1]}"], "<=", 1.05)
-
+    found = top_side_by_side(query_QD, passage_PD)
     fewer = MINED if cuda else (queries, passages)  # the peer's part runs on the host
-    names = [f"query {n}" for n in range(fewer[0])], [f"passage {n}" for n in range(fewer[1])]
-    stub = Stub(query_QD[: fewer[0]], passage_PD[: fewer[1]], device)
-    truth = by_brute_force(stub, names[0][:500], names[1])
-    mined: dict[str, dict[str, list[str]]] = {}
-    calls: dict[str, Any] = {}
-    for name, call in (("ours, mining", ours_mined), ("sentence-transformers, mining", theirs_mined)):
-        calls[name] = lambda name=name, call=call: mined.update({name: call(stub, *names)})
-    if find_spec("sentence_transformers") is None or find_spec("datasets") is None:
-        calls["sentence-transformers, mining"] = "sentence-transformers or datasets is not installed"
-    if cuda:  # a pass takes long there: a few queries warm both up, imports included
-        for call in (ours_mined, *([] if isinstance(calls["sentence-transformers, mining"], str) else [theirs_mined])):
-            call(stub, names[0][:100], names[1])
-    found |= measure(calls, device=torch.device("cpu"), rounds=1 if cuda else 5, warm=cuda)
-    for name, negatives in mined.items():
-        same(negatives, truth, name)
-    peer = found["sentence-transformers, mining"]
-    if not quick and not peer.missing:
-        targets["sentence-transformers, mining / ours, mining"] = (
-            peer.median_s / found["ours, mining"].median_s, ">=", 20 if cuda else 3)
+    mined, compared = mined_side_by_side(Stub(query_QD[: fewer[0]], passage_PD[: fewer[1]], device))
+    found |= mined
 
     draw = random.Random(0)
     pool = [Candidate(f"d{n}", f"passage {n}", draw.random()) for n in range(5000)]
     start_s, rounds = time.perf_counter(), 20 if quick else 1000
     for _ in range(rounds):
         mine("query", [Candidate("p", "positive", 0.9)], draw.sample(pool, BEST))
-    figures |= {"selection, candidates/s": rounds * BEST / (time.perf_counter() - start_s),
-                "queries compared": float(len(truth))}
+    figures = {"selection, candidates/s": rounds * BEST / (time.perf_counter() - start_s),
+               "queries compared": float(compared)}
+    targets: dict[str, Target] = {}
+    if not quick:
+        peer = found["sentence-transformers, mining"]
+        if not peer.missing:
+            targets["sentence-transformers, mining / ours, mining"] = (
+                peer.median_s / found["ours, mining"].median_s, ">=", 20 if cuda else 3)
+        if cuda:
+            targets["torch, product and topk / ours"] = (
+                found["torch, product and topk"].median_s / found["ours"].median_s, ">=", 1.3)
+        sizes = [passages // 16, passages // 4, passages] if cuda else [passages, 4 * passages, 16 * passages]
+        more_PD = passage_PD if cuda else case(1, sizes[-1], width, device)[1]
+        figures |= growth(lambda n: ours_top(query_QD, more_PD[:n].split(BLOCK[device.type])), sizes, device)
+        targets["exponent of time"] = (figures[f"exponent of time, {sizes[0]} to {sizes[-1]}"], "<=", 1.05)
     return Result("B9", {"queries": queries, "passages": passages, "width": width, "best": BEST, "queries mined":
                          fewer[0], "passages mined": fewer[1]}, found, {}, targets, figures)
+
+
+def top_side_by_side(query_QD: Tensor, passage_PD: Tensor) -> dict[str, Contestant]:
+    """Check the scores of our best, then time both."""
+    device = passage_PD.device
+    blocks = passage_PD.split(BLOCK[device.type])
+    few_QD = query_QD[:200]
+    exact_QK = (few_QD.float() @ passage_PD.float().T).sort(dim=1, descending=True).values[:, :BEST]
+    off = (ours_top(query_QD, blocks).score_QK[: len(few_QD)] - exact_QK).abs().max().item()
+    # a tensor core cuts off what an fp32 sum cannot hold where other units round: up to 2^-24 at each of 256 steps
+    agree({"scores of the best against a full sort": off}, 3e-5 if device.type == "cuda" else 1e-5)
+    return measure({"ours": lambda: ours_top(query_QD, blocks),
+                    "torch, product and topk": lambda: theirs_top(query_QD, passage_PD)}, device=device, rounds=7)
+
+
+def mined_side_by_side(stub: Stub) -> tuple[dict[str, Contestant], int]:
+    """Time both, then check their negatives; and how many queries brute force could be asked about."""
+    cuda = stub.device.type == "cuda"
+    names = [f"query {n}" for n in range(len(stub.query_QD))], [f"passage {n}" for n in range(len(stub.passage_PD))]
+    miners = {"ours, mining": ours_mined, "sentence-transformers, mining": theirs_mined}
+    calls: dict[str, Any] = dict.fromkeys(miners, "sentence-transformers or datasets is not installed")
+    if not (find_spec("sentence_transformers") and find_spec("datasets")):
+        del miners["sentence-transformers, mining"]
+    mined: dict[str, dict[str, list[str]]] = {}
+    for name, miner in miners.items():
+        calls[name] = lambda name=name, miner=miner: mined.update({name: miner(stub, *names)})
+        if cuda:  # a pass takes long there: a few queries warm both up, imports included
+            miner(stub, names[0][:100], names[1])
+    found = measure(calls, device=torch.device("cpu"), rounds=1 if cuda else 5, warm=cuda)
+    truth = by_brute_force(stub, names[0][:500], names[1])
+    for name, negatives in mined.items():
+        same(negatives, truth, name)
+    return found, len(truth)

@@ -75,14 +75,13 @@ def tables() -> str:
     encode, search = 2 * WEIGHTS * 172e9, 2 * 1e6 * 1e9 * ARCH.width
     rerank = 2 * 0.568e9 * 1e6 * 50 * 250
 
-    def hours(operations: float, share: float) -> str:
-        return f"{operations / (share * MATRIX_RATE) / 3600:,.0f}"
-    jobs = [["encode a billion passages of 172 tokens", f"{encode:.1e}", hours(encode, 0.75)],
+    def hours(operations: float, rate: float) -> str:
+        return f"{operations / rate / 3600:,.0f}"
+    jobs = [["encode a billion passages of 172 tokens", f"{encode:.1e}", hours(encode, 0.75 * MATRIX_RATE)],
             ["keep their vectors, fp32", f"{4e9 * ARCH.width / 1e12:.1f} TB", ""],
-            ["exact search of a million queries among them", f"{search:.1e}",
-             f"{search / WIDE_RATE / 3600:,.0f}"],
+            ["exact search of a million queries among them", f"{search:.1e}", hours(search, WIDE_RATE)],
             ["rerank 50 candidates of a million queries, 568 M weights, 250 tokens a pair", f"{rerank:.1e}",
-             hours(rerank, 0.4)]]
+             hours(rerank, 0.4 * MATRIX_RATE)]]
     return "\n".join([
         *table(["GPUs", "gather", "its gradient", "adapters", "compute", "NVLink", "InfiniBand", "InfiniBand's share"],
                steps),

@@ -187,22 +187,30 @@ def products(query_QD: Tensor, passage_PD: Tensor, *, out: Tensor) -> None:
         torch.mm(query_QD.float(), passage_PD.float().T, out=out)
 
 
+def in_groups(score_QP: Tensor) -> Tensor:
+    """Columns j, j + n, j + 2 n … as group j of n, (Q, GROUP, n): maxima of groups are elementwise maxima of long rows.
+
+    The last columns, too few for one more to each group, are left out.
+    """
+    groups = score_QP.shape[1] // GROUP
+    return score_QP[:, : groups * GROUP].view(len(score_QP), GROUP, groups)
+
+
 def best_columns(score_QP: Tensor, count: int, rank_P: Tensor) -> tuple[Tensor, Tensor]:
     """The `count` best columns of each row and their scores, in no order; equal scores by `rank_P`.
 
     The k largest numbers lie in the k groups of columns with the largest maxima: one pass finds the maxima, and sorting
     is left with k groups instead of all columns. Where the k-th and the next are equal, the row is sorted whole.
-    Columns j, j + n, j + 2 n … form group j of n: their maxima are elementwise maxima of long rows.
     """
     rows, columns = score_QP.shape
     if columns <= count:
         return torch.arange(columns, device=score_QP.device).expand(rows, -1), score_QP.clone()
     wanted = count + 1  # one more tells whether the bar falls between equals
-    groups = columns // GROUP
+    whole = in_groups(score_QP)
+    groups = whole.shape[2]
     if groups <= 2 * wanted:
         score, column = score_QP.topk(wanted, dim=1)
     else:
-        whole = score_QP[:, : groups * GROUP].view(rows, GROUP, groups)
         group_QG = whole.amax(1).topk(wanted, dim=1, sorted=False).indices
         first = torch.arange(GROUP, device=score_QP.device)[:, None] * groups
         rest = torch.arange(groups * GROUP, columns, device=score_QP.device).expand(rows, -1)
@@ -227,10 +235,10 @@ def columns_above(score_QP: Tensor, bar_Q: Tensor, *, at_most: int) -> tuple[Ten
     come as they are. None if a row has over `at_most` columns from its bar on, or there is no group.
     """
     rows, columns = score_QP.shape
-    groups = columns // GROUP
+    whole = in_groups(score_QP)
+    groups = whole.shape[2]
     if groups == 0:
         return None
-    whole = score_QP[:, : groups * GROUP].view(rows, GROUP, groups)
     above_QG = whole.amax(1) >= bar_Q[:, None]
     if int(above_QG.sum(1).max()) > at_most:
         return None

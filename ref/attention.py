@@ -32,6 +32,7 @@ from torch import Tensor
 from ref.packing import Packed, to_device
 
 BLOCK = 128  # rows and keys of a block that FlexAttention visits or skips
+NO_WINDOW = 2**30  # keys: more than any text has, and FlexAttention's kernel counts in 32 bits
 KeyValue = tuple[Tensor, Tensor]  # of a layer, the keys rotated: (T, G, K) of a stream, (S, G, K) of a prefix
 
 
@@ -111,7 +112,7 @@ def visible_rule(
         text_T[packed.last_B], position_T[packed.last_B])
     key_position = torch.cat((torch.arange(prefix_tokens, device=position_T.device), position_T))
     key_text = torch.cat((text_T.new_full((prefix_tokens,), -1), text_T))
-    window = window_keys or 2**30  # larger than any text; the kernel counts in 32 bits
+    window = window_keys or NO_WINDOW
 
     def visible(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         distance = position_N[query] - key_position[key]
@@ -134,7 +135,7 @@ def block_table(
         rows 2-3        x    x    o      row 2 ends the first text, row 3 begins the second
         rows 4-5        .    x    x
     """
-    prefix, window = packed.prefix_tokens, window_keys or 2**62
+    prefix, window = packed.prefix_tokens, window_keys or NO_WINDOW
     text_T, position_T = packed.on_host
     row_N = np.arange(len(text_T)) if rows == len(text_T) else packed.offsets[1:] - 1
     text_of_key = np.concatenate((np.full(prefix, -1), text_T))

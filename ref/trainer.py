@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ref.config import Options, pick_kernels
+from ref.config import Kernels, Options, pick_kernels
 from ref.data import KINDS, Batch, SoftLabels
 from ref.gradcache import GradientCache, Segment
 from ref.loss import Groups, LossTerms, training_loss
@@ -61,6 +61,11 @@ class Trainer:
     device: torch.device
     team: Team = field(default_factory=Team)
 
+    @property
+    def kernels(self) -> Kernels:
+        """Who pools, and who computes the loss over a batch."""
+        return pick_kernels(self.options.kernels, self.device)
+
     def prepare(self, lines: np.ndarray, *, epoch: int, step: int) -> Work:
         """Read the lines of a batch and tokenise the prompts of this process's share."""
         batch = self.data.batch(lines, epoch=epoch, step=step)
@@ -72,8 +77,8 @@ class Trainer:
 
         `stop`: this process was asked to end; the figure of that name counts the processes that were.
         """
-        kernels = pick_kernels(self.options.kernels, self.device)
-        cache = GradientCache(self.model, work.segments, chunk_tokens=self.options.chunk_tokens, kernels=kernels)
+        cache = GradientCache(
+            self.model, work.segments, chunk_tokens=self.options.chunk_tokens, kernels=self.kernels)
         low = self.options.train == "all" and self.options.dtype == "bfloat16"
         model_in = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=low)
         with model_in():
@@ -130,7 +135,7 @@ class Trainer:
             query_QD, passage_PD, groups, to_device(batch.teacher_QC[mine], self.device),
             temperature=options.temperature, teacher_temperature=options.teacher_temperature,
             hard_weight=options.hard_weight, soft_weight=options.soft_weight, in_batch=batch.in_batch,
-            margin=options.false_negative_margin, kernels=pick_kernels(options.kernels, self.device),
+            margin=options.false_negative_margin, kernels=self.kernels,
             whole=(len(batch.queries), labelled))
 
     def update(self, rate: float) -> torch.Tensor:

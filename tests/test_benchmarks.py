@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import loss
-from benchmarks.measure import agree, difference, measure, peak_bytes
+from benchmarks import loss, mining
+from benchmarks.measure import Result, agree, difference, measure, peak_bytes, report
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -50,6 +50,26 @@ def test_contestants_are_called_in_turn_and_a_missing_one_says_why():
                     device=CPU, rounds=3)
     assert order == list("aacc") + list("ac") * 3
     assert found["b"].missing == "not installed" and len(found["a"].seconds) == 3
+
+
+def test_warm_calls_are_made_once_a_round_and_their_memory_is_not_reported(tmp_path):
+    order = []
+    found = measure({name: lambda name=name: order.append(name) for name in "ab"}, device=CPU, rounds=2, warm=True)
+    assert order == list("abab")
+    assert "MB" not in report(Result("B0", {}, found, {}, {}), tmp_path)
+    assert json.loads((tmp_path / "B0.json").read_text())["contestants"]["a"]["peak_bytes"] is None
+
+
+@pytest.mark.parametrize("wrong", ["ours_mined", "theirs_mined"])
+def test_mined_negatives_that_brute_force_does_not_find_are_not_reported(wrong, monkeypatch):
+    pytest.importorskip("sentence_transformers")
+    stub = mining.Stub(*mining.case(20, 300, 16, CPU), CPU)
+    assert mining.mined_side_by_side(stub)[1] > 0
+    miner = getattr(mining, wrong)
+    monkeypatch.setattr(mining, wrong, lambda *given: {
+        query: negatives[::-1] for query, negatives in miner(*given).items()})
+    with pytest.raises(RuntimeError, match="differ from brute force"):
+        mining.mined_side_by_side(stub)
 
 
 @pytest.mark.parametrize(("arguments", "written"), [(["B7", "--quick"], ["B7"]), (["gpu", "B7", "B8"], ["B7", "B8"])])

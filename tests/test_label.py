@@ -24,7 +24,16 @@ import run_train
 from labelling import cache as cache_module
 from labelling import models, pipeline
 from labelling.cache import Cache, key_of
-from labelling.candidates import GROUP, SCORES_AT_ONCE, TopK, WordSearch, best_columns, best_of, columns_above
+from labelling.candidates import (
+    GROUP,
+    SCORES_AT_ONCE,
+    TopK,
+    WordSearch,
+    best_columns,
+    best_of,
+    columns_above,
+    on_device,
+)
 from labelling.sources import Corpus, Pairs, corpus_from_pairs
 from ref.data import parse
 
@@ -140,6 +149,14 @@ def test_dense_search_by_blocks_equals_brute_force_with_ties(block, at_once, neg
         order = sorted(range(1000), key=lambda j: (-score[row, j].item(), rank[j].item()))[:12]
         assert best.row_QK[row].tolist() == order
         assert best.score_QK[row].tolist() == score[row, order].tolist()
+
+
+def test_blocks_on_a_cpu_are_read_as_they_are_used_and_cuda_is_not_touched(monkeypatch):
+    """Asking for CUDA's stream fails on a Mac, and starts CUDA where it is there."""
+    monkeypatch.setattr(torch.cuda, "stream", None)
+    read = []
+    vectors = on_device(lambda n: read.append(n) or np.full(2, n), range(3), torch.device("cpu"))
+    assert [(next(vectors).tolist(), len(read)) for _ in range(2)] == [([0, 0], 1), ([1, 1], 2)]
 
 
 @given(scores=st.lists(st.integers(0, 4), min_size=1, max_size=30), count=st.integers(1, 31), seed=st.integers(0, 9))

@@ -474,6 +474,11 @@ def bytes_kept(call: Callable[[], object], model: Mistral) -> int:
     return sum(kept.values())
 
 
+def test_the_place_of_a_missing_window_fits_into_the_kernels_32_bits() -> None:
+    """And is more than the positions of any model that is loaded."""
+    assert 2**20 < ref.attention.NO_WINDOW <= torch.iinfo(torch.int32).max
+
+
 @torch._functorch.config.patch(ban_recompute_materialized_backward=True)  # puts it back at the end
 def test_a_compiled_block_keeps_what_backward_needs_and_no_more(small_model: Callable[..., Mistral]) -> None:
     """Norm inputs, q, k, v, attention output, gate and up, and the adapters' R numbers, as torch's partitioner cuts."""
