@@ -166,10 +166,10 @@ class TopK:
             full = so_far_QK.shape[1] == self.count
             some = columns_above(score_QP, so_far_QK[:, -1], at_most=2 * self.count) if full else None
             found.append(some or best_columns(score_QP, self.count, rank_P))
-        widest = max(score_QM.shape[1] for _, score_QM in found)
-        column_QM = torch.cat([F.pad(column, (0, widest - column.shape[1])) for column, _ in found])
-        score_QM = torch.cat([F.pad(score, (0, widest - score.shape[1]), value=-torch.inf) for _, score in found])
-        self.merge(score_QM, (first_row + column_QM).int(), rank_P[column_QM])
+        widest = max(score_QW.shape[1] for _, score_QW in found)
+        column_QW = torch.cat([F.pad(column, (0, widest - column.shape[1])) for column, _ in found])
+        score_QW = torch.cat([F.pad(score, (0, widest - score.shape[1]), value=-torch.inf) for _, score in found])
+        self.merge(score_QW, (first_row + column_QW).int(), rank_P[column_QW])
 
     def merge(self, score_QK: Tensor, row_QK: Tensor, rank_QK: Tensor) -> None:
         """Keep the best of what is here and of what is given, best first."""
@@ -233,6 +233,7 @@ def columns_above(score_QP: Tensor, bar_Q: Tensor, *, at_most: int) -> tuple[Ten
     Once some blocks have gone by, few reach the bar, most groups of columns are ruled out by their maxima, and nothing
     is sorted. Rows with fewer than others are filled up with column 0 at -inf; the columns after the last whole group
     come as they are. None if a row has over `at_most` columns from its bar on, or there is no group.
+    N counts the groups that reach a bar, J the columns of a group, M the columns that reach it, W a row's at the most.
     """
     rows, columns = score_QP.shape
     whole = in_groups(score_QP)
@@ -251,12 +252,12 @@ def columns_above(score_QP: Tensor, bar_Q: Tensor, *, at_most: int) -> tuple[Ten
     if widest > at_most:
         return None
     place_M = torch.arange(len(row_M), device=row_M.device) - (held_Q.cumsum(0) - held_Q)[row_M]
-    column_QM = row_M.new_zeros(rows, widest)
-    score_QM = score_QP.new_full(column_QM.shape, -torch.inf)
-    column_QM[row_M, place_M] = group_N[hit_M] + groups * member_M
-    score_QM[row_M, place_M] = inside_NJ[hit_M, member_M]
+    column_QW = row_M.new_zeros(rows, widest)
+    score_QW = score_QP.new_full(column_QW.shape, -torch.inf)
+    column_QW[row_M, place_M] = group_N[hit_M] + groups * member_M
+    score_QW[row_M, place_M] = inside_NJ[hit_M, member_M]
     rest = torch.arange(groups * GROUP, columns, device=row_M.device).expand(rows, -1)
-    return torch.cat((column_QM, rest), dim=1), torch.cat((score_QM, score_QP[:, groups * GROUP :]), dim=1)
+    return torch.cat((column_QW, rest), dim=1), torch.cat((score_QW, score_QP[:, groups * GROUP :]), dim=1)
 
 
 def sorted_by_score(score_QK: Tensor, rank_QK: Tensor, count: int) -> Tensor:
