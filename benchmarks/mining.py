@@ -51,7 +51,7 @@ def ours_top(query_QD: Tensor, blocks: Iterable[Tensor]) -> TopK:
     best, first_row = TopK(query_QD, BEST), 0
     for passage_PD in blocks:
         rows = torch.arange(first_row, first_row + len(passage_PD), device=passage_PD.device, dtype=torch.int32)
-        best.add(passage_PD, first_row, rows)
+        best.add(passage_PD, rows)
         first_row += len(passage_PD)
     return best
 
@@ -92,9 +92,11 @@ def ours_mined(stub: Stub, queries: list[str], passages: list[str]) -> dict[str,
         lambda first: passage[first : first + size], range(0, len(passages), size), stub.device))
     positive_Q = (query_QD * positive_QD).sum(1).tolist()
     found = {}
-    for n, (scores, rows) in enumerate(zip(best.score_QK.tolist(), best.row_QK.tolist(), strict=True)):
+    numbers = (map(memoryview, best.cpu().numpy()) for best in (best.score_QK, best.rank_QK))  # made as they are read
+    for n, (scores, rows) in enumerate(zip(*numbers, strict=True)):
         positive = Candidate(passages[n], passages[n], positive_Q[n])
-        ranked = (Candidate(passages[row], passages[row], score) for row, score in zip(rows, scores, strict=True))
+        texts = map(passages.__getitem__, rows)
+        ranked = (Candidate(text, text, score) for text, score in zip(texts, scores, strict=True))
         fates = judge(queries[n], [positive], ranked, value=SHARE, negatives=NEGATIVES)
         negatives = list(islice((c.text for c, why in fates if why == "kept"), NEGATIVES))
         if len(negatives) == NEGATIVES:

@@ -29,6 +29,7 @@ from ref.runs import hash_files
 SCORES_AT_ONCE = {"cpu": 2**21, "cuda": 2**29}  # fp32: what stays in a CPU's cache; 2 GB on a GPU
 HASH = "sha256"
 GROUP = 16  # columns whose largest score stands for them while the best are searched
+LARGEST = torch.iinfo(torch.int32).max
 
 
 class WordSearch:
@@ -144,39 +145,51 @@ def copies(device: torch.device) -> torch.cuda.Stream:
 
 
 class TopK:
-    """The best passages of some queries, over blocks that are given one after another."""
+    """The best passages of some queries, over blocks that are given one after another.
+
+    What is kept of a passage is one number, its key: score and place in the order of ids, the smaller the better.
+    """
 
     def __init__(self, query_QD: Tensor, count: int) -> None:
         self.query_QD, self.count = query_QD, count
-        self.score_QK = query_QD.new_empty(len(query_QD), 0, dtype=torch.float32)
-        self.row_QK = torch.empty(len(query_QD), 0, dtype=torch.int32, device=query_QD.device)
-        self.rank_QK = self.row_QK
-        self.scratch = self.score_QK.flatten()  # for the scores of a block
+        self.key_QK = torch.empty(len(query_QD), 0, dtype=torch.int64, device=query_QD.device)
+        self.scratch = query_QD.new_empty(0, dtype=torch.float32)  # for the scores of a block
 
-    def add(self, passage_PD: Tensor, first_row: int, rank_P: Tensor) -> None:
-        """Look at a block of passages, the rows from `first_row` on, with their places in the order of ids (int32)."""
-        rows = min(len(self.query_QD), max(1, SCORES_AT_ONCE[passage_PD.device.type] // len(passage_PD)))
-        if self.scratch.numel() < rows * len(passage_PD):
-            self.scratch = self.score_QK.new_empty(rows * len(passage_PD))
+    @property
+    def score_QK(self) -> Tensor:
+        """Scores of the best, fp32, largest first."""
+        return score_of(self.key_QK)
+
+    @property
+    def rank_QK(self) -> Tensor:
+        """Their places in the order of ids, int32."""
+        return (self.key_QK & LARGEST).int()
+
+    def add(self, passage_PD: Tensor, rank_P: Tensor) -> None:
+        """Look at a block of passages, with their places in the order of ids (int32)."""
+        passages, missing = len(passage_PD), -len(passage_PD) % GROUP
+        if missing:
+            passage_PD = F.pad(passage_PD, (0, 0, 0, missing))
+        columns = len(passage_PD)
+        rows = min(len(self.query_QD), max(1, SCORES_AT_ONCE[passage_PD.device.type] // columns))
+        if self.scratch.numel() < rows * columns:
+            self.scratch = self.scratch.new_empty(rows * columns)
+        full = self.key_QK.shape[1] == self.count
         found = []
         for start in range(0, len(self.query_QD), rows):
-            query_QD, so_far_QK = self.query_QD[start : start + rows], self.score_QK[start : start + rows]
-            score_QP = self.scratch[: len(query_QD) * len(passage_PD)].view(len(query_QD), len(passage_PD))
+            query_QD, so_far_QK = self.query_QD[start : start + rows], self.key_QK[start : start + rows]
+            score_QP = self.scratch[: len(query_QD) * columns].view(len(query_QD), columns)
             products(query_QD, passage_PD, out=score_QP)
-            full = so_far_QK.shape[1] == self.count
-            some = columns_above(score_QP, so_far_QK[:, -1], at_most=2 * self.count) if full else None
-            found.append(some or best_columns(score_QP, self.count, rank_P))
-        widest = max(score_QW.shape[1] for _, score_QW in found)
-        column_QW = torch.cat([F.pad(column, (0, widest - column.shape[1])) for column, _ in found])
-        score_QW = torch.cat([F.pad(score, (0, widest - score.shape[1]), value=-torch.inf) for _, score in found])
-        self.merge(score_QW, (first_row + column_QW).int(), rank_P[column_QW])
+            score_QP[:, passages:] = -torch.inf
+            bar_Q = score_of(so_far_QK[:, -1]) if full else None
+            row_M, key_M = reaching(score_QP, rank_P, bar_Q, self.count)
+            found.append((row_M + start, key_M))
+        row_M, key_M = (torch.cat(parts) for parts in zip(*found, strict=True))
+        self.merge(in_rows(row_M, key_M, len(self.query_QD)))
 
-    def merge(self, score_QK: Tensor, row_QK: Tensor, rank_QK: Tensor) -> None:
+    def merge(self, key_QW: Tensor) -> None:
         """Keep the best of what is here and of what is given, best first."""
-        score, row, rank = (torch.cat(pair, dim=1) for pair in (
-            (self.score_QK, score_QK), (self.row_QK, row_QK), (self.rank_QK, rank_QK)))
-        order = sorted_by_score(score, rank, self.count)
-        self.score_QK, self.row_QK, self.rank_QK = (x.gather(1, order) for x in (score, row, rank))
+        self.key_QK = ascending(torch.cat((self.key_QK, key_QW), dim=1))[:, : self.count]
 
 
 def products(query_QD: Tensor, passage_PD: Tensor, *, out: Tensor) -> None:
@@ -187,85 +200,71 @@ def products(query_QD: Tensor, passage_PD: Tensor, *, out: Tensor) -> None:
         torch.mm(query_QD.float(), passage_PD.float().T, out=out)
 
 
-def in_groups(score_QP: Tensor) -> Tensor:
-    """Columns j, j + n, j + 2 n … as group j of n, (Q, GROUP, n): maxima of groups are elementwise maxima of long rows.
+def keys_of(score: Tensor, rank: Tensor) -> Tensor:
+    """Whole numbers (int64) in the order of falling scores (fp32), of equal scores in the order of ranks (int32).
 
-    The last columns, too few for one more to each group, are left out.
+    The upper half is the complement of the score's bits: read as whole numbers, positive floats are in order.
     """
-    groups = score_QP.shape[1] // GROUP
-    return score_QP[:, : groups * GROUP].view(len(score_QP), GROUP, groups)
+    bits = (score + 0.0).view(torch.int32)  # -0 becomes 0
+    return torch.where(bits < 0, bits & LARGEST, ~bits).long() << 32 | rank
 
 
-def best_columns(score_QP: Tensor, count: int, rank_P: Tensor) -> tuple[Tensor, Tensor]:
-    """The `count` best columns of each row and their scores, in no order; equal scores by `rank_P`.
+def score_of(key: Tensor) -> Tensor:
+    """The score in a key."""
+    half = (key >> 32).int()
+    return torch.where(half < 0, ~half, half | ~LARGEST).view(torch.float32)
 
-    The k largest numbers lie in the k groups of columns with the largest maxima: one pass finds the maxima, and sorting
-    is left with k groups instead of all columns. Where the k-th and the next are equal, the row is sorted whole.
+
+def reaching(score_QP: Tensor, rank_P: Tensor, bar_Q: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+    """Row and key of each score from its row's bar on, (M,) both, rows ascending; of the scores below none is needed.
+
+    One pass finds the maxima of groups of columns, and only groups that reach the bar are looked into. If there is no
+    bar, or it is too low to rule most groups out, the scores have one: the k groups with the k largest maxima hold k
+    scores that are no smaller than the k-th maximum. Where many are equal to that, the best are selected by key.
+    N counts the groups that reach a bar, J the columns of a group.
     """
-    rows, columns = score_QP.shape
-    if columns <= count:
-        return torch.arange(columns, device=score_QP.device).expand(rows, -1), score_QP.clone()
-    wanted = count + 1  # one more tells whether the bar falls between equals
-    whole = in_groups(score_QP)
+    rows = len(score_QP)
+    whole = score_QP.view(rows, GROUP, -1)  # group n of G: columns n, n + G, n + 2 G …, so that maxima run along rows
     groups = whole.shape[2]
-    if groups <= 2 * wanted:
-        score, column = score_QP.topk(wanted, dim=1)
-    else:
-        group_QG = whole.amax(1).topk(wanted, dim=1, sorted=False).indices
-        first = torch.arange(GROUP, device=score_QP.device)[:, None] * groups
-        rest = torch.arange(groups * GROUP, columns, device=score_QP.device).expand(rows, -1)
-        inside = torch.cat(((group_QG[:, None] + first).flatten(1), rest), dim=1)
-        score, place = score_QP.gather(1, inside).topk(wanted, dim=1)
-        column = inside.gather(1, place)
-    unclear = (score[:, count - 1] == score[:, count]).nonzero()[:, 0]
-    score, column = score[:, :count], column[:, :count]
-    if len(unclear):
-        by_rank = rank_P.argsort()
-        order = score_QP[unclear][:, by_rank].sort(dim=1, descending=True, stable=True).indices[:, :count]
-        column[unclear] = by_rank[order]
-        score[unclear] = score_QP[unclear].gather(1, column[unclear])
-    return column, score
+    max_QG = whole.amax(1)
 
+    def above(bar_Q: Tensor) -> tuple[Tensor, Tensor, int]:
+        row_N, group_N = (max_QG >= bar_Q[:, None]).nonzero(as_tuple=True)
+        return row_N, group_N, int(row_N.bincount(minlength=rows).max())
 
-def columns_above(score_QP: Tensor, bar_Q: Tensor, *, at_most: int) -> tuple[Tensor, Tensor] | None:
-    """The columns of each row with scores from its bar on, and these scores.
-
-    Once some blocks have gone by, few reach the bar, most groups of columns are ruled out by their maxima, and nothing
-    is sorted. Rows with fewer than others are filled up with column 0 at -inf; the columns after the last whole group
-    come as they are. None if a row has over `at_most` columns from its bar on, or there is no group.
-    N counts the groups that reach a bar, J the columns of a group, M the columns that reach it, W a row's at the most.
-    """
-    rows, columns = score_QP.shape
-    whole = in_groups(score_QP)
-    groups = whole.shape[2]
-    if groups == 0:
-        return None
-    above_QG = whole.amax(1) >= bar_Q[:, None]
-    if int(above_QG.sum(1).max()) > at_most:
-        return None
-    row_N, group_N = above_QG.nonzero(as_tuple=True)
+    bar_Q = kth_largest(max_QG, count) if bar_Q is None else bar_Q
+    row_N, group_N, most = above(bar_Q)
+    if most > 2 * count:
+        bar_Q = torch.maximum(bar_Q, kth_largest(max_QG, count))
+        row_N, group_N, most = above(bar_Q)
+    if most > 2 * count:
+        key_QK = keys_of(score_QP[:, : len(rank_P)], rank_P).topk(count, dim=1, largest=False).values
+        return torch.arange(rows, device=row_N.device).repeat_interleave(count), key_QK.flatten()
     inside_NJ = whole[row_N, :, group_N]
     hit_M, member_M = (inside_NJ >= bar_Q[row_N, None]).nonzero(as_tuple=True)
-    row_M = row_N[hit_M]  # in ascending order: the hits of a row are neighbours
+    return row_N[hit_M], keys_of(inside_NJ[hit_M, member_M], rank_P[group_N[hit_M] + groups * member_M])
+
+
+def in_rows(row_M: Tensor, key_M: Tensor, rows: int) -> Tensor:
+    """The keys of each row, (rows, W), filled up with keys that are worse than any; `row_M` ascends."""
     held_Q = row_M.bincount(minlength=rows)
-    widest = int(held_Q.max())
-    if widest > at_most:
-        return None
     place_M = torch.arange(len(row_M), device=row_M.device) - (held_Q.cumsum(0) - held_Q)[row_M]
-    column_QW = row_M.new_zeros(rows, widest)
-    score_QW = score_QP.new_full(column_QW.shape, -torch.inf)
-    column_QW[row_M, place_M] = group_N[hit_M] + groups * member_M
-    score_QW[row_M, place_M] = inside_NJ[hit_M, member_M]
-    rest = torch.arange(groups * GROUP, columns, device=row_M.device).expand(rows, -1)
-    return torch.cat((column_QW, rest), dim=1), torch.cat((score_QW, score_QP[:, groups * GROUP :]), dim=1)
+    key_QW = key_M.new_full((rows, int(held_Q.max())), torch.iinfo(torch.int64).max)
+    key_QW[row_M, place_M] = key_M
+    return key_QW
 
 
-def sorted_by_score(score_QK: Tensor, rank_QK: Tensor, count: int) -> Tensor:
-    """Where each row's `count` best stand: largest score first, equal ones by rank."""
-    in_order, order = score_QK.sort(dim=1, descending=True)
-    unclear = (in_order[:, 1 : count + 1] == in_order[:, :-1][:, :count]).any(1).nonzero()[:, 0]
-    if len(unclear):
-        by_rank = rank_QK[unclear].argsort(dim=1)
-        by_score = score_QK[unclear].gather(1, by_rank).sort(dim=1, descending=True, stable=True).indices
-        order[unclear] = by_rank.gather(1, by_score)
-    return order[:, :count]
+def kth_largest(x_QG: Tensor, k: int) -> Tensor:
+    """Of each row, (Q,); a bar that everything reaches if there are fewer."""
+    if k > x_QG.shape[1]:
+        return x_QG.new_full((len(x_QG),), torch.finfo(x_QG.dtype).min)
+    if x_QG.device.type == "cpu":  # numpy's selection, and its sort below, are several times as fast
+        return torch.from_numpy(np.partition(x_QG.numpy(), -k, axis=1)[:, -k])
+    return x_QG.topk(k, dim=1, sorted=False).values.amin(1)
+
+
+def ascending(key_QW: Tensor) -> Tensor:
+    """Each row sorted."""
+    if key_QW.device.type == "cpu":
+        return torch.from_numpy(np.sort(key_QW.numpy(), axis=1))
+    return key_QW.sort(dim=1).values

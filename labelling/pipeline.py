@@ -172,7 +172,7 @@ class Pipeline:
                 first = self.passage_blocks[block].start
                 rank = torch.from_numpy(self.corpus.rank[first : first + len(vectors)]).to(self.device)
                 for one in best:
-                    one.add(vectors, first, rank)
+                    one.add(vectors, rank)
                 steps.step()
             self._merge(together, best)
         steps.close()
@@ -180,21 +180,20 @@ class Pipeline:
     def _merge(self, together: list[range], best: list[TopK]) -> None:
         """Write the hits of some blocks of queries, out of what each process has found in its passages."""
         def part(rows: range, rank: int) -> str:
-            return key_of("part", self._nearest_key(rows), rank, self.team.size)
+            return key_of("keys", self._nearest_key(rows), rank, self.team.size)
 
         if self.team.size > 1:
             for rows, one in zip(together, best, strict=True):
-                self.cache.block("part", part(rows, self.team.rank), lambda one=one: {  # type: ignore[misc]
-                    "score": one.score_QK.cpu().numpy(), "row": one.row_QK.cpu().numpy()})
+                self.cache.block("part", part(rows, self.team.rank),
+                                 lambda one=one: {"key": one.key_QK.cpu().numpy()})  # type: ignore[misc]
             self.team.wait()
         for rows, one in self.team.share(zip(together, best, strict=True)):
             for other in set(range(self.team.size)) - {self.team.rank}:
                 found = self.cache.read(self.cache.path("part", part(rows, other)))
                 assert found is not None
-                score, row = (torch.from_numpy(found[name]).to(self.device) for name in ("score", "row"))
-                one.merge(score, row, torch.from_numpy(self.corpus.rank).to(self.device)[row.long()])
-            self.cache.block("nearest", self._nearest_key(rows),
-                             lambda one=one: {"row": one.row_QK.cpu().numpy()})  # type: ignore[misc]
+                one.merge(torch.from_numpy(found["key"]).to(self.device))
+            self.cache.block("nearest", self._nearest_key(rows), lambda one=one: {  # type: ignore[misc]
+                "row": self._row_of_rank[one.rank_QK.cpu().numpy()]})
         self.team.wait()
 
     def _nearest_key(self, rows: range) -> str:
@@ -231,7 +230,7 @@ class Pipeline:
 
     @cached_property
     def _row_of_rank(self) -> np.ndarray:
-        return self.corpus.rank.argsort()
+        return self.corpus.rank.argsort().astype(np.int32)
 
     # ------------------------------------------------------------------------------------------------ scores
 

@@ -169,6 +169,23 @@ def test_blocks_on_the_device_are_those_that_were_read():
     assert [x.item() for x in sums] == pytest.approx([block.sum(dtype=np.float64) for block in blocks], rel=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dense_search_equals_that_on_the_cpu(dtype, monkeypatch):
+    """Whole numbers as vectors: scores are exact, and many are equal. The last block is smaller."""
+    from labelling.candidates import SCORES_AT_ONCE, TopK
+
+    monkeypatch.setitem(SCORES_AT_ONCE, "cuda", 2**15)
+    query, passage = (torch.randint(-3, 4, (n, 32)).to(dtype) for n in (40, 5000))
+    rank = torch.randperm(5000).int()
+    found = []
+    for device in (CUDA, torch.device("cpu")):
+        best = TopK(query.to(device), 20)
+        for start in range(0, 5000, 1024):
+            best.add(passage[start : start + 1024].to(device), rank[start : start + 1024].to(device))
+        found.append(best.key_QK.cpu())
+    assert torch.equal(*found)
+
+
 def test_nccl_with_one_process_equals_no_process_group(tmp_path):
     """Gather, its gradient and the flat sum leave everything as it is, bit for bit."""
     import torch.distributed as dist

@@ -29,10 +29,13 @@ from labelling.candidates import (
     SCORES_AT_ONCE,
     TopK,
     WordSearch,
-    best_columns,
     best_of,
-    columns_above,
+    in_rows,
+    keys_of,
+    kth_largest,
     on_device,
+    reaching,
+    score_of,
 )
 from labelling.sources import Corpus, Pairs, corpus_from_pairs
 from ref.data import parse
@@ -81,39 +84,56 @@ def rows_of(path):
 
 # ------------------------------------------------------------------------------------------------- candidates
 
-@pytest.mark.parametrize("columns", [5, 30, 7 * GROUP + 3, 40 * GROUP, 41 * GROUP + 5])
+FLOATS = st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, -0.0, 1.0, -1.0])
+
+
+@given(st.lists(st.tuples(FLOATS, st.integers(0, 2**31 - 1)), min_size=1, max_size=30))
+def test_keys_are_in_the_order_of_scores_then_ranks(hits):
+    score, rank = (torch.tensor(part, dtype=dtype) for part, dtype in zip(
+        zip(*hits, strict=True), (torch.float32, torch.int32), strict=True))
+    key = keys_of(score, rank)
+    assert torch.equal(score_of(key), score)
+    in_order = [hits[n] for n in key.argsort(stable=True)]
+    assert in_order == sorted(hits, key=lambda hit: (-hit[0], hit[1]))
+
+
+def in_order(score, rank, count):
+    """Of one row, by a full sort: scores and ranks of its best."""
+    order = sorted(range(len(rank)), key=lambda j: (-score[j].item(), rank[j].item()))[:count]
+    return score[order].tolist(), rank[order].tolist()
+
+
+@pytest.mark.parametrize("bar", ["none", "low", "right", "some rows low"])
+@pytest.mark.parametrize("columns", [GROUP, 3 * GROUP, 7 * GROUP, 40 * GROUP])
 @pytest.mark.parametrize("count", [1, 4, 9])
-@pytest.mark.parametrize("levels", [3, 50, 10**6])
-def test_best_columns_are_those_of_a_full_sort(columns, count, levels):
-    """Few levels of scores: ties everywhere, at the bar too; they go to the smaller rank."""
-    score = torch.randint(levels, (17, columns)).float()
-    rank = torch.randperm(columns).int()
-    column, found = best_columns(score, count, rank)
-    for row in range(17):
-        order = sorted(range(columns), key=lambda j: (-score[row, j].item(), rank[j].item()))[:count]
-        assert sorted(column[row].tolist()) == sorted(order)
-        assert found[row].tolist() == [score[row, j].item() for j in column[row].tolist()]
+@pytest.mark.parametrize("levels", [1, 3, 50, 10**6])
+def test_the_best_reach_the_bar(columns, count, levels, bar):
+    """Few levels of scores: ties everywhere, at the bar too. The last three columns are filling, and have no rank."""
+    score, rank = torch.randint(levels, (17, columns)).float(), torch.randperm(columns - 3).int()
+    score[:, -3:] = -torch.inf
+    best = [in_order(row[:-3], rank, count) for row in score]
+    right = torch.tensor([scores[-1] for scores, _ in best])
+    given = {"none": None, "low": right - levels, "right": right,
+             "some rows low": torch.where(torch.arange(17) % 3 == 0, right, -1.0)}[bar]
+    row, key = reaching(score, rank, given, count)
+    found = TopK(torch.zeros(17, 1), count)
+    found.merge(in_rows(row, key, 17))
+    assert row.tolist() == sorted(row.tolist())
+    assert list(zip(found.score_QK.tolist(), found.rank_QK.tolist(), strict=True)) == best
+    assert row.bincount().max() <= 2 * count * GROUP  # of equal scores, too
 
 
-@pytest.mark.parametrize("columns", [GROUP, 3 * GROUP, 7 * GROUP + 3])
-@pytest.mark.parametrize("levels", [3, 50, 10**6])
-def test_columns_above_a_bar_are_those_of_a_comparison(columns, levels):
-    """And each once; what fills up has no score. Rows with a bar that nothing reaches, or everything."""
-    score, bar = torch.randint(levels, (17, columns)).float(), torch.randint(levels, (17,)).float()
-    bar[0], bar[1] = levels, 0
-    column, found = columns_above(score, bar, at_most=columns)
-    for row in range(17):
-        real = found[row] >= bar[row]
-        assert sorted(column[row][real].tolist()) == (score[row] >= bar[row]).nonzero()[:, 0].tolist()
-        assert torch.equal(found[row][real], score[row][column[row][real]])
+def test_few_scores_are_looked_at_closely():
+    """What a good bar, or none, leaves of many different scores."""
+    score, rank = torch.rand(17, 4096), torch.arange(4096).int()
+    for bar in (None, kth_largest(score, 10), torch.full((17,), 0.5)):
+        row, _ = reaching(score, rank, bar, 10)
+        assert row.bincount().min() >= 10 and row.bincount().max() <= 15
 
 
-def test_too_many_columns_above_a_bar_are_not_looked_for():
-    score = torch.rand(5, 10 * GROUP)
-    assert columns_above(score, torch.full((5,), -1.0), at_most=10 * GROUP - 1) is None
-    assert columns_above(score, torch.full((5,), -1.0), at_most=10 * GROUP) is not None
-    assert columns_above(score, torch.full((5,), -1.0), at_most=9) is None  # not even the groups
-    assert columns_above(score[:, : GROUP - 1], torch.zeros(5), at_most=10) is None  # no whole group
+def test_the_bar_of_fewer_columns_than_wanted_is_reached_by_all():
+    assert kth_largest(torch.tensor([[3.0, 1.0, 2.0]]), 2).tolist() == [2.0]
+    assert kth_largest(torch.tensor([[3.0, -1e38, 2.0]]), 4).item() <= -1e38
 
 
 @pytest.mark.parametrize("falling", [False, True])
@@ -123,8 +143,8 @@ def test_dense_search_where_every_block_is_better_or_worse_than_all_before(falli
     passage = (order.flip(0) if falling else order)[:, None]
     best = TopK(query, 5)
     for start in range(0, 600, 200):
-        best.add(passage[start : start + 200], start, torch.arange(start, start + 200).int())
-    assert best.row_QK.tolist() == [[0, 1, 2, 3, 4] if falling else [599, 598, 597, 596, 595]] * 4
+        best.add(passage[start : start + 200], torch.arange(start, start + 200).int())
+    assert best.rank_QK.tolist() == [[0, 1, 2, 3, 4] if falling else [599, 598, 597, 596, 595]] * 4
 
 
 @pytest.mark.parametrize("negative", [False, True])
@@ -143,12 +163,9 @@ def test_dense_search_by_blocks_equals_brute_force_with_ties(block, at_once, neg
     rank = torch.randperm(1000).int()
     best = TopK(query, 12)
     for start in range(0, 1000, block):
-        best.add(passage[start : start + block], start, rank[start : start + block])
-    score = query @ passage.T
-    for row in range(23):
-        order = sorted(range(1000), key=lambda j: (-score[row, j].item(), rank[j].item()))[:12]
-        assert best.row_QK[row].tolist() == order
-        assert best.score_QK[row].tolist() == score[row, order].tolist()
+        best.add(passage[start : start + block], rank[start : start + block])
+    for row, score in enumerate(query @ passage.T):
+        assert (best.score_QK[row].tolist(), best.rank_QK[row].tolist()) == in_order(score, rank, 12)
 
 
 def test_blocks_on_a_cpu_are_read_as_they_are_used_and_cuda_is_not_touched(monkeypatch):
