@@ -10,9 +10,8 @@ the peer's, are those of brute force.
 
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -83,6 +82,12 @@ class Stub:
         return (torch.as_tensor(one) * torch.as_tensor(other)).sum(1)
 
 
+def in_python(x_QK: Tensor) -> Iterator[Any]:
+    """Row by row, as Python's own numbers: few are read, and each is made when it is."""
+    numbers = x_QK.flatten().cpu().numpy().data
+    return (numbers[n : n + BEST] for n in range(0, len(numbers), BEST))
+
+
 def ours_mined(stub: Stub, queries: list[str], passages: list[str]) -> dict[str, list[str]]:
     """The negatives of each query that has all seven; query n's positive is passage n."""
     query, passage = stub.encode_query(queries), stub.encode_document(passages)
@@ -92,15 +97,17 @@ def ours_mined(stub: Stub, queries: list[str], passages: list[str]) -> dict[str,
         lambda first: passage[first : first + size], range(0, len(passages), size), stub.device))
     positive_Q = (query_QD * positive_QD).sum(1).tolist()
     found = {}
-    numbers = (map(memoryview, best.cpu().numpy()) for best in (best.score_QK, best.rank_QK))  # made as they are read
-    for n, (scores, rows) in enumerate(zip(*numbers, strict=True)):
+    for n, (scores, rows) in enumerate(zip(in_python(best.score_QK), in_python(best.rank_QK), strict=True)):
         positive = Candidate(passages[n], passages[n], positive_Q[n])
         texts = map(passages.__getitem__, rows)
         ranked = (Candidate(text, text, score) for text, score in zip(texts, scores, strict=True))
-        fates = judge(queries[n], [positive], ranked, value=SHARE, negatives=NEGATIVES)
-        negatives = list(islice((c.text for c, why in fates if why == "kept"), NEGATIVES))
-        if len(negatives) == NEGATIVES:
-            found[queries[n]] = negatives
+        negatives = []
+        for candidate, why in judge(queries[n], [positive], ranked, value=SHARE, negatives=NEGATIVES):
+            if why == "kept":
+                negatives.append(candidate.text)
+            if len(negatives) == NEGATIVES:
+                found[queries[n]] = negatives
+                break
     return found
 
 
@@ -198,7 +205,7 @@ def mined_side_by_side(stub: Stub) -> tuple[dict[str, Contestant], int]:
         calls[name] = lambda name=name, miner=miner: mined.update({name: miner(stub, *names)})
         if cuda:  # a pass takes long there: a few queries warm both up, imports included
             miner(stub, names[0][:100], names[1])
-    found = measure(calls, device=torch.device("cpu"), rounds=1 if cuda else 5, warm=cuda)
+    found = measure(calls, device=torch.device("cpu"), rounds=1 if cuda else 15, warm=cuda)
     truth = by_brute_force(stub, names[0][:500], names[1])
     for name, negatives in mined.items():
         same(negatives, truth, name)

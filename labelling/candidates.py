@@ -13,6 +13,7 @@ Once k have been seen, the worst of them is a bar, and groups of passages that d
 Ties go to the smaller passage id, in both. Here K counts the best passages of a query.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch import Tensor
 from ref.overlap import Item, one_ahead
 from ref.runs import hash_files
 
-SCORES_AT_ONCE = {"cpu": 2**21, "cuda": 2**29}  # fp32: what stays in a CPU's cache; 2 GB on a GPU
+SCORES_AT_ONCE = {"cpu": 2**22, "cuda": 2**29}  # fp32: what stays in a CPU's cache; 2 GB on a GPU
 HASH = "sha256"
 GROUP = 16  # columns whose largest score stands for them while the best are searched
 LARGEST = torch.iinfo(torch.int32).max
@@ -171,7 +172,8 @@ class TopK:
         if missing:
             passage_PD = F.pad(passage_PD, (0, 0, 0, missing))
         columns = len(passage_PD)
-        rows = min(len(self.query_QD), max(1, SCORES_AT_ONCE[passage_PD.device.type] // columns))
+        parts = math.ceil(len(self.query_QD) * columns / SCORES_AT_ONCE[passage_PD.device.type])
+        rows = math.ceil(len(self.query_QD) / parts)  # a product of few rows is slow: the last part is as large
         if self.scratch.numel() < rows * columns:
             self.scratch = self.scratch.new_empty(rows * columns)
         full = self.key_QK.shape[1] == self.count
@@ -201,18 +203,18 @@ def products(query_QD: Tensor, passage_PD: Tensor, *, out: Tensor) -> None:
 
 
 def keys_of(score: Tensor, rank: Tensor) -> Tensor:
-    """Whole numbers (int64) in the order of falling scores (fp32), of equal scores in the order of ranks (int32).
-
-    The upper half is the complement of the score's bits: read as whole numbers, positive floats are in order.
-    """
-    bits = (score + 0.0).view(torch.int32)  # -0 becomes 0
-    return torch.where(bits < 0, bits & LARGEST, ~bits).long() << 32 | rank
+    """Whole numbers (int64) in the order of falling scores (fp32), of equal scores in the order of ranks (int32)."""
+    return in_order((0.0 - score).view(torch.int32)).long() << 32 | rank  # 0 - x: no -0
 
 
 def score_of(key: Tensor) -> Tensor:
     """The score in a key."""
-    half = (key >> 32).int()
-    return torch.where(half < 0, ~half, half | ~LARGEST).view(torch.float32)
+    return 0.0 - in_order((key >> 32).int()).view(torch.float32)
+
+
+def in_order(bits: Tensor) -> Tensor:
+    """Bits of floats as whole numbers in the order of the floats, and back: only negative ones run the other way."""
+    return bits ^ (bits >> 31 & LARGEST)
 
 
 def reaching(score_QP: Tensor, rank_P: Tensor, bar_Q: Tensor | None, count: int) -> tuple[Tensor, Tensor]:

@@ -93,11 +93,11 @@ def test_keys_are_in_the_order_of_scores_then_ranks(hits):
         zip(*hits, strict=True), (torch.float32, torch.int32), strict=True))
     key = keys_of(score, rank)
     assert torch.equal(score_of(key), score)
-    in_order = [hits[n] for n in key.argsort(stable=True)]
-    assert in_order == sorted(hits, key=lambda hit: (-hit[0], hit[1]))
+    sorted_hits = [hits[n] for n in key.argsort(stable=True)]
+    assert sorted_hits == sorted(hits, key=lambda hit: (-hit[0], hit[1]))
 
 
-def in_order(score, rank, count):
+def by_sorting(score, rank, count):
     """Of one row, by a full sort: scores and ranks of its best."""
     order = sorted(range(len(rank)), key=lambda j: (-score[j].item(), rank[j].item()))[:count]
     return score[order].tolist(), rank[order].tolist()
@@ -111,7 +111,7 @@ def test_the_best_reach_the_bar(columns, count, levels, bar):
     """Few levels of scores: ties everywhere, at the bar too. The last three columns are filling, and have no rank."""
     score, rank = torch.randint(levels, (17, columns)).float(), torch.randperm(columns - 3).int()
     score[:, -3:] = -torch.inf
-    best = [in_order(row[:-3], rank, count) for row in score]
+    best = [by_sorting(row[:-3], rank, count) for row in score]
     right = torch.tensor([scores[-1] for scores, _ in best])
     given = {"none": None, "low": right - levels, "right": right,
              "some rows low": torch.where(torch.arange(17) % 3 == 0, right, -1.0)}[bar]
@@ -165,7 +165,7 @@ def test_dense_search_by_blocks_equals_brute_force_with_ties(block, at_once, neg
     for start in range(0, 1000, block):
         best.add(passage[start : start + block], rank[start : start + block])
     for row, score in enumerate(query @ passage.T):
-        assert (best.score_QK[row].tolist(), best.rank_QK[row].tolist()) == in_order(score, rank, 12)
+        assert (best.score_QK[row].tolist(), best.rank_QK[row].tolist()) == by_sorting(score, rank, 12)
 
 
 def test_blocks_on_a_cpu_are_read_as_they_are_used_and_cuda_is_not_touched(monkeypatch):
