@@ -96,18 +96,17 @@ def ours_mined(stub: Stub, queries: list[str], passages: list[str]) -> dict[str,
     best = ours_top(query_QD, on_device(
         lambda first: passage[first : first + size], range(0, len(passages), size), stub.device))
     positive_Q = (query_QD * positive_QD).sum(1).tolist()
-    found = {}
+    found, text_at = {}, passages.__getitem__
     for n, (scores, rows) in enumerate(zip(in_python(best.score_QK), in_python(best.rank_QK), strict=True)):
         positive = Candidate(passages[n], passages[n], positive_Q[n])
-        texts = map(passages.__getitem__, rows)
-        ranked = (Candidate(text, text, score) for text, score in zip(texts, scores, strict=True))
+        ranked = map(Candidate, map(text_at, rows), map(text_at, rows), scores)
         negatives = []
         for candidate, why in judge(queries[n], [positive], ranked, value=SHARE, negatives=NEGATIVES):
             if why == "kept":
                 negatives.append(candidate.text)
-            if len(negatives) == NEGATIVES:
-                found[queries[n]] = negatives
-                break
+                if len(negatives) == NEGATIVES:
+                    found[queries[n]] = negatives
+                    break
     return found
 
 

@@ -30,14 +30,16 @@ rules and values: NV-Retriever, arXiv 2407.15831, section 3.
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from typing import Literal, NamedTuple
+from typing import Literal
 
 RULES = {"percentage": 0.95, "margin": 0.05, "absolute": 0.7, "none": 0.0}  # with the published values
 
 
-class Candidate(NamedTuple):
+@dataclass(slots=True)
+class Candidate:
     """A passage that might be a negative; `score` is on the bounded scale."""
 
     id: str
@@ -69,13 +71,12 @@ def judge(
     limit = bar(rule, value, [positive.score for positive in positives])
     right = (*positives, *elsewhere)
     known = {positive.id for positive in right}
-    seen = {fold(text) for text in (query, *(positive.text for positive in right))}
+    seen = {fold(query)} | {fold(positive.text) for positive in right}
     kept = 0
     for candidate in candidates:
-        text = fold(candidate.text)
         if candidate.id in known:
             yield candidate, "known positive"
-        elif text in seen:
+        elif (text := fold(candidate.text)) in seen:
             yield candidate, "same text"
         elif candidate.score >= limit:
             yield candidate, "above the bar"
