@@ -168,7 +168,7 @@ class TopK:
 
     def add(self, passage_PD: Tensor, rank_P: Tensor) -> None:
         """Look at a block of passages, with their places in the order of ids (int32)."""
-        passages, missing = len(passage_PD), -len(passage_PD) % GROUP
+        missing = -len(passage_PD) % GROUP
         if missing:
             passage_PD = F.pad(passage_PD, (0, 0, 0, missing))
         columns = len(passage_PD)
@@ -182,7 +182,8 @@ class TopK:
             query_QD, so_far_QK = self.query_QD[start : start + rows], self.key_QK[start : start + rows]
             score_QP = self.scratch[: len(query_QD) * columns].view(len(query_QD), columns)
             products(query_QD, passage_PD, out=score_QP)
-            score_QP[:, passages:] = -torch.inf
+            if missing:
+                score_QP[:, -missing:] = -torch.inf
             bar_Q = score_of(so_far_QK[:, -1]) if full else None
             row_M, key_M = reaching(score_QP, rank_P, bar_Q, self.count)
             found.append((row_M + start, key_M))
