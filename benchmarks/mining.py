@@ -2,7 +2,8 @@
 
     top k      scores of all queries and passages, the best 100 of each query; peer: torch's product and topk, whole
     mining     a stub in the model's place gives the vectors; top k, the 95 % rule, seven negatives in plain Python;
-               peer: sentence-transformers' mine_hard_negatives
+               peer: sentence-transformers' mine_hard_negatives, from data set to data set: what makes the one and reads
+               the other is not its time
 
 Checked first: the scores of the best 100 are those of a full sort; before anything is reported: the negatives, ours and
 the peer's, are those of brute force.
@@ -10,7 +11,7 @@ the peer's, are those of brute force.
 
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,10 +21,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from benchmarks.measure import Contestant, Result, Target, agree, growth, measure
-from labelling.candidates import TopK, on_device
+from labelling.candidates import TopK, on_device, ranks_of, scores_of
 from ref.mining import Candidate, judge, mine
 
 BEST, NEGATIVES, SHARE = 100, 7, 0.95
+THEIRS = "sentence-transformers, mining"
 BLOCK = {"cpu": 20_000, "cuda": 131_072}
 INNER = 256
 MINED = 20_000, 250_000  # queries and passages of mining on CUDA
@@ -45,14 +47,14 @@ def case(queries: int, passages: int, width: int, device: torch.device) -> tuple
     return normalize(query_QE, dim=1).to(dtype), passage_PE.to(dtype)
 
 
-def ours_top(query_QD: Tensor, blocks: Iterable[Tensor]) -> TopK:
-    """The best by blocks of passages."""
+def ours_top(query_QD: Tensor, blocks: Iterable[Tensor]) -> Tensor:
+    """Keys of the best, by blocks of passages, (Q, BEST)."""
     best, first_row = TopK(query_QD, BEST), 0
     for passage_PD in blocks:
         rows = torch.arange(first_row, first_row + len(passage_PD), device=passage_PD.device, dtype=torch.int32)
         best.add(passage_PD, rows)
         first_row += len(passage_PD)
-    return best
+    return best.key_QK
 
 
 def theirs_top(query_QD: Tensor, passage_PD: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,8 +86,8 @@ class Stub:
 
 def in_python(x_QK: Tensor) -> Iterator[Any]:
     """Row by row, as Python's own numbers: few are read, and each is made when it is."""
-    numbers = x_QK.flatten().cpu().numpy().data
-    return (numbers[n : n + BEST] for n in range(0, len(numbers), BEST))
+    width, numbers = x_QK.shape[1], x_QK.flatten().cpu().numpy().data
+    return (numbers[n : n + width] for n in range(0, len(numbers), width))
 
 
 def ours_mined(stub: Stub, queries: list[str], passages: list[str]) -> dict[str, list[str]]:
@@ -93,11 +95,11 @@ def ours_mined(stub: Stub, queries: list[str], passages: list[str]) -> dict[str,
     query, passage = stub.encode_query(queries), stub.encode_document(passages)
     query_QD, positive_QD = (torch.from_numpy(x).to(stub.device) for x in (query, passage[: len(queries)]))
     size = BLOCK[stub.device.type]
-    best = ours_top(query_QD, on_device(
+    key_QK = ours_top(query_QD, on_device(
         lambda first: passage[first : first + size], range(0, len(passages), size), stub.device))
     positive_Q = (query_QD * positive_QD).sum(1).tolist()
     found, text_at = {}, passages.__getitem__
-    for n, (scores, rows) in enumerate(zip(in_python(best.score_QK), in_python(best.rank_QK), strict=True)):
+    for n, (scores, rows) in enumerate(zip(in_python(scores_of(key_QK)), in_python(ranks_of(key_QK)), strict=True)):
         positive = Candidate(passages[n], passages[n], positive_Q[n])
         ranked = map(Candidate, map(text_at, rows), map(text_at, rows), scores)
         negatives = []
@@ -110,15 +112,20 @@ def ours_mined(stub: Stub, queries: list[str], passages: list[str]) -> dict[str,
     return found
 
 
-def theirs_mined(stub: Stub, queries: list[str], passages: list[str]) -> dict[str, list[str]]:
-    """The same by sentence-transformers."""
-    from datasets import Dataset
+def theirs_mined(stub: Stub, pairs: Any, passages: list[str]) -> Any:
+    """The same by sentence-transformers, from a data set of queries and positives to one with their negatives."""
     from sentence_transformers.util import mine_hard_negatives
 
-    rows = mine_hard_negatives(
-        Dataset.from_dict({"query": queries, "positive": passages[: len(queries)]}), stub, corpus=passages,  # type: ignore[arg-type]
-        relative_margin=1 - SHARE, range_max=BEST - 1, num_negatives=NEGATIVES, output_format="n-tuple", verbose=False)
-    return {row["query"]: [row[f"negative_{n + 1}"] for n in range(NEGATIVES)] for row in rows}
+    return mine_hard_negatives(
+        pairs, stub, corpus=passages, relative_margin=1 - SHARE, range_max=BEST - 1,  # type: ignore[arg-type]
+        num_negatives=NEGATIVES, output_format="n-tuple", verbose=False)
+
+
+def by_query(pairs: Any) -> dict[str, list[str]]:
+    """What a data set with negatives says, as `ours_mined` says it."""
+    columns = pairs.to_dict()
+    negatives = zip(*(columns[f"negative_{n + 1}"] for n in range(NEGATIVES)), strict=True)
+    return dict(zip(columns["query"], map(list, negatives), strict=True))
 
 
 def by_brute_force(stub: Stub, queries: list[str], passages: list[str]) -> dict[str, list[str]]:
@@ -163,9 +170,9 @@ def b9(device: torch.device, *, quick: bool = False) -> Result:
                "queries compared": float(compared)}
     targets: dict[str, Target] = {}
     if not quick:
-        peer = found["sentence-transformers, mining"]
+        peer = found[THEIRS]
         if not peer.missing:
-            targets["sentence-transformers, mining / ours, mining"] = (
+            targets[f"{THEIRS} / ours, mining"] = (
                 peer.median_s / found["ours, mining"].median_s, ">=", 20 if cuda else 3)
         if cuda:
             targets["torch, product and topk / ours"] = (
@@ -184,7 +191,7 @@ def top_side_by_side(query_QD: Tensor, passage_PD: Tensor) -> dict[str, Contesta
     blocks = passage_PD.split(BLOCK[device.type])
     few_QD = query_QD[:200]
     exact_QK = (few_QD.float() @ passage_PD.float().T).sort(dim=1, descending=True).values[:, :BEST]
-    off = (ours_top(query_QD, blocks).score_QK[: len(few_QD)] - exact_QK).abs().max().item()
+    off = (scores_of(ours_top(query_QD, blocks))[: len(few_QD)] - exact_QK).abs().max().item()
     # a tensor core cuts off what an fp32 sum cannot hold where other units round: up to 2^-24 at each of 256 steps
     agree({"scores of the best against a full sort": off}, 3e-5 if device.type == "cuda" else 1e-5)
     return measure({"ours": lambda: ours_top(query_QD, blocks),
@@ -194,18 +201,28 @@ def top_side_by_side(query_QD: Tensor, passage_PD: Tensor) -> dict[str, Contesta
 def mined_side_by_side(stub: Stub) -> tuple[dict[str, Contestant], int]:
     """Time both, then check their negatives; and how many queries brute force could be asked about."""
     cuda = stub.device.type == "cuda"
-    names = [f"query {n}" for n in range(len(stub.query_QD))], [f"passage {n}" for n in range(len(stub.passage_PD))]
-    miners = {"ours, mining": ours_mined, "sentence-transformers, mining": theirs_mined}
-    calls: dict[str, Any] = dict.fromkeys(miners, "sentence-transformers or datasets is not installed")
-    if not (find_spec("sentence_transformers") and find_spec("datasets")):
-        del miners["sentence-transformers, mining"]
-    mined: dict[str, dict[str, list[str]]] = {}
+    queries = [f"query {n}" for n in range(len(stub.query_QD))]
+    passages = [f"passage {n}" for n in range(len(stub.passage_PD))]
+    few = min(100, len(queries))
+    miners: dict[str, Callable[[int], Any]] = {
+        "ours, mining": lambda count: ours_mined(stub, queries[:count], passages)}
+    calls: dict[str, Any] = {}
+    if find_spec("sentence_transformers") and find_spec("datasets"):
+        from datasets import Dataset
+
+        pairs = {n: Dataset.from_dict({"query": queries[:n], "positive": passages[:n]}) for n in (few, len(queries))}
+        miners[THEIRS] = lambda count: theirs_mined(stub, pairs[count], passages)
+    else:
+        calls[THEIRS] = "sentence-transformers or datasets is not installed"
+    mined: dict[str, Any] = {}
     for name, miner in miners.items():
-        calls[name] = lambda name=name, miner=miner: mined.update({name: miner(stub, *names)})
+        calls[name] = lambda name=name, miner=miner: mined.update({name: miner(len(queries))})
         if cuda:  # a pass takes long there: a few queries warm both up, imports included
-            miner(stub, names[0][:100], names[1])
+            miner(few)
     found = measure(calls, device=torch.device("cpu"), rounds=1 if cuda else 15, warm=cuda)
-    truth = by_brute_force(stub, names[0][:500], names[1])
-    for name, negatives in mined.items():
-        same(negatives, truth, name)
+    if THEIRS in mined:
+        mined[THEIRS] = by_query(mined[THEIRS])
+    truth = by_brute_force(stub, queries[:500], passages)
+    for name, of_query in mined.items():
+        same(of_query, truth, name)
     return found, len(truth)

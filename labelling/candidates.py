@@ -27,10 +27,11 @@ from torch import Tensor
 from ref.overlap import Item, one_ahead
 from ref.runs import hash_files
 
-SCORES_AT_ONCE = {"cpu": 2**22, "cuda": 2**29}  # fp32: what stays in a CPU's cache; 2 GB on a GPU
+SCORES_AT_ONCE = {"cpu": 2**22, "cuda": 2**29}  # fp32: 17 MB, by measurement; 2 GB on a GPU
 HASH = "sha256"
 GROUP = 16  # columns whose largest score stands for them while the best are searched
-LARGEST = torch.iinfo(torch.int32).max
+LOW_31 = 2**31 - 1  # mask of a rank, and of a float's bits without its sign
+WORST = 2**63 - 1  # a key after all others
 
 
 class WordSearch:
@@ -156,43 +157,26 @@ class TopK:
         self.key_QK = torch.empty(len(query_QD), 0, dtype=torch.int64, device=query_QD.device)
         self.scratch = query_QD.new_empty(0, dtype=torch.float32)  # for the scores of a block
 
-    @property
-    def score_QK(self) -> Tensor:
-        """Scores of the best, fp32, largest first."""
-        return score_of(self.key_QK)
-
-    @property
-    def rank_QK(self) -> Tensor:
-        """Their places in the order of ids, int32."""
-        return (self.key_QK & LARGEST).int()
-
     def add(self, passage_PD: Tensor, rank_P: Tensor) -> None:
         """Look at a block of passages, with their places in the order of ids (int32)."""
         missing = -len(passage_PD) % GROUP
         if missing:
             passage_PD = F.pad(passage_PD, (0, 0, 0, missing))
         columns = len(passage_PD)
-        parts = math.ceil(len(self.query_QD) * columns / SCORES_AT_ONCE[passage_PD.device.type])
-        rows = math.ceil(len(self.query_QD) / parts)  # a product of few rows is slow: the last part is as large
-        if self.scratch.numel() < rows * columns:
-            self.scratch = self.scratch.new_empty(rows * columns)
+        queries, at_once = len(self.query_QD), SCORES_AT_ONCE[passage_PD.device.type]
+        parts = min(queries, math.ceil(queries * columns / at_once))
         full = self.key_QK.shape[1] == self.count
         found = []
-        for start in range(0, len(self.query_QD), rows):
-            query_QD, so_far_QK = self.query_QD[start : start + rows], self.key_QK[start : start + rows]
+        for query_QD, so_far_QK in zip(self.query_QD.tensor_split(parts), self.key_QK.tensor_split(parts), strict=True):
+            if self.scratch.numel() < len(query_QD) * columns:  # of the first part: none is larger
+                self.scratch = self.scratch.new_empty(len(query_QD) * columns)
             score_QP = self.scratch[: len(query_QD) * columns].view(len(query_QD), columns)
             products(query_QD, passage_PD, out=score_QP)
             if missing:
                 score_QP[:, -missing:] = -torch.inf
-            bar_Q = score_of(so_far_QK[:, -1]) if full else None
-            row_M, key_M = reaching(score_QP, rank_P, bar_Q, self.count)
-            found.append((row_M + start, key_M))
-        row_M, key_M = (torch.cat(parts) for parts in zip(*found, strict=True))
-        self.merge(in_rows(row_M, key_M, len(self.query_QD)))
-
-    def merge(self, key_QW: Tensor) -> None:
-        """Keep the best of what is here and of what is given, best first."""
-        self.key_QK = ascending(torch.cat((self.key_QK, key_QW), dim=1))[:, : self.count]
+            key_QW = keys_to_reach(score_QP, rank_P, scores_of(so_far_QK[:, -1]) if full else None, self.count)
+            found.append(smallest(torch.cat((so_far_QK, key_QW), dim=1), self.count))
+        self.key_QK = torch.cat(found)
 
 
 def products(query_QD: Tensor, passage_PD: Tensor, *, out: Tensor) -> None:
@@ -208,66 +192,84 @@ def keys_of(score: Tensor, rank: Tensor) -> Tensor:
     return in_order((0.0 - score).view(torch.int32)).long() << 32 | rank  # 0 - x: no -0
 
 
-def score_of(key: Tensor) -> Tensor:
-    """The score in a key."""
+def scores_of(key: Tensor) -> Tensor:
+    """The scores in keys, fp32."""
     return 0.0 - in_order((key >> 32).int()).view(torch.float32)
+
+
+def ranks_of(key: Tensor) -> Tensor:
+    """The ranks in keys, int32."""
+    return (key & LOW_31).int()
 
 
 def in_order(bits: Tensor) -> Tensor:
     """Bits of floats as whole numbers in the order of the floats, and back: only negative ones run the other way."""
-    return bits ^ (bits >> 31 & LARGEST)
+    return bits ^ (bits >> 31 & LOW_31)
 
 
-def reaching(score_QP: Tensor, rank_P: Tensor, bar_Q: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
-    """Row and key of each score from its row's bar on, (M,) both, rows ascending; of the scores below none is needed.
+def keys_to_reach(score_QP: Tensor, rank_P: Tensor, bar_Q: Tensor | None, count: int) -> Tensor:
+    """Keys of the scores from each row's bar on, (Q, W), in no order, filled up with WORST: of those below none counts.
 
-    One pass finds the maxima of groups of columns, and only groups that reach the bar are looked into. If there is no
-    bar, or it is too low to rule most groups out, the scores have one: the k groups with the k largest maxima hold k
-    scores that are no smaller than the k-th maximum. Where many are equal to that, the best are selected by key.
-    N counts the groups that reach a bar, J the columns of a group.
+    Columns are a multiple of GROUP; those after the last rank are filling, -inf. One pass finds the maxima of groups of
+    columns, and only groups that reach the bar are looked into. A row without a bar, or with one too low to rule most
+    groups out, has a bar in its scores: the k groups with the k largest maxima hold k scores that are no smaller than
+    the k-th maximum. Where many are equal to that, the row's best are selected by key.
+    N counts the groups that reach a bar, J the columns of a group, M the columns that reach it.
     """
     rows = len(score_QP)
     whole = score_QP.view(rows, GROUP, -1)  # group n of G: columns n, n + G, n + 2 G …, so that maxima run along rows
     groups = whole.shape[2]
+    if bar_Q is None and groups < count:
+        return best_keys(score_QP, rank_P, count)
     max_QG = whole.amax(1)
 
-    def above(bar_Q: Tensor) -> tuple[Tensor, Tensor, int]:
+    def above(bar_Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         row_N, group_N = (max_QG >= bar_Q[:, None]).nonzero(as_tuple=True)
-        return row_N, group_N, int(row_N.bincount(minlength=rows).max())
+        return row_N, group_N, (row_N.bincount(minlength=rows) > 2 * count).nonzero()[:, 0]
 
     bar_Q = kth_largest(max_QG, count) if bar_Q is None else bar_Q
-    row_N, group_N, most = above(bar_Q)
-    if most > 2 * count:
-        bar_Q = torch.maximum(bar_Q, kth_largest(max_QG, count))
-        row_N, group_N, most = above(bar_Q)
-    if most > 2 * count:
-        key_QK = keys_of(score_QP[:, : len(rank_P)], rank_P).topk(count, dim=1, largest=False).values
-        return torch.arange(rows, device=row_N.device).repeat_interleave(count), key_QK.flatten()
+    row_N, group_N, crowded = above(bar_Q)
+    if len(crowded):
+        bar_Q = bar_Q.index_copy(0, crowded, kth_largest(max_QG[crowded], count))
+        row_N, group_N, crowded = above(bar_Q)
+    if len(crowded):
+        bar_Q = bar_Q.index_fill(0, crowded, torch.inf)
+        row_N, group_N, _ = above(bar_Q)
     inside_NJ = whole[row_N, :, group_N]
     hit_M, member_M = (inside_NJ >= bar_Q[row_N, None]).nonzero(as_tuple=True)
-    return row_N[hit_M], keys_of(inside_NJ[hit_M, member_M], rank_P[group_N[hit_M] + groups * member_M])
+    key_M = keys_of(inside_NJ[hit_M, member_M], rank_P[group_N[hit_M] + groups * member_M])
+    key_QW = in_rows(row_N[hit_M], key_M, rows)
+    if len(crowded):
+        more_QK = key_QW.new_full((rows, count), WORST)
+        more_QK[crowded] = best_keys(score_QP[crowded], rank_P, count)
+        key_QW = torch.cat((key_QW, more_QK), dim=1)
+    return key_QW
+
+
+def best_keys(score_QP: Tensor, rank_P: Tensor, count: int) -> Tensor:
+    """The `count` smallest keys of each row, all if there are fewer, in no order: by looking at every one."""
+    key_QP = keys_of(score_QP[:, : len(rank_P)], rank_P)
+    return key_QP.topk(min(count, len(rank_P)), dim=1, largest=False, sorted=False).values
 
 
 def in_rows(row_M: Tensor, key_M: Tensor, rows: int) -> Tensor:
-    """The keys of each row, (rows, W), filled up with keys that are worse than any; `row_M` ascends."""
+    """The keys of each row, (rows, W), filled up with WORST; `row_M` ascends."""
     held_Q = row_M.bincount(minlength=rows)
     place_M = torch.arange(len(row_M), device=row_M.device) - (held_Q.cumsum(0) - held_Q)[row_M]
-    key_QW = key_M.new_full((rows, int(held_Q.max())), torch.iinfo(torch.int64).max)
+    key_QW = key_M.new_full((rows, int(held_Q.max())), WORST)
     key_QW[row_M, place_M] = key_M
     return key_QW
 
 
 def kth_largest(x_QG: Tensor, k: int) -> Tensor:
-    """Of each row, (Q,); a bar that everything reaches if there are fewer."""
-    if k > x_QG.shape[1]:
-        return x_QG.new_full((len(x_QG),), torch.finfo(x_QG.dtype).min)
-    if x_QG.device.type == "cpu":  # numpy's selection, and its sort below, are several times as fast
+    """Of each row, (Q,)."""
+    if x_QG.device.type == "cpu":  # on one core, but by vector instructions, as the sort below
         return torch.from_numpy(np.partition(x_QG.numpy(), -k, axis=1)[:, -k])
     return x_QG.topk(k, dim=1, sorted=False).values.amin(1)
 
 
-def ascending(key_QW: Tensor) -> Tensor:
-    """Each row sorted."""
+def smallest(key_QW: Tensor, count: int) -> Tensor:
+    """The `count` smallest keys of each row, all if there are fewer, the smallest first."""
     if key_QW.device.type == "cpu":
-        return torch.from_numpy(np.sort(key_QW.numpy(), axis=1))
-    return key_QW.sort(dim=1).values
+        return torch.from_numpy(np.sort(key_QW.numpy(), axis=1)[:, :count])
+    return key_QW.sort(dim=1).values[:, :count]

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from labelling.cache import Arrays, Cache, key_of
-from labelling.candidates import TopK, WordSearch, on_device
+from labelling.candidates import TopK, WordSearch, on_device, ranks_of, smallest
 from labelling.models import Reranker, Retriever, finite
 from labelling.sources import Corpus, Pair, Pairs
 from ref.config import pick_device
@@ -166,34 +166,35 @@ class Pipeline:
         mine = list(self.team.share(range(len(self.passage_blocks))))
         for start in range(0, len(left), BLOCKS_PER_SEARCH):
             together = left[start : start + BLOCKS_PER_SEARCH]
-            best = [TopK(torch.from_numpy(self.query_vectors(rows)).to(self.device),
-                         min(self.search.depth, len(self.corpus))) for rows in together]
+            query_QD = torch.from_numpy(np.concatenate([self.query_vectors(rows) for rows in together]))
+            best = TopK(query_QD.to(self.device), min(self.search.depth, len(self.corpus)))
             for block, vectors in zip(mine, on_device(self.passage_vectors, mine, self.device), strict=True):
                 first = self.passage_blocks[block].start
-                rank = torch.from_numpy(self.corpus.rank[first : first + len(vectors)]).to(self.device)
-                for one in best:
-                    one.add(vectors, rank)
+                best.add(vectors, torch.from_numpy(self.corpus.rank[first : first + len(vectors)]).to(self.device))
                 steps.step()
             self._merge(together, best)
         steps.close()
 
-    def _merge(self, together: list[range], best: list[TopK]) -> None:
+    def _merge(self, together: list[range], best: TopK) -> None:
         """Write the hits of some blocks of queries, out of what each process has found in its passages."""
         def part(rows: range, rank: int) -> str:
             return key_of("keys", self._nearest_key(rows), rank, self.team.size)
 
+        found = list(zip(together, best.key_QK.split([len(rows) for rows in together]), strict=True))
         if self.team.size > 1:
-            for rows, one in zip(together, best, strict=True):
+            for rows, key_QK in found:
                 self.cache.block("part", part(rows, self.team.rank),
-                                 lambda one=one: {"key": one.key_QK.cpu().numpy()})  # type: ignore[misc]
+                                 lambda key_QK=key_QK: {"key": key_QK.cpu().numpy()})  # type: ignore[misc]
             self.team.wait()
-        for rows, one in self.team.share(zip(together, best, strict=True)):
+        for rows, key_QK in self.team.share(found):
+            keys = [key_QK]
             for other in set(range(self.team.size)) - {self.team.rank}:
-                found = self.cache.read(self.cache.path("part", part(rows, other)))
-                assert found is not None
-                one.merge(torch.from_numpy(found["key"]).to(self.device))
-            self.cache.block("nearest", self._nearest_key(rows), lambda one=one: {  # type: ignore[misc]
-                "row": self._row_of_rank[one.rank_QK.cpu().numpy()]})
+                theirs = self.cache.read(self.cache.path("part", part(rows, other)))
+                assert theirs is not None
+                keys.append(torch.from_numpy(theirs["key"]).to(self.device))
+            rank_QK = ranks_of(smallest(torch.cat(keys, dim=1), best.count)).cpu().numpy()
+            self.cache.block("nearest", self._nearest_key(rows),
+                             lambda rank_QK=rank_QK: {"row": self._row_of_rank[rank_QK]})  # type: ignore[misc]
         self.team.wait()
 
     def _nearest_key(self, rows: range) -> str:

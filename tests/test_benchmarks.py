@@ -60,7 +60,7 @@ def test_warm_calls_are_made_once_a_round_and_their_memory_is_not_reported(tmp_p
     assert json.loads((tmp_path / "B0.json").read_text())["contestants"]["a"]["peak_bytes"] is None
 
 
-@pytest.mark.parametrize("wrong", ["ours_mined", "theirs_mined"])
+@pytest.mark.parametrize("wrong", ["ours_mined", "by_query"])
 def test_mined_negatives_that_brute_force_does_not_find_are_not_reported(wrong, monkeypatch):
     pytest.importorskip("sentence_transformers")
     stub = mining.Stub(*mining.case(20, 300, 16, CPU), CPU)

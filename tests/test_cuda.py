@@ -170,12 +170,13 @@ def test_blocks_on_the_device_are_those_that_were_read():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dense_search_equals_that_on_the_cpu(dtype, monkeypatch):
-    """Whole numbers as vectors: scores are exact, and many are equal. The last block is smaller."""
+@pytest.mark.parametrize(("largest", "width"), [(3, 32), (1, 4)])  # some scores equal; so many that keys are selected
+def test_dense_search_equals_that_on_the_cpu(largest, width, dtype, monkeypatch):
+    """Whole numbers as vectors: scores are exact. The last block is smaller."""
     from labelling.candidates import SCORES_AT_ONCE, TopK
 
     monkeypatch.setitem(SCORES_AT_ONCE, "cuda", 2**15)
-    query, passage = (torch.randint(-3, 4, (n, 32)).to(dtype) for n in (40, 5000))
+    query, passage = (torch.randint(-largest, largest + 1, (n, width)).to(dtype) for n in (40, 5000))
     rank = torch.randperm(5000).int()
     found = []
     for device in (CUDA, torch.device("cpu")):

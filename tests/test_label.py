@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import run_label
 import run_train
 from labelling import cache as cache_module
-from labelling import models, pipeline
+from labelling import candidates, models, pipeline
 from labelling.cache import Cache, key_of
 from labelling.candidates import (
     GROUP,
@@ -30,12 +30,13 @@ from labelling.candidates import (
     TopK,
     WordSearch,
     best_of,
-    in_rows,
     keys_of,
+    keys_to_reach,
     kth_largest,
     on_device,
-    reaching,
-    score_of,
+    ranks_of,
+    scores_of,
+    smallest,
 )
 from labelling.sources import Corpus, Pairs, corpus_from_pairs
 from ref.data import parse
@@ -92,9 +93,8 @@ def test_keys_are_in_the_order_of_scores_then_ranks(hits):
     score, rank = (torch.tensor(part, dtype=dtype) for part, dtype in zip(
         zip(*hits, strict=True), (torch.float32, torch.int32), strict=True))
     key = keys_of(score, rank)
-    assert torch.equal(score_of(key), score)
-    sorted_hits = [hits[n] for n in key.argsort(stable=True)]
-    assert sorted_hits == sorted(hits, key=lambda hit: (-hit[0], hit[1]))
+    assert torch.equal(scores_of(key), score) and torch.equal(ranks_of(key), rank)
+    assert [hits[n] for n in key.argsort(stable=True)] == sorted(hits, key=lambda hit: (-hit[0], hit[1]))
 
 
 def by_sorting(score, rank, count):
@@ -106,34 +106,47 @@ def by_sorting(score, rank, count):
 @pytest.mark.parametrize("bar", ["none", "low", "right", "some rows low"])
 @pytest.mark.parametrize("columns", [GROUP, 3 * GROUP, 7 * GROUP, 40 * GROUP])
 @pytest.mark.parametrize("count", [1, 4, 9])
-@pytest.mark.parametrize("levels", [1, 3, 50, 10**6])
+@pytest.mark.parametrize("levels", [1, 3, 50, 10**6, "in some rows"])
 def test_the_best_reach_the_bar(columns, count, levels, bar):
     """Few levels of scores: ties everywhere, at the bar too. The last three columns are filling, and have no rank."""
-    score, rank = torch.randint(levels, (17, columns)).float(), torch.randperm(columns - 3).int()
+    score, rank = torch.rand(17, columns), torch.randperm(columns - 3).int()
+    score = torch.where(torch.arange(17)[:, None] % 5 == 0, 0.5, score) if levels == "in some rows" else (
+        levels * score).floor()
     score[:, -3:] = -torch.inf
     best = [by_sorting(row[:-3], rank, count) for row in score]
     right = torch.tensor([scores[-1] for scores, _ in best])
-    given = {"none": None, "low": right - levels, "right": right,
+    given = {"none": None, "low": right - 10**6, "right": right,
              "some rows low": torch.where(torch.arange(17) % 3 == 0, right, -1.0)}[bar]
-    row, key = reaching(score, rank, given, count)
-    found = TopK(torch.zeros(17, 1), count)
-    found.merge(in_rows(row, key, 17))
-    assert row.tolist() == sorted(row.tolist())
-    assert list(zip(found.score_QK.tolist(), found.rank_QK.tolist(), strict=True)) == best
-    assert row.bincount().max() <= 2 * count * GROUP  # of equal scores, too
+    key = keys_to_reach(score, rank, given, count)
+    found = smallest(key, count)
+    assert list(zip(scores_of(found).tolist(), ranks_of(found).tolist(), strict=True)) == best
+    assert key.shape[1] <= 2 * count * GROUP + count  # of equal scores, too
 
 
-def test_few_scores_are_looked_at_closely():
-    """What a good bar, or none, leaves of many different scores."""
+@pytest.mark.parametrize(("count", "bar", "passed", "raised"), [
+    (10, "none", 12 * 17, 1), (10, "good", 12 * 17, 0), (10, "low", 12 * 17, 1),
+    (300, "none", 17 * 4096, 0),  # fewer groups than wanted
+    (10, "one row equal", 12 * 17 + 4096, 2)])
+def test_few_scores_are_looked_at_closely(count, bar, passed, raised, monkeypatch):
+    """What a bar leaves of many different scores; rows with many equal ones are looked at in full, and only these."""
     score, rank = torch.rand(17, 4096), torch.arange(4096).int()
-    for bar in (None, kth_largest(score, 10), torch.full((17,), 0.5)):
-        row, _ = reaching(score, rank, bar, 10)
-        assert row.bincount().min() >= 10 and row.bincount().max() <= 15
+    if bar == "one row equal":
+        score[3] = 0.5
+    given = {"good": kth_largest(score, 10), "low": torch.full((17,), 0.5)}.get(bar)
+    sizes, bars = [], []
+    monkeypatch.setattr(candidates, "keys_of", lambda s, r: sizes.append(s.numel()) or keys_of(s, r))
+    monkeypatch.setattr(candidates, "kth_largest", lambda x, k: bars.append(len(x)) or kth_largest(x, k))
+    keys_to_reach(score, rank, given, count)
+    assert 0.8 * passed <= sum(sizes) <= passed and len(bars) == raised
 
 
-def test_the_bar_of_fewer_columns_than_wanted_is_reached_by_all():
-    assert kth_largest(torch.tensor([[3.0, 1.0, 2.0]]), 2).tolist() == [2.0]
-    assert kth_largest(torch.tensor([[3.0, -1e38, 2.0]]), 4).item() <= -1e38
+def test_the_worst_so_far_is_the_bar_of_the_next_block(monkeypatch):
+    bars = []
+    monkeypatch.setattr(candidates, "kth_largest", lambda x, k: bars.append(len(x)) or kth_largest(x, k))
+    best, passage = TopK(torch.rand(6, 8), 10), torch.rand(8000, 8)
+    for start in range(0, 8000, 2000):
+        best.add(passage[start : start + 2000], torch.arange(start, start + 2000).int())
+    assert bars == [6]
 
 
 @pytest.mark.parametrize("falling", [False, True])
@@ -144,7 +157,7 @@ def test_dense_search_where_every_block_is_better_or_worse_than_all_before(falli
     best = TopK(query, 5)
     for start in range(0, 600, 200):
         best.add(passage[start : start + 200], torch.arange(start, start + 200).int())
-    assert best.rank_QK.tolist() == [[0, 1, 2, 3, 4] if falling else [599, 598, 597, 596, 595]] * 4
+    assert ranks_of(best.key_QK).tolist() == [[0, 1, 2, 3, 4] if falling else [599, 598, 597, 596, 595]] * 4
 
 
 @pytest.mark.parametrize("negative", [False, True])
@@ -165,7 +178,8 @@ def test_dense_search_by_blocks_equals_brute_force_with_ties(block, at_once, neg
     for start in range(0, 1000, block):
         best.add(passage[start : start + block], rank[start : start + block])
     for row, score in enumerate(query @ passage.T):
-        assert (best.score_QK[row].tolist(), best.rank_QK[row].tolist()) == by_sorting(score, rank, 12)
+        key_K = best.key_QK[row]
+        assert (scores_of(key_K).tolist(), ranks_of(key_K).tolist()) == by_sorting(score, rank, 12)
 
 
 def test_blocks_on_a_cpu_are_read_as_they_are_used_and_cuda_is_not_touched(monkeypatch):
