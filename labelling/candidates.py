@@ -163,8 +163,8 @@ class TopK:
         if missing:
             passage_PD = F.pad(passage_PD, (0, 0, 0, missing))
         columns = len(passage_PD)
-        queries, at_once = len(self.query_QD), SCORES_AT_ONCE[passage_PD.device.type]
-        parts = min(queries, math.ceil(queries * columns / at_once))
+        queries = len(self.query_QD)
+        parts = min(queries, math.ceil(queries * columns / SCORES_AT_ONCE[passage_PD.device.type]))
         full = self.key_QK.shape[1] == self.count
         found = []
         for query_QD, so_far_QK in zip(self.query_QD.tensor_split(parts), self.key_QK.tensor_split(parts), strict=True):
@@ -174,7 +174,7 @@ class TopK:
             products(query_QD, passage_PD, out=score_QP)
             if missing:
                 score_QP[:, -missing:] = -torch.inf
-            key_QW = keys_to_reach(score_QP, rank_P, scores_of(so_far_QK[:, -1]) if full else None, self.count)
+            key_QW = keys_reaching(score_QP, rank_P, scores_of(so_far_QK[:, -1]) if full else None, self.count)
             found.append(smallest(torch.cat((so_far_QK, key_QW), dim=1), self.count))
         self.key_QK = torch.cat(found)
 
@@ -207,7 +207,7 @@ def in_order(bits: Tensor) -> Tensor:
     return bits ^ (bits >> 31 & LOW_31)
 
 
-def keys_to_reach(score_QP: Tensor, rank_P: Tensor, bar_Q: Tensor | None, count: int) -> Tensor:
+def keys_reaching(score_QP: Tensor, rank_P: Tensor, bar_Q: Tensor | None, count: int) -> Tensor:
     """Keys of the scores from each row's bar on, (Q, W), in no order, filled up with WORST: of those below none counts.
 
     Columns are a multiple of GROUP; those after the last rank are filling, -inf. One pass finds the maxima of groups of

@@ -31,7 +31,7 @@ from labelling.candidates import (
     WordSearch,
     best_of,
     keys_of,
-    keys_to_reach,
+    keys_reaching,
     kth_largest,
     on_device,
     ranks_of,
@@ -117,7 +117,7 @@ def test_the_best_reach_the_bar(columns, count, levels, bar):
     right = torch.tensor([scores[-1] for scores, _ in best])
     given = {"none": None, "low": right - 10**6, "right": right,
              "some rows low": torch.where(torch.arange(17) % 3 == 0, right, -1.0)}[bar]
-    key = keys_to_reach(score, rank, given, count)
+    key = keys_reaching(score, rank, given, count)
     found = smallest(key, count)
     assert list(zip(scores_of(found).tolist(), ranks_of(found).tolist(), strict=True)) == best
     assert key.shape[1] <= 2 * count * GROUP + count  # of equal scores, too
@@ -136,7 +136,7 @@ def test_few_scores_are_looked_at_closely(count, bar, passed, raised, monkeypatc
     sizes, bars = [], []
     monkeypatch.setattr(candidates, "keys_of", lambda s, r: sizes.append(s.numel()) or keys_of(s, r))
     monkeypatch.setattr(candidates, "kth_largest", lambda x, k: bars.append(len(x)) or kth_largest(x, k))
-    keys_to_reach(score, rank, given, count)
+    keys_reaching(score, rank, given, count)
     assert 0.8 * passed <= sum(sizes) <= passed and len(bars) == raised
 
 
