@@ -1,1 +1,1 @@
-"""Measurements that stand beside the reading path: nothing in ref/, kernels/ or the run scripts imports them."""
+"""Measurements and studies. Neither ref/ and kernels/ nor the run scripts import anything from here."""

@@ -1,20 +1,19 @@
-"""The report's claims, each as a paired experiment: `python -m benchmarks claims [--plan] [--quick] [--ground real]`.
+"""The report's claims as paired experiments: `python -m benchmarks claims [--dataset world|real] [--plan] [--quick]`.
 
-One experiment is one line of ARMS: options of run_train.py over the same functions that users call, and for some a
-change of the data (experiment.py). Each arm runs on the same seeds as the arm it is held against; what counts is the
-difference seed by seed, its mean and its 95 % interval (bootstrap). Then one of three words:
+An arm is an entry of ARMS: options of run_train.py and, for some, a change of the data (experiment.py). A claim
+compares two arms on the same seeds. Its result is the difference by seed: mean, 95 % interval (bootstrap) and verdict:
 
-    reproduced        the difference is not zero, and has the expected sign
-    not reproduced    it is not zero, and has the other sign
-    cannot tell       it may be zero, or there are fewer than three seeds
+    reproduced        the difference is not zero and has the expected sign
+    not reproduced    it is not zero and has the other sign
+    inconclusive      it may be zero, or there are fewer than three seeds
 
-"Not zero" asks more than the bootstrap, which is too sure of few seeds (without any effect it leaves out zero in a
-quarter of all cases for three seeds, in a tenth for ten): Student's interval for as many pairs must leave it out too.
+For "not zero" Student's interval must exclude zero as well, because the bootstrap is too narrow for few seeds: without
+an effect it excludes zero in a quarter of all cases with three seeds, in a tenth with ten.
 
-Grounds: `world`, the sample world (held-out nDCG@10 x 100), and `real`, five real files of soft labels and ten real
-sets (mean of mteb's main scores x 100; the folder is LG_ANNA_DATA). Rows are kept in benchmarks/results/claims by
-line, setting, seed and a hash of the code, so that a stopped study goes on and a changed line runs alone. With
---device cuda a larger model (configs/medium.json) learns for longer, on either ground, with tables of its own.
+Data sets: `world`, the sample world (held-out nDCG@10 x 100), and `real`, five files of soft labels and ten tasks (mean
+of mteb's main scores x 100) in the folder LG_ANNA_DATA. Each row is cached in benchmarks/results/claims under a hash of
+arm, setting, seed, code and data, so that an interrupted study continues. --device cuda trains a larger model
+(configs/medium.json) for more steps and writes its own tables.
 """
 
 import argparse
@@ -31,88 +30,92 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.experiment import RESULTS, ROOT, Arm, Setting, code_hash, prepare_mining, row_path, run_one
-from benchmarks.world import interval
+from benchmarks.experiment import RESULTS, ROOT, Arm, Setting, code_hash, prepare_mining, row_path, run_arm
+from benchmarks.world import bootstrap_interval
+from ref.utils.environment import environment_info, utc_now
+from ref.utils.files import read_json
 
 MODEL = {"world": "tiny", "real": "configs/small.json"}
-LARGER = "configs/medium.json"
-STEPS = {"world": 400, "real": 400}
-STEPS_LARGER = {"world": 3000, "real": 10_000}
+STEPS, GPU_STEPS = {"world": 400, "real": 400}, {"world": 3000, "real": 10_000}
+GPU_MODEL = "configs/medium.json"
 SEEDS = {"world": 10, "real": 3}
-SECONDS_A_STEP = {"world": 0.1, "real": 0.3}  # one thread of a server's CPU, for --plan
+SECONDS_PER_STEP = {"world": 0.1, "real": 0.3}  # on one thread of a server's CPU, for --plan
+Rows = dict[tuple[str, int], dict[str, Any]]  # by arm and seed
 
 ARMS = {
-    "full": Arm(),
-    "hard labels": Arm(("--soft-weight", "0")),
-    "soft labels alone": Arm(("--hard-weight", "0")),
+    "default": Arm(),
+    "contrastive term only": Arm(("--soft-label-weight", "0")),
+    "soft-label term only": Arm(("--contrastive-weight", "0")),
     "teacher temperature 0.016": Arm(("--teacher-temperature", "0.016")),
     "teacher temperature 0.16": Arm(("--teacher-temperature", "0.16")),
-    "no instructions": Arm(data="same instruction"),
-    "shuffled instructions": Arm(data="shuffled instructions"),
-    "examples 0 to 5": Arm(("--max-examples", "5")),
-    "examples 0 to 5, 2 shown": Arm(("--max-examples", "5"), shown=2),
-    "examples 0 to 5, 5 shown": Arm(("--max-examples", "5"), shown=5),
-    "fixed examples": Arm(("--max-examples", "5"), data="fixed examples"),
+    "no instructions": Arm(change="same instruction"),
+    "shuffled instructions": Arm(change="shuffled instructions"),
+    "random examples": Arm(("--max-examples", "5")),
+    "random examples, 2 at evaluation": Arm(("--max-examples", "5"), num_examples=2),
+    "random examples, 5 at evaluation": Arm(("--max-examples", "5"), num_examples=5),
+    "fixed examples": Arm(("--max-examples", "5"), change="fixed examples"),
     "no false-negative margin": Arm(("--false-negative-margin", "none")),
-    "16 queries": Arm(("--queries", "16", "--queries-symmetric", "16")),
-    "256 queries": Arm(("--queries", "256", "--queries-symmetric", "256", "--chunk-tokens", "8192")),
-    "mined, percentage 0.95": Arm(data="mined percentage 0.95"),
-    "mined, margin 0.05": Arm(data="mined margin 0.05"),
-    "mined, absolute 0.7": Arm(data="mined absolute 0.7"),
-    "mined, none": Arm(data="mined none 0"),
-    "mined, random": Arm(data="mined random 0"),
+    "batch of 16": Arm(("--batch-size", "16", "--batch-size-symmetric", "16")),
+    "batch of 256": Arm(("--batch-size", "256", "--batch-size-symmetric", "256", "--mini-batch-tokens", "8192")),
+    "mined, percentage 0.95": Arm(change="mined percentage 0.95"),
+    "mined, margin 0.05": Arm(change="mined margin 0.05"),
+    "mined, absolute 0.7": Arm(change="mined absolute 0.7"),
+    "mined, none": Arm(change="mined none 0"),
+    "mined, random": Arm(change="mined random 0"),
 }
 
 
 @dataclass(frozen=True)
 class Claim:
-    """`arm` against `other`. `expected`: the sign, with the report's size in points where there is one, or whose it is.
-
-    `on`: one set, in place of the mean over all.
-    """
+    """`arm` compared with `baseline`."""
 
     text: str
     arm: str
-    other: str
-    expected: str
-    on: str = ""
+    baseline: str
+    expected: str  # the sign, with the report's size in points if it gives one, or with the source of the expectation
+    task: str = ""  # one task instead of the mean over all
 
     @property
     def sign(self) -> int:
-        """1 where `arm` should do better."""
+        """1 if `arm` is expected to be better, else -1."""
         return -1 if self.expected.startswith("-") else 1
 
 
-MINED = "MedQuADRetrieval"  # the one of the ten sets that looks like the pairs that are mined
+MEDQUAD = "MedQuADRetrieval"  # the task whose texts resemble the pairs that are mined
+METHOD, OURS = "+ (part of its method)", "+ (our default)"
 
 CLAIMS = [
-    Claim("soft labels beside hard ones", "full", "hard labels", "+0.63"),
-    Claim("both terms against soft labels alone", "full", "soft labels alone", "+ (its method)"),
-    Claim("teacher temperature 0.05 against 0.016", "full", "teacher temperature 0.016", "+ (our default)"),
-    Claim("teacher temperature 0.05 against 0.16", "full", "teacher temperature 0.16", "+ (our default)"),
-    Claim("instructions on against off", "full", "no instructions", "+ (its method)"),
-    Claim("the right instructions against shuffled ones", "full", "shuffled instructions", "+ (its method)"),
-    Claim("examples in training, scored without, against none", "examples 0 to 5", "full", "+ (its method)"),
-    Claim("2 examples at scoring time against none", "examples 0 to 5, 2 shown", "examples 0 to 5", "-1.02"),
-    Claim("5 examples at scoring time against none", "examples 0 to 5, 5 shown", "examples 0 to 5", "- (as for 2)"),
-    Claim("fixed examples against drawn ones, scored without", "fixed examples", "examples 0 to 5",
+    Claim("soft labels added to hard labels", "default", "contrastive term only", "+0.63"),
+    Claim("hard labels added to soft labels", "default", "soft-label term only", METHOD),
+    Claim("teacher temperature 0.05 instead of 0.016", "default", "teacher temperature 0.016", OURS),
+    Claim("teacher temperature 0.05 instead of 0.16", "default", "teacher temperature 0.16", OURS),
+    Claim("with instructions instead of without", "default", "no instructions", METHOD),
+    Claim("correct instead of shuffled instructions", "default", "shuffled instructions", METHOD),
+    Claim("trained with 0 to 5 examples instead of none, evaluated with none", "random examples", "default", METHOD),
+    Claim("trained with examples: evaluated with 2 instead of none", "random examples, 2 at evaluation",
+          "random examples", "-1.02"),
+    Claim("trained with examples: evaluated with 5 instead of none", "random examples, 5 at evaluation",
+          "random examples", "- (as for 2)"),
+    Claim("trained with fixed instead of random examples, evaluated with none", "fixed examples", "random examples",
           "-3.17 (BGE-EN-ICL)"),
-    Claim("false negatives masked by a margin against not", "full", "no false-negative margin", "+ (our default)"),
-    Claim("64 queries a batch against 16, equal steps", "full", "16 queries", "+ (it has 512)"),
-    Claim("256 queries a batch against 64, equal steps", "256 queries", "full", "+ (it has 512)"),
-    Claim("mining at 0.95 against no rule", "mined, percentage 0.95", "mined, none", "+0.39 (other sampling)"),
-    Claim("mining at 0.95 against a margin", "mined, percentage 0.95", "mined, margin 0.05", "+ (its method)"),
-    Claim("mining at 0.95 against an absolute bar", "mined, percentage 0.95", "mined, absolute 0.7", "+ (its method)"),
-    Claim("mining at 0.95 against random negatives", "mined, percentage 0.95", "mined, random", "+ (its method)"),
+    Claim("false negatives masked by a margin instead of not", "default", "no false-negative margin", OURS),
+    Claim("64 queries per batch instead of 16, equal steps", "default", "batch of 16", "+ (it uses 512)"),
+    Claim("256 queries per batch instead of 64, equal steps", "batch of 256", "default", "+ (it uses 512)"),
+    Claim("mining by percentage 0.95 instead of no rule", "mined, percentage 0.95", "mined, none",
+          "+0.39 (other sampling)"),
+    Claim("mining by percentage 0.95 instead of margin 0.05", "mined, percentage 0.95", "mined, margin 0.05", METHOD),
+    Claim("mining by percentage 0.95 instead of absolute 0.7", "mined, percentage 0.95", "mined, absolute 0.7", METHOD),
+    Claim("mining by percentage 0.95 instead of random negatives", "mined, percentage 0.95", "mined, random", METHOD),
 ]
-CLAIMS += [replace(claim, text=f"{claim.text}, {MINED}", expected="+ (its method)", on=MINED)
+CLAIMS += [replace(claim, text=f"{claim.text}, {MEDQUAD}", expected=METHOD, task=MEDQUAD)
            for claim in CLAIMS if claim.arm.startswith("mined")]
 
 
-# ------------------------------------------------------------------------------------------------- the study
+# ---- statistics --------------------------------------------------------------------------------------------
 
-def student(differences: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean of normal numbers; without bounds for fewer than two."""
+
+def student_interval(differences: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean by Student's t; infinite for fewer than two differences."""
     from scipy.stats import t
 
     count = len(differences)
@@ -123,161 +126,186 @@ def student(differences: Sequence[float]) -> tuple[float, float]:
 
 
 def verdict(low: float, high: float, sign: int) -> str:
-    """One of the three words."""
+    """The verdict for an interval and the expected sign."""
     if low <= 0 <= high:
-        return "cannot tell"
+        return "inconclusive"
     return "reproduced" if (low > 0) == (sign > 0) else "not reproduced"
 
 
-def table(rows: dict[tuple[str, int], dict[str, Any]], seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """A line for each claim whose arms have run on all seeds."""
-    def score(arm: str, seed: int, on: str) -> float | None:
-        row = rows.get((arm, seed), {"sets": {}})
-        return row["sets"].get(on) if on else row.get("score")
+def compare(rows: Rows, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """The result of each claim whose two arms have run with all seeds."""
+    def score(arm: str, seed: int, task: str) -> float | None:
+        row = rows.get((arm, seed), {"task_scores": {}})
+        return row["task_scores"].get(task) if task else row.get("score")
 
-    found = []
+    results = []
     for claim in CLAIMS:
-        pairs = [(score(claim.arm, seed, claim.on), score(claim.other, seed, claim.on)) for seed in seeds]
+        pairs = [(score(claim.arm, seed, claim.task), score(claim.baseline, seed, claim.task)) for seed in seeds]
         if not pairs or any(a is None or b is None for a, b in pairs):
             continue
         gain = [a - b for a, b in pairs if a is not None and b is not None]
-        low, high = interval(gain)
-        sure_low, sure_high = student(gain)
-        found.append({"claim": claim.text, "difference": float(np.mean(gain)), "low": low, "high": high,
-                      "seeds": len(gain), "expected": claim.expected,
-                      "student": [sure_low, sure_high] if len(gain) > 1 else None,
-                      "verdict": verdict(min(low, sure_low), max(high, sure_high), claim.sign) if len(gain) > 2
-                      else "cannot tell",
-                      "mean": float(np.mean([a for a, _ in pairs if a is not None]))})
-    return found
+        (low, high), (wide_low, wide_high) = bootstrap_interval(gain), student_interval(gain)
+        results.append({
+            "claim": claim.text, "difference": float(np.mean(gain)), "low": low, "high": high, "seeds": len(gain),
+            "expected": claim.expected, "student_interval": [wide_low, wide_high] if len(gain) > 1 else None,
+            "verdict": verdict(min(low, wide_low), max(high, wide_high), claim.sign) if len(gain) > 2
+            else "inconclusive",
+            "mean": float(np.mean([a for a, _ in pairs if a is not None]))})
+    return results
 
 
-def as_markdown(found: list[dict[str, Any]]) -> str:
-    """The table for README and docs/evidence.md."""
-    lines = ["| claim | difference, 95 % interval | n | the report | |", "|---|---|---|---|---|"]
+# ---- report ------------------------------------------------------------------------------------------------
+
+
+def as_markdown(results: list[dict[str, Any]]) -> str:
+    """The table of the README and of docs/evidence.md."""
+    lines = ["| comparison | difference in points (95 % interval) | seeds | reported | verdict |",
+             "|---|---|---|---|---|"]
     lines += [f"| {r['claim']} | {r['difference']:+.2f} ({r['low']:+.2f} to {r['high']:+.2f}) | {r['seeds']} | "
-              f"{r['expected']} | {r['verdict']} |" for r in found]
+              f"{r['expected']} | {r['verdict']} |" for r in results]
     return "\n".join(lines)
 
 
-def draw(name: str, found: list[dict[str, Any]], path: Path) -> str:
-    """Differences with their intervals as a picture; returns what was written, or why nothing was."""
+def plot_claims(name: str, results: list[dict[str, Any]], path: Path) -> str:
+    """Draw the differences with their intervals; returns the path, or the reason if it cannot be drawn."""
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError:
-        return "no picture: matplotlib is not installed (pip install -e .[plots])"
-    figure = Figure(figsize=(9, 0.36 * len(found) + 1.2), layout="constrained")
+        return "figure not drawn: matplotlib is not installed (pip install -e .[plots])"
+    figure = Figure(figsize=(10, 0.3 * len(results) + 1.2), layout="constrained")
     axes = figure.subplots()
-    colors = {"reproduced": "#228833", "not reproduced": "#cc3311", "cannot tell": "#888888"}
-    for place, row in enumerate(found):
+    colors = {"reproduced": "#228833", "not reproduced": "#cc3311", "inconclusive": "#888888"}
+    for place, row in enumerate(results):
         middle = row["difference"]
         axes.errorbar(middle, place, xerr=[[middle - row["low"]], [row["high"] - middle]], fmt="o",
                       color=colors[row["verdict"]], capsize=3)
     axes.axvline(0, color="gray", linewidth=0.8)
-    axes.set_yticks(range(len(found)), [row["claim"] for row in found])
+    axes.set_yticks(range(len(results)), [row["claim"] for row in results])
     axes.invert_yaxis()
-    axes.set(xlabel=f"points, {name} (green: reproduced, red: not reproduced, gray: cannot tell)")
-    figure.savefig(path, metadata={"Date": None})
-    return f"picture: {path}"
+    axes.set(xlabel=f"difference in points, {name}\ngreen: reproduced, red: not reproduced, gray: inconclusive")
+    with rc_context({"svg.hashsalt": "claims"}):  # the same file for the same rows
+        figure.savefig(path, metadata={"Date": None})
+    return f"figure: {path}"
+
+
+def write_report(name: str, study: dict[str, Any], *, write: bool = True) -> None:
+    """Print the table; with `write` also write rows (.json), table (.md) and figure (.svg) under `name`."""
+    rows = {(row["arm"], row["seed"]): row for row in study["rows"]}
+    results = compare(rows, sorted({seed for _, seed in rows}))
+    print("\n" + as_markdown(results))
+    if write:
+        study = {**{key: value for key, value in study.items() if key != "rows"}, "claims": results,
+                 "rows": study["rows"]}
+        (RESULTS / f"{name}.json").write_text(json.dumps(study, indent=1) + "\n")
+        (RESULTS / f"{name}.md").write_text(as_markdown(results) + "\n")
+        print(plot_claims(name, results, RESULTS / f"{name}.svg"))
+
+
+# ---- the study ---------------------------------------------------------------------------------------------
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks claims", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--dataset", choices=("world", "real"), default="world", help="(default: world)")
+    add("--seeds", type=int, help="(default: 10 for world, 3 for real)")
+    add("--steps", type=int, help="of each run (default: 400; on a GPU 3,000 for world and 10,000 for real)")
+    add("--model", help=f"(default: tiny for world, configs/small.json for real; on a GPU {GPU_MODEL})")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
+    add("--only", nargs="+", metavar="ARM", choices=list(ARMS), help="run these arms; the table is only printed")
+    add("--workers", type=int, choices=range(1, 65), default=min(4, os.cpu_count() or 1), metavar="N",
+        help="parallel runs, one thread each (default: %(default)s)")
+    add("--plan", action="store_true", help="print what is missing and how long it takes; run nothing")
+    add("--quick", action="store_true", help="one seed, ten steps, to test the code")
+    add("--table", action="store_true", help="regenerate table and figure from the stored rows")
+    add("--one", nargs=2, metavar=("ARM", "SEED"), help=argparse.SUPPRESS)  # a run in its own process
+    return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what is missing, then print the table; where nothing is missing, write table, picture and rows."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks claims", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ground", choices=("world", "real"), default="world")
-    parser.add_argument("--seeds", type=int, help="(default: 10 in the world, 3 on real data)")
-    parser.add_argument("--steps", type=int, help="of each run (default: 400; on a GPU 3,000 and 10,000)")
-    parser.add_argument("--model", help=f"(default: tiny in the world, configs/small.json; on a GPU {LARGER})")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--only", nargs="+", metavar="ARM", choices=list(ARMS), help="these arms: the table is printed")
-    parser.add_argument("--workers", type=int, choices=range(1, 65), default=min(4, os.cpu_count() or 1), metavar="N",
-                        help="runs at a time, one thread each (default: %(default)s)")
-    parser.add_argument("--plan", action="store_true", help="say what is missing and how long it takes, and stop")
-    parser.add_argument("--quick", action="store_true", help="one seed, ten steps: shows that it runs")
-    parser.add_argument("--table", action="store_true", help="table and picture from the rows already written")
-    parser.add_argument("--one", nargs=2, metavar=("ARM", "SEED"), help=argparse.SUPPRESS)
+    """Run what is missing and print the table; a complete study is also written. Returns 1 if a run failed."""
+    parser = argument_parser()
     given = parser.parse_args(arguments)
-    larger = given.device == "cuda"
-    usual = Setting(given.ground, STEPS[given.ground], MODEL[given.ground])
-    steps = (STEPS_LARGER if larger else STEPS)[given.ground]
-    setting = Setting(given.ground, 10 if given.quick else given.steps or steps,
-                      given.model or (LARGER if larger else usual.model), given.device)
+    gpu, dataset = given.device == "cuda", given.dataset
+    usual = Setting(dataset, STEPS[dataset], MODEL[dataset])
+    steps = given.steps or (GPU_STEPS if gpu else STEPS)[dataset]
+    setting = Setting(dataset, 10 if given.quick else steps, given.model or (GPU_MODEL if gpu else usual.model),
+                      given.device)
     if given.one:
-        name, seed = given.one[0], int(given.one[1])
-        path = row_path(setting, ARMS[name], seed)  # before the run: of the code that it runs
-        row = {"arm": name, **run_one(setting, ARMS[name], seed)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(row) + "\n")
+        run_and_store(setting, given.one[0], int(given.one[1]))
         return 0
-    files = given.ground if setting == usual else "-".join(
-        map(str, (given.ground, Path(setting.model).stem, setting.steps, setting.device)))
+    name = dataset if setting == usual else "-".join(
+        map(str, (dataset, Path(setting.model).stem, setting.steps, setting.device)))
+    stored = RESULTS / f"{name}.json"
     if given.table:
-        if not (RESULTS / f"{files}.json").exists():
-            parser.error(f"there is no {RESULTS / files}.json yet: run the study first.")
-        return report(files, json.loads((RESULTS / f"{files}.json").read_text()))
-    seeds = range(1 if given.quick else given.seeds or SEEDS[given.ground])
-    arms = [name for name in ARMS if not given.only or name in given.only]
-    paths = {(name, seed): row_path(setting, arm, seed) for seed in seeds for name, arm in ARMS.items()}
-    left = [item for item, path in paths.items() if item[0] in arms and not path.exists()]
-    hours = len(left) * setting.steps * SECONDS_A_STEP[given.ground] / given.workers / 3600
-    guess = "measured as it goes" if setting.model != usual.model or larger else f"about {hours:.1f} hours"
-    print(f"{len(arms)} arms x {len(seeds)} seeds, {len(left)} runs of {setting.steps} steps missing: {guess}, "
-          f"{given.workers} at a time", flush=True)
-    if given.plan:
+        if not stored.exists():
+            parser.error(f"--table: {stored} does not exist; run the study first")
+        write_report(name, read_json(stored))
         return 0
-    if any(ARMS[arm].data.startswith("mined") for arm, _ in left):
-        prepare_mining(given.ground)
-    failed = study(setting, left, paths, given.workers)
-    from ref.runs import machine, now
+    num_seeds = 1 if given.quick else given.seeds or SEEDS[dataset]
+    arms = [arm for arm in ARMS if not given.only or arm in given.only]
+    paths = {(arm, seed): row_path(setting, ARMS[arm], seed) for seed in range(num_seeds) for arm in ARMS}
+    missing = [item for item, path in paths.items() if item[0] in arms and not path.exists()]
+    hours = len(missing) * setting.steps * SECONDS_PER_STEP[dataset] / given.workers / 3600
+    duration = f"about {hours:.1f} hours" if setting.model == usual.model and not gpu else "duration unknown"
+    print(f"{len(arms)} arms x {num_seeds} seeds, missing: {len(missing)} runs of {setting.steps} steps, {duration}, "
+          f"{given.workers} in parallel", flush=True)
+    return 0 if given.plan else run_study(name, setting, missing, paths, given.workers)
 
-    rows = [{**json.loads(path.read_text()), "arm": name, "code": code_hash()} for (name, _), path in paths.items()
+
+def run_study(
+    name: str, setting: Setting, missing: Sequence[tuple[str, int]], paths: dict[tuple[str, int], Path], workers: int,
+) -> int:
+    """Run the missing rows, then report all that exist; returns 1 if a run failed."""
+    if any(ARMS[arm].change.startswith("mined") for arm, _ in missing):
+        prepare_mining(setting.dataset)
+    failed = run_missing(setting, missing, paths, workers)
+    rows = [{**json.loads(path.read_text()), "arm": arm, "code": code_hash()} for (arm, _), path in paths.items()
             if path.exists()]
-    about = {"date": now(), **machine(), "ground": given.ground, "steps": setting.steps, "rows": rows}
-    whole = len(rows) == len(paths) and len(seeds) >= SEEDS[given.ground]
-    report(files, about, write=whole)
-    if not whole:
-        print("not written: that takes all arms, and as many seeds as by default")
+    study = {"date": utc_now(), **environment_info(), "dataset": setting.dataset, "steps": setting.steps, "rows": rows}
+    complete = len(rows) == len(paths) and len(paths) >= len(ARMS) * SEEDS[setting.dataset]
+    write_report(name, study, write=complete)
+    if not complete:
+        print("not written: a complete study has all arms and at least the default number of seeds")
+    return int(failed)
+
+
+def run_missing(
+    setting: Setting, missing: Sequence[tuple[str, int]], paths: dict[tuple[str, int], Path], workers: int,
+) -> bool:
+    """Run each row in its own process; returns whether one failed, or wrote no row for the present code."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    start_s = time.perf_counter()
+
+    def run(item: tuple[str, int]) -> bool:
+        call = [sys.executable, "-m", "benchmarks.claims", "--dataset", setting.dataset, "--steps", str(setting.steps),
+                "--model", setting.model, "--device", setting.device, "--one", item[0], str(item[1])]
+        done = subprocess.run(call, cwd=ROOT, env=environment, check=False, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True)
+        succeeded = done.returncode == 0 and paths[item].exists()
+        if not succeeded:
+            print(done.stdout[-2000:], flush=True)
+        return succeeded
+
+    failed = False
+    with ThreadPoolExecutor(workers) as pool:
+        for number, (item, succeeded) in enumerate(zip(missing, pool.map(run, missing), strict=True), start=1):
+            failed |= not succeeded
+            minutes = (time.perf_counter() - start_s) / number * (len(missing) - number) / 60
+            print(f"{number} of {len(missing)}: {item[0]}, seed {item[1]}{'' if succeeded else ' FAILED'}; "
+                  f"{minutes:.0f} minutes left", flush=True)
     return failed
 
 
-def study(setting: Setting, left: Sequence[tuple[str, int]], paths: dict[tuple[str, int], Path], workers: int) -> int:
-    """Run the missing rows, each in a process of its own; 1 if one failed, or left no row for the code as it is now."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    started_s = time.perf_counter()
-
-    def one(item: tuple[str, int]) -> bool:
-        call = [sys.executable, "-m", "benchmarks.claims", "--ground", setting.ground, "--steps", str(setting.steps),
-                "--model", setting.model, "--device", setting.device, "--one", item[0], str(item[1])]
-        ended = subprocess.run(call, cwd=ROOT, env=environment, check=False, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True)  # mteb and `datasets` say much
-        fine = ended.returncode == 0 and paths[item].exists()
-        if not fine:
-            print(ended.stdout[-2000:], flush=True)
-        return fine
-
-    failed = 0
-    with ThreadPoolExecutor(workers) as pool:
-        for number, fine in enumerate(pool.map(one, left), start=1):
-            failed += not fine
-            minutes = (time.perf_counter() - started_s) / number * (len(left) - number) / 60
-            print(f"{number} of {len(left)}: {left[number - 1][0]}, seed {left[number - 1][1]}"
-                  f"{'' if fine else ' FAILED'}; left {minutes:.0f} minutes", flush=True)
-    return 1 if failed else 0
-
-
-def report(files: str, about: dict[str, Any], *, write: bool = True) -> int:
-    """Print the table; write it with the picture and the rows under that name."""
-    rows = {(row["arm"], row["seed"]): row for row in about["rows"]}
-    found = table(rows, sorted({seed for _, seed in rows}))
-    print("\n" + as_markdown(found))
-    if write:
-        about = {**{key: value for key, value in about.items() if key != "rows"}, "claims": found,
-                 "rows": about["rows"]}
-        (RESULTS / f"{files}.json").write_text(json.dumps(about, indent=1) + "\n")
-        (RESULTS / f"{files}.md").write_text(as_markdown(found) + "\n")
-        print(draw(files, found, RESULTS / f"{files}.svg"))
-    return 0
+def run_and_store(setting: Setting, arm: str, seed: int) -> None:
+    """Run one arm with one seed and write its row."""
+    path = row_path(setting, ARMS[arm], seed)  # before the run: the hash of the code that runs
+    row = {"arm": arm, **run_arm(setting, ARMS[arm], seed)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

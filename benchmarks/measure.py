@@ -1,8 +1,8 @@
-"""Measuring side by side: time, memory, and what the figures depend on.
+"""Side-by-side measurement: time, peak memory, and checks of the results.
 
-Every figure is a ratio within one run: `measure` calls all contestants in turn, round after round, so that what
-disturbs the machine disturbs all of them. A result is checked against the peer's before anything is timed (where a
-pass takes long, after it); a benchmark whose check fails raises and reports no speed.
+All figures are ratios within one run: `measure` calls ours and its peers in turn, round after round, so that a
+disturbance of the machine affects all of them. Results are compared before they are timed (after it where a call takes
+long): a wrong result raises an error, and no speed is reported.
 """
 
 import ctypes
@@ -19,23 +19,22 @@ from typing import Any
 
 import torch
 
-from ref.runs import machine, now, package_version
+from ref.utils.environment import environment_info, package_version, utc_now
 
 RESULTS = Path(__file__).parent / "results"
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
-PEERS = ("transformers", "peft", "sentence-transformers", "liger-kernel")
-
+PEER_PACKAGES = ("transformers", "peft", "sentence-transformers", "liger-kernel")
 
 Target = tuple[float, str, float]  # measured, "<=" or ">=", wanted
 
 
 @dataclass
-class Contestant:
-    """Seconds of each round and the most memory beyond what was there before; or why it did not run."""
+class Timing:
+    """Time and memory of one call, ours or a peer's; or the reason why it was not measured."""
 
-    seconds: list[float] = field(default_factory=list)
-    peak_bytes: int = 0  # 0: not looked at, and not reported
-    missing: str = ""  # the reason
+    seconds: list[float] = field(default_factory=list)  # one per round
+    peak_bytes: int = 0  # allocated beyond what was allocated before the call; 0: not measured
+    missing: str = ""
 
     @property
     def median_s(self) -> float:
@@ -44,70 +43,77 @@ class Contestant:
 
 @dataclass
 class Result:
-    """One benchmark: its contestants, ratios that were asked for, and targets."""
+    """One benchmark."""
 
     name: str
     shape: dict[str, Any]
-    contestants: dict[str, Contestant]
-    checks: dict[str, float]  # what was compared before timing, and the largest difference
+    timings: dict[str, Timing]  # by name: "ours" and the peers
+    checks: dict[str, float]  # relative errors that were checked
     targets: dict[str, Target]
-    figures: dict[str, float] = field(default_factory=dict)  # whatever else was measured
+    figures: dict[str, float] = field(default_factory=dict)  # other measured values
 
-    def as_json(self) -> dict[str, Any]:
-        """All of it, with date, commit, hardware and versions."""
-        rows = {name: {"missing": c.missing} if c.missing else {
-            "median_s": c.median_s, "min_s": min(c.seconds), "max_s": max(c.seconds), "rounds": len(c.seconds),
-            "peak_bytes": c.peak_bytes or None} for name, c in self.contestants.items()}
-        about = machine()
-        about["versions"] |= {name: package_version(name) for name in PEERS}
-        return {"benchmark": self.name, "date": now(), **about, "shape": self.shape, "checks": self.checks,
-                "contestants": rows, "figures": self.figures,
-                "targets": {what: {"measured": value, "wanted": f"{sign} {wanted:g}", "met": met(value, sign, wanted)}
-                            for what, (value, sign, wanted) in self.targets.items()}}
+    def to_json(self) -> dict[str, Any]:
+        """The result with date, commit, hardware and versions."""
+        timings = {name: {"missing": t.missing} if t.missing else {
+            "median_s": t.median_s, "min_s": min(t.seconds), "max_s": max(t.seconds), "rounds": len(t.seconds),
+            "peak_bytes": t.peak_bytes or None} for name, t in self.timings.items()}
+        environment = environment_info()
+        environment["versions"] |= {name: package_version(name) for name in PEER_PACKAGES}
+        return {"benchmark": self.name, "date": utc_now(), **environment, "shape": self.shape, "checks": self.checks,
+                "timings": timings, "figures": self.figures, "targets": {
+                    what: {"measured": value, "wanted": f"{sign} {wanted:g}", "met": is_met(value, sign, wanted)}
+                    for what, (value, sign, wanted) in self.targets.items()}}
 
 
-def met(value: float, sign: str, wanted: float) -> bool:
+def is_met(value: float, sign: str, wanted: float) -> bool:
     """Whether a target is met."""
     return value <= wanted if sign == "<=" else value >= wanted
 
 
-def measure(
-    calls: Mapping[str, Callable[[], object] | str], *, device: torch.device, rounds: int, warm: bool = False,
-) -> dict[str, Contestant]:
-    """Time every call in turn, `rounds` times; a text in place of a call says why not.
+def speed_targets(timings: Mapping[str, Timing], wanted: Mapping[str, float]) -> dict[str, Target]:
+    """Targets "PEER / ours >= wanted" on the median times of the peers that were measured."""
+    ours_s = timings["ours"].median_s
+    return {f"{name} / ours": (timings[name].median_s / ours_s, ">=", factor)
+            for name, factor in wanted.items() if not timings[name].missing}
 
-    A call of each warms up, and on the CPU another measures memory. Calls that take long may come in `warm`: then
-    neither is done. On CUDA, where looking at memory costs no time, the first call that is timed does that.
+
+def measure(
+    calls: Mapping[str, Callable[[], object] | str], *, device: torch.device, rounds: int, warmed_up: bool = False,
+) -> dict[str, Timing]:
+    """Time all calls in turn, `rounds` times. A string in place of a call is the reason why it is missing.
+
+    Before the first round each call runs once to warm up, and on a CPU once more for its peak memory. With `warmed_up`
+    both are skipped, for calls that take long. On CUDA the first round measures the memory, which costs no time there.
     """
-    found = {name: Contestant(missing=call if isinstance(call, str) else "") for name, call in calls.items()}
+    timings = {name: Timing(missing=call if isinstance(call, str) else "") for name, call in calls.items()}
     runnable = {name: call for name, call in calls.items() if not isinstance(call, str)}
-    for name, call in () if warm else runnable.items():
+    for name, call in () if warmed_up else runnable.items():
         call()
         if device.type == "cpu":
-            found[name].peak_bytes = peak_bytes(call, device)
+            timings[name].peak_bytes = peak_bytes(call, device)
     for n in range(rounds):
         for name, call in runnable.items():
             if n == 0 and device.type == "cuda":
-                duration_s, found[name].peak_bytes = seconds_and_peak(call, device)
+                duration_s, timings[name].peak_bytes = time_and_peak(call, device)
             else:
-                duration_s = seconds(call, device)
-            found[name].seconds.append(duration_s)
+                duration_s = time_call(call, device)
+            timings[name].seconds.append(duration_s)
             if duration_s > 0.1:
                 print(f"  round {n + 1} of {rounds}, {name}: {duration_s:.3f} s", file=sys.stderr, flush=True)
-    return found
+    return timings
 
 
-def seconds_and_peak(call: Callable[[], object], device: torch.device) -> tuple[float, int]:
-    """Both, of one call on CUDA, of a call each on the CPU, where looking at memory takes time."""
+def time_and_peak(call: Callable[[], object], device: torch.device) -> tuple[float, int]:
+    """Seconds and peak memory: of one call on CUDA, of two calls on a CPU, where measuring memory takes time."""
     if device.type == "cpu":
-        return seconds(call, device), peak_bytes(call, device)
+        return time_call(call, device), peak_bytes(call, device)
     durations: list[float] = []
-    peak = peak_bytes(lambda: durations.append(seconds(call, device)), device)
+    peak = peak_bytes(lambda: durations.append(time_call(call, device)), device)
     return durations[0], peak
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Duration of one call: by the host's clock, on CUDA by events, so that the launch of the first is left out."""
+def time_call(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call: by the host's clock; on CUDA by events, which exclude the latency of the first launch."""
     if device.type == "cpu":
         start_s = time.perf_counter()
         call()
@@ -122,7 +128,7 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """The most memory a call holds beyond what was held before it; what it returns counts."""
+    """Peak memory of a call beyond what was allocated before it, with its return value; 0 on a CPU without Linux."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -133,64 +139,64 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     if sys.platform != "linux":
         return 0
     libc = ctypes.CDLL(None)
-    libc.mallopt(MMAP_THRESHOLD, 2**16)  # what is freed goes back at once: no holes are counted
+    libc.mallopt(MMAP_THRESHOLD, 2**16)  # freed memory is returned at once, so that fragmentation does not count
     libc.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = _memory_status("VmRSS")
     call()
-    peak = _status("VmHWM") - before
-    libc.mallopt(MMAP_THRESHOLD, 2**25)  # what glibc itself comes to once large blocks are freed
+    peak = _memory_status("VmHWM") - before
+    libc.mallopt(MMAP_THRESHOLD, 2**25)  # the values that glibc itself reaches after large blocks were freed
     libc.mallopt(TRIM_THRESHOLD, 2**26)
     return peak
 
 
-def _status(key: str) -> int:
+def _memory_status(key: str) -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return 1024 * int(line.split()[1])
 
 
 def growth(call: Callable[[int], object], sizes: Sequence[int], device: torch.device) -> dict[str, float]:
-    """How time and peak memory grow with size: the exponents, by least squares on logarithms, a pass each a size."""
+    """Growth of time and peak memory with the size: one call per size, and the exponents b of a fit ~ size^b."""
     call(sizes[0])
-    times, peaks = zip(*(seconds_and_peak(partial(call, size), device) for size in sizes), strict=True)
-    exponents = {what: slope(sizes, values) for what, values in (("time", times), ("peak memory", peaks))}
+    times, peaks = zip(*(time_and_peak(partial(call, size), device) for size in sizes), strict=True)
+    exponents = {what: fit_exponent(sizes, values) for what, values in (("time", times), ("peak memory", peaks))}
     return {**{f"exponent of {what}, {sizes[0]} to {sizes[-1]}": value for what, value in exponents.items()},
-            **{f"s at {size}": seconds for size, seconds in zip(sizes, times, strict=True)},
+            **{f"s at {size}": duration_s for size, duration_s in zip(sizes, times, strict=True)},
             **{f"peak MB at {size}": peak / 1e6 for size, peak in zip(sizes, peaks, strict=True)}}
 
 
-def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """The exponent b of values ~ size^b."""
+def fit_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """The exponent b of values ~ size^b, by least squares on the logarithms."""
     x, y = (torch.tensor(v, dtype=torch.float64).clamp(min=1e-9).log() for v in (sizes, values))
     return float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
 
 
-def difference(ours: torch.Tensor, truth: torch.Tensor) -> float:
-    """|ours - truth| / |truth|, Euclidean, in fp64; NaN is infinitely far."""
+def relative_error(ours: torch.Tensor, truth: torch.Tensor) -> float:
+    """|ours - truth| / |truth|, Euclidean, in fp64; inf where there are NaNs."""
     ours, truth = ours.double(), truth.double()
     value = ((ours - truth).norm() / truth.norm()).item()
     return value if value == value else float("inf")
 
 
-def agree(checks: Mapping[str, float], bound: float) -> None:
-    """Raise where a difference is above the bound: no speed is reported for a wrong result."""
-    for what, value in checks.items():
+def check_errors(errors: Mapping[str, float], bound: float) -> None:
+    """Raise RuntimeError if an error is larger than the bound."""
+    for what, value in errors.items():
         if not value <= bound:
-            raise RuntimeError(f"{what} differs by {value:.2e}. Expected is at most {bound:.0e}. Nothing is timed.")
+            raise RuntimeError(f"{what}: error must be <= {bound:.0e} (got {value:.2e}); nothing is timed")
 
 
-def report(result: Result, folder: Path = RESULTS) -> str:
-    """Write folder/NAME.json and return the table."""
+def write_result(result: Result, folder: Path = RESULTS) -> str:
+    """Write folder/NAME.json and return a table for the terminal."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = result.as_json()
+    content = result.to_json()
     (folder / f"{result.name}.json").write_text(json.dumps(content, indent=1) + "\n")
     lines = [f"{result.name}  {', '.join(f'{key} {value}' for key, value in result.shape.items())}"]
-    for name, row in content["contestants"].items():
+    for name, row in content["timings"].items():
         lines.append(f"  {name:<44} not measured: {row['missing']}" if "missing" in row else
                      f"  {name:<44}{1000 * row['median_s']:>10.3f} ms  ({1000 * row['min_s']:.3f} to "
                      f"{1000 * row['max_s']:.3f}, {row['rounds']} rounds)"
                      + ("" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:>10.1f} MB"))
     lines += [f"  {what}: {value:.4g}" for what, value in result.figures.items()]
-    lines += [f"  {what}: {t['measured']:.3g}, wanted {t['wanted']}{'' if t['met'] else '   MISSED'}"
+    lines += [f"  {what}: {t['measured']:.3g}, target {t['wanted']}{'' if t['met'] else '   MISSED'}"
               for what, t in content["targets"].items()]
     return "\n".join(lines)

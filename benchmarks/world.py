@@ -1,15 +1,16 @@
-"""What instructions and soft labels are worth in the sample world.
+"""The value of instructions and of soft labels in the sample world.
 
     python -m benchmarks.world [--seeds 5] [--steps N]
 
-Each arm is the README's training command with one thing off, on the same seeds:
+Each arm is the README's training command with one component removed, on the same seeds:
 
-    full              the default
-    no soft labels    --soft-weight 0: the contrastive term alone
-    no instructions   every task has the same instruction, in training and in the held-out queries
+    default           nothing removed
+    no soft labels    --soft-label-weight 0: the contrastive term alone
+    no instructions   all tasks have the same instruction, in training and in the held-out queries
 
-Prints held-out nDCG@10 by arm and the paired cost with its 95 % interval (bootstrap over seeds, 10,000 draws), and
-writes the rows to benchmarks/results/world.json. The world shows the mechanism; it is no evidence for the method.
+Prints held-out nDCG@10 by arm and the cost of each removal, paired by seed, with its 95 % interval (bootstrap, 10,000
+samples), and writes the rows to benchmarks/results/world.json. The sample world shows the mechanism; it is no evidence
+for the method.
 """
 
 import argparse
@@ -22,70 +23,71 @@ from typing import Any
 import numpy as np
 
 import run_train
+from ref.utils.files import read_json, read_jsonl
 
 ROOT = Path(__file__).parent.parent
-ARMS = {"full": [], "no soft labels": ["--soft-weight", "0"], "no instructions": []}
+ARMS = {"default": [], "no soft labels": ["--soft-label-weight", "0"], "no instructions": []}
 
 
-def without_instructions(data: Path, folder: Path) -> Path:
-    """A copy of the sample data in which all tasks say the same."""
+def copy_with_one_instruction(data: Path, folder: Path) -> Path:
+    """A copy of the sample data in which all tasks have the same instruction."""
     same = "Find islanders."
-    rows = [{**json.loads(line), "prompt": same} for line in (data / "soft_labels.jsonl").read_text().splitlines()]
-    (folder / "soft_labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [{**line.value, "prompt": same} for line in read_jsonl(data / "soft_labels.jsonl")]
+    (folder / "soft_labels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     shutil.copytree(data / "held_out", folder / "held_out")
     for task in folder.glob("held_out/*/task.json"):
-        task.write_text(json.dumps({**json.loads(task.read_text()), "instruction": same}))
+        task.write_text(json.dumps({**read_json(task), "instruction": same}))
     return folder
 
 
 def train(data: Path, seed: int, options: list[str]) -> tuple[float, float]:
-    """Held-out nDCG@10 before and after one run."""
+    """Held-out nDCG@10 before and after one training run."""
     with tempfile.TemporaryDirectory() as output:
         folder = Path(output) / "run"
         arguments = ["--data", str(data / "soft_labels.jsonl"), "--model", "tiny", "--seed", str(seed)]
         if run_train.main([*arguments, "--output", str(folder), *options]):
-            raise SystemExit("a run failed")
-        run = json.loads((folder / "run.json").read_text())
-        return run["held_out_before"], run["held_out_after"]
+            raise SystemExit("run_train.py failed")
+        run = read_json(folder / "run.json")
+        return run["eval_before"], run["eval_after"]
 
 
-def interval(differences: list[float]) -> tuple[float, float]:
+def bootstrap_interval(differences: list[float]) -> tuple[float, float]:
     """95 % interval of the mean by bootstrap."""
-    draw = np.random.default_rng(0).choice(differences, (10_000, len(differences)))
-    low, high = np.quantile(draw.mean(1), [0.025, 0.975])
+    samples = np.random.default_rng(0).choice(differences, (10_000, len(differences)))
+    low, high = np.quantile(samples.mean(1), [0.025, 0.975])
     return float(low), float(high)
 
 
 def main() -> None:
-    """Train every arm on every seed, print the table, write the rows."""
+    """Train every arm with every seed, print the table, write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each arm (default: 5)")
-    parser.add_argument("--first-seed", type=int, default=0, help="the first of them (default: 0)")
-    parser.add_argument("--steps", type=int, help="steps of each run (default: the preset's)")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/world.json", help="where the rows go")
-    arguments = parser.parse_args()
-    steps = [] if arguments.steps is None else ["--steps", str(arguments.steps)]
-    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+    parser.add_argument("--seeds", type=int, default=5, help="runs per arm (default: 5)")
+    parser.add_argument("--first-seed", type=int, default=0, help="(default: 0)")
+    parser.add_argument("--steps", type=int, help="of each run (default: the preset's epochs)")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/world.json", help="file of the rows")
+    given = parser.parse_args()
+    steps = [] if given.steps is None else ["--steps", str(given.steps)]
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        bare = without_instructions(ROOT / "data", Path(scratch))
-        for seed in seeds:
+        one_instruction = copy_with_one_instruction(ROOT / "data", Path(scratch))
+        for seed in range(given.first_seed, given.first_seed + given.seeds):
             for arm, options in ARMS.items():
-                before, after = train(bare if arm == "no instructions" else ROOT / "data", seed, [*options, *steps])
+                data = one_instruction if arm == "no instructions" else ROOT / "data"
+                before, after = train(data, seed, [*options, *steps])
                 rows.append({"arm": arm, "seed": seed, "before": before, "after": after})
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
-    report(rows)
+    given.output.parent.mkdir(parents=True, exist_ok=True)
+    given.output.write_text(json.dumps(rows, indent=1) + "\n")
+    print_table(rows)
 
 
-def report(rows: list[dict[str, Any]]) -> None:
-    """Mean by arm, and what each costs against the full one."""
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Print the mean of each arm and its cost relative to the default."""
     after = {arm: [row["after"] for row in rows if row["arm"] == arm] for arm in ARMS}
-    print(f"\n{'arm':<18}{'nDCG@10':>9}{'cost':>8}  95 % interval, n = {len(after['full'])} seeds")
+    print(f"\n{'arm':<18}{'nDCG@10':>9}{'cost':>8}  95 % interval, n = {len(after['default'])} seeds")
     for arm, scores in after.items():
-        cost = [full - score for full, score in zip(after["full"], scores, strict=True)]
-        low, high = interval(cost)
-        rest = "" if arm == "full" else f"{np.mean(cost):>8.3f}  {low:.3f} to {high:.3f}"
+        cost = [default - score for default, score in zip(after["default"], scores, strict=True)]
+        low, high = bootstrap_interval(cost)
+        rest = "" if arm == "default" else f"{np.mean(cost):>8.3f}  {low:.3f} to {high:.3f}"
         print(f"{arm:<18}{np.mean(scores):>9.3f}{rest}")
 
 

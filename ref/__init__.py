@@ -1,28 +1,24 @@
 """LG-ANNA-Embedding from scratch: Mistral-7B turned into a text embedder (arXiv 2506.07438).
 
-Tensors carry their shape as a suffix, one letter an axis; scalars are words with their unit.
+    ref/model        the language model, LoRA, their files         ref/training     one task per batch, gradient caching
+    ref/text         tokenizer and prompts                         ref/mining       raw pairs -> soft labels
+    ref/loss         the soft-label contrastive loss               ref/evaluation   mteb tasks, scores, the report page
+    ref/kernels      pooling and loss as Triton kernels            ref/utils        files, devices, processes, progress
 
-    T  tokens of a packed stream        B  texts in that stream       S  tokens of a shared prefix
-    D  model width                      H  query heads                G  key/value heads
-    K  width of one head (rotary: K/2)  F  feed-forward width         V  vocabulary
-    R  rank of a LoRA adapter           Q  queries of a batch         P  passages of a batch
-    C  candidates of one query: its positive, then its hard negatives
-    N  rows that ask in attention: all T, or the B last ones          X  known texts of one query
+Shape suffixes: tensors carry one letter per axis, and a letter has one meaning in the whole project.
 
-So `x_TD` is one vector of the model for each packed token and `score_QP` is a query by passage matrix.
+    T  tokens of a packed batch         B  texts in that batch        S  tokens of a shared prefix
+    N  query positions in attention: all T tokens, or the B last ones
+    D  hidden size                      H  query heads                G  key/value heads
+    K  head dimension                   J  rotary pairs of a head: K / 2
+    F  intermediate size of SwiGLU      V  vocabulary                 R  LoRA rank
+    Q  queries of a batch               P  passages of a batch        X  known positives of a query
+    C  candidates of a query: its positive, then its hard negatives
+    L  passages in the top-k list of a query
+    M  models of the leaderboard        E  evaluation tasks
 
-Reading order, each file one idea: config, packing, rope, attention, model, checkpoint, lora, tokenizer, prompts,
-pooling, loss, blocked, gradcache, data, overlap, published, embedder, mining, runs, team, trainer, export,
-held_out; then run_train.py, run_eval.py (with scoring/) and run_label.py (with labelling/). The Triton kernels in
-kernels/ come after pooling and blocked, whose results they equal.
+So `x_TD` holds one hidden state per packed token, and `score_QP` is a query by passage matrix. Scalars are words.
 """
-
-from pathlib import Path
-
-# The Triton kernels stand beside ref/, in the folder kernels/, and are imported as ref.kernels: the plain name
-# `kernels` belongs to a package of Hugging Face that transformers looks for. The folder has no __init__.py, so an
-# installed package of that name wins, and this line lets `ref.kernels` be found in a checkout.
-__path__ = [*__path__, str(Path(__file__).parent.parent)]
 
 from ref.embedder import Embedder
 

@@ -1,8 +1,8 @@
-"""Mistral's own tokenizer, for tests: tokenizer.model.v1 (in mistral-common), by sentencepiece and as tokenizer.json.
+"""Mistral's tokenizer for tests: tokenizer.model.v1 of mistral-common, read by sentencepiece and as tokenizer.json.
 
-Its pieces and scores become merges through transformers' converter. tokenizer.json comes in two forms. `prepend`
-(Mistral-7B-v0.1 and its descendants) puts the word-start mark before every text, as sentencepiece does. `metaspace`
-(what transformers 5 writes) leaves it out where a text begins with a space.
+transformers' converter derives the merges from its pieces and scores. tokenizer.json exists in two forms: `prepend`
+(Mistral-7B-v0.1 and its descendants) inserts the word-start mark before every text, as sentencepiece does; `metaspace`
+(written by transformers 5) omits it where a text begins with a space.
 """
 
 import json
@@ -12,14 +12,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
-from ref.tokenizer import TextTokenizer
+from ref.text.tokenizer import Tokenizer
 
 
 @cache
 def pieces():
-    """sentencepiece's reading of the file: the truth."""
+    """The file read by sentencepiece: the oracle."""
     sentencepiece = pytest.importorskip("sentencepiece")
     package = find_spec("mistral_common")
     if package is None:
@@ -30,13 +31,13 @@ def pieces():
 
 @cache
 def layout(form: str = "prepend") -> str:
-    """The text of tokenizer.json."""
+    """The content of tokenizer.json in one of the two forms."""
     truth = pieces()
     convert = pytest.importorskip("transformers.convert_slow_tokenizer")
     ids = {truth.id_to_piece(i): i for i in range(len(truth))}
     scores = {truth.id_to_piece(i): truth.get_score(i) for i in range(len(truth))}
-    tokenizer = Tokenizer(models.BPE(ids, convert.generate_merges(ids, scores), unk_token="<unk>", fuse_unk=True,
-                                     byte_fallback=True))
+    tokenizer = tokenizers.Tokenizer(models.BPE(
+        ids, convert.generate_merges(ids, scores), unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     if form == "prepend":
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     else:
@@ -48,13 +49,13 @@ def layout(form: str = "prepend") -> str:
 
 
 @cache
-def mistral(form: str = "prepend", *, markers: tuple[str, ...] = ()) -> TextTokenizer:
-    """Our reading of the file, with `markers` as tokens of their own. One for all tests: leave it as it is."""
-    tokenizer = Tokenizer.from_str(layout(form))
+def mistral(form: str = "prepend", *, markers: tuple[str, ...] = ()) -> Tokenizer:
+    """The file read by our Tokenizer, with `markers` as added tokens. Shared by all tests: do not change it."""
+    tokenizer = tokenizers.Tokenizer.from_str(layout(form))
     tokenizer.add_special_tokens([AddedToken(marker, normalized=False) for marker in markers])
     with tempfile.TemporaryDirectory() as folder:
-        text = json.loads(tokenizer.to_str())
-        for token in text["added_tokens"]:
-            token["special"] = False  # files in the wild differ in this; it must not matter
-        (Path(folder) / "tokenizer.json").write_text(json.dumps(text))
-        return TextTokenizer.from_folder(Path(folder))
+        content = json.loads(tokenizer.to_str())
+        for token in content["added_tokens"]:
+            token["special"] = False  # published files differ in this; it must not matter
+        (Path(folder) / "tokenizer.json").write_text(json.dumps(content))
+        return Tokenizer.from_folder(Path(folder))

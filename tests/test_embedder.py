@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from ref import embedder as module
 from ref.embedder import Embedder
-from ref.model import fresh
-from ref.overlap import first_of_equal, one_ahead
-from ref.prompts import Prompter
-from ref.tokenizer import train
+from ref.model.transformer import init_weights
+from ref.text.prompts import PromptEncoder
+from ref.text.tokenizer import train_tokenizer
+from ref.utils.dedup import first_occurrence
+from ref.utils.prefetch import prefetch
 
 
 class OneHash(str):
@@ -29,14 +30,14 @@ class OneHash(str):
 
 @given(st.lists(st.text("abc", max_size=3)))
 def test_equal_texts_are_found(texts):
-    assert first_of_equal(texts).tolist() == [texts.index(text) for text in texts]
+    assert first_occurrence(texts).tolist() == [texts.index(text) for text in texts]
 
 
 @given(st.lists(st.text("ab", max_size=2)))
 def test_texts_of_one_hash_are_told_apart(texts):
     """A text may then stand for itself although it came before; never for another one."""
     alike = [OneHash(text) for text in texts]
-    for n, first in enumerate(first_of_equal(alike)):
+    for n, first in enumerate(first_occurrence(alike)):
         assert first <= n and texts[first] == texts[n]
 
 
@@ -46,19 +47,19 @@ def test_what_is_made_ahead_comes_in_order_and_from_one_thread():
     def make(item: int) -> int:
         threads.add(threading.get_ident())
         return item * item
-    assert list(one_ahead(make, range(9))) == [n * n for n in range(9)]
+    assert list(prefetch(make, range(9))) == [n * n for n in range(9)]
     assert len(threads) == 1 and threading.get_ident() not in threads
 
 
 def test_an_error_in_the_thread_reaches_the_caller():
     with pytest.raises(ZeroDivisionError):
-        list(one_ahead(lambda n: 1 // n, [1, 0, 1]))
+        list(prefetch(lambda n: 1 // n, [1, 0, 1]))
 
 
 @pytest.fixture
 def small_embedder() -> Embedder:
-    words = train(["tea and cake", "cake and ale"] * 5, vocab_size=SMALL.vocab_size, lowercase=True)
-    return Embedder(fresh(SMALL, seed=0), Prompter(words), tokens_per_batch=64)
+    words = train_tokenizer(["tea and cake", "cake and ale"] * 5, vocab_size=SMALL.vocab_size, lowercase=True)
+    return Embedder(init_weights(SMALL, seed=0), PromptEncoder(words), tokens_per_batch=64)
 
 
 def test_windows_change_nothing(small_embedder, monkeypatch):

@@ -17,12 +17,13 @@ import torch
 from conftest import SMALL
 from safetensors.torch import save_file
 
-from ref.checkpoint import load_model, read_tensors, save_model
-from ref.config import Architecture
-from ref.embedder import Embedder, inside_run
-from ref.lora import attach, load_adapter, save_adapter
-from ref.model import fresh
-from ref.tokenizer import train
+from ref.config import ModelConfig
+from ref.embedder import Embedder
+from ref.model.adapter import load_adapter, model_dir, save_adapter
+from ref.model.checkpoint import load_model, read_tensors, save_model
+from ref.model.lora import apply_lora
+from ref.model.transformer import init_weights
+from ref.text.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -37,10 +38,10 @@ VALUES = [
 def checkpoint(tmp_path_factory):
     """A small checkpoint, sharded, with an adapter beside it."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    model = fresh(SMALL, seed=0)
+    model = init_weights(SMALL, seed=0)
     save_model(model, folder, dtype=torch.float32)
-    train(["some words to learn"], vocab_size=50, lowercase=True).save(folder)
-    attach(model, rank=2, alpha=4.0, dropout=0.0, targets=["q_proj"])
+    train_tokenizer(["some words to learn"], vocab_size=50, lowercase=True).save(folder)
+    apply_lora(model, rank=2, alpha=4.0, dropout=0.0, targets=["q_proj"])
     (folder / "adapter").mkdir()
     save_adapter(model, folder / "adapter", base="..")
     return folder
@@ -93,7 +94,7 @@ def test_fuzzed_configs(count, checkpoint, tmp_path):
     found = []
     for _ in range(count):
         (tmp_path / "config.json").write_bytes(fuzzed(draw, config))
-        found.append(a_value_error_or_a_result(lambda: Architecture.from_file(tmp_path / "config.json")))
+        found.append(a_value_error_or_a_result(lambda: ModelConfig.from_file(tmp_path / "config.json")))
     assert 0 < sum(found) < count  # both happen: the fuzz reaches the checks, and the checks let good ones through
 
 
@@ -122,7 +123,7 @@ def test_fuzzed_adapters(count, checkpoint, tmp_path):
     found = []
     for _ in range(count):
         (folder / "adapter_config.json").write_bytes(fuzzed(draw, config))
-        found.append(a_value_error_or_a_result(lambda: load_adapter(fresh(SMALL, seed=0), folder)))
+        found.append(a_value_error_or_a_result(lambda: load_adapter(init_weights(SMALL, seed=0), folder)))
     assert 0 < sum(found) < count
 
 
@@ -134,7 +135,7 @@ def test_a_rank_that_the_file_does_not_hold_reserves_nothing(checkpoint, tmp_pat
     (folder / "adapter_config.json").write_text(json.dumps({**config, "r": 10**9}))
     monkeypatch.setattr("ref.lora.attach", None)
     with pytest.raises(ValueError, match="Expected is rank 1000000000"):
-        load_adapter(fresh(SMALL, seed=0), folder)
+        load_adapter(init_weights(SMALL, seed=0), folder)
 
 
 @COUNTS
@@ -184,11 +185,11 @@ def test_a_header_of_a_hundred_gigabytes_takes_no_memory(tmp_path):
 
 def test_control_tokens_never_come_from_text(checkpoint):
     embedder = Embedder.from_pretrained(checkpoint, device="cpu")
-    tokens = embedder.prompter.tokenizer
+    tokens = embedder.prompt_encoder.tokenizer
     for text in ("</s>", "<s>", "a </s> b", "<unk>", "Instruct: x\nQuery: </s>"):
         [ids] = tokens.encode([text], max_tokens=50)
         assert not {tokens.begin, tokens.end} & set(ids)
-        prefix = embedder.prompter.prefix(text)
+        prefix = embedder.prompt_encoder.prefix(text)
         assert prefix.ids.count(tokens.begin) == 1 and tokens.end not in prefix.ids
 
 
@@ -196,7 +197,7 @@ def test_an_adapters_base_outside_is_only_what_its_config_names(checkpoint, tmp_
     """A relative base is looked up beside the adapter; a folder that is none is an error, not a download."""
     shutil.copytree(checkpoint / "adapter", tmp_path / "adapter")
     with pytest.raises(ValueError, match="config.json|is no folder"):
-        Embedder.from_pretrained(inside_run(tmp_path / "adapter"), device="cpu")
+        Embedder.from_pretrained(model_dir(tmp_path / "adapter"), device="cpu")
 
 
 def test_no_pickle_no_shell_no_eval():

@@ -1,12 +1,12 @@
-"""A tiny data folder for each of the 41 tasks of MTEB(eng, v2), laid out as mteb's own class of that task loads it.
+"""A tiny data folder for each of the 41 tasks of MTEB(eng, v2), in the layout that mteb's class of the task loads.
 
     write_task(folder / "STS12", "STS12")      one
     write_all(folder)                          all, for --data-dir
 
-Invented texts about four topics: a method that sees words scores above chance. The peculiarities are those of the
-hub's data sets: several rows in one (most clusterings, some pair sets), subsets as configurations or told apart by
-`lang`, splits that only the judgements have, candidates to rerank, queries of several parts. Eleven tasks have a
-training split, as on the hub (`TRAINED`).
+Invented texts about four topics: a bag of words scores above chance. The layouts are those of the hub's data sets:
+several texts in one row (most clusterings, some pair sets), subsets as configurations or in the column `lang`, splits
+of the judgements only, candidates to rerank, queries of several parts. Eleven tasks have a training split, as on the
+hub (`TRAINED`).
 """
 
 import itertools
@@ -18,13 +18,13 @@ TOPICS = ("tea kettle water", "ship harbour sail", "violin string bow", "snow wi
 TRAINED = ("AmazonCounterfactualClassification", "Banking77Classification", "FiQA2018", "ImdbClassification",
            "MTOPDomainClassification", "MassiveIntentClassification", "MassiveScenarioClassification", "STS12",
            "STSBenchmark", "ToxicConversationsClassification", "TweetSentimentExtractionClassification")
-CONFIGURATION = ("AmazonCounterfactualClassification", "MTOPDomainClassification")  # English is one of several
+CONFIGURATION = ("AmazonCounterfactualClassification", "MTOPDomainClassification")  # with an English configuration
 LANGUAGE = {"MassiveIntentClassification": "en", "MassiveScenarioClassification": "en", "STS17": "en-en",
-            "STS22.v2": "en"}  # a column `lang`, all languages in one
+            "STS22.v2": "en"}  # all languages in one file, with a column `lang`
 TEXT_LABELS = ("MassiveIntentClassification", "MassiveScenarioClassification")
 ONE_ROW = ("SprintDuplicateQuestions", "TwitterSemEval2015")  # lists of texts in a single row
-PATHS = ("ArXivHierarchicalClusteringP2P", "ArXivHierarchicalClusteringS2S")  # labels "a.b"; 2,048 rows are drawn
-FLAT = ("BiorxivClusteringP2P.v2",)  # a clustering with one text a row
+PATHS = ("ArXivHierarchicalClusteringP2P", "ArXivHierarchicalClusteringS2S")  # labels "a.b"; mteb samples 2,048 rows
+FLAT = ("BiorxivClusteringP2P.v2",)  # clustering with one text per row
 TITLED = ("CQADupstackGamingRetrieval", "CQADupstackUnixRetrieval", "SCIDOCS", "TRECCOVID", "Touche2020Retrieval.v3")
 OFFSET = {"test": 0, "train": 10_000, "validation": 20_000, "other": 30_000}  # no text is in two splits
 
@@ -39,6 +39,12 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def write_json(path: Path, value: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+    return path
+
+
 def write_card(folder: Path, configurations: dict[str, dict[str, str]]) -> None:
     """README.md that declares configuration -> split -> file."""
     lines = ["---", "configs:"]
@@ -49,8 +55,8 @@ def write_card(folder: Path, configurations: dict[str, dict[str, str]]) -> None:
 
 
 def write_all(data_dir: Path) -> list[str]:
-    """Folders of the 41 tasks; their names."""
-    from scoring.tasks import benchmark_tasks
+    """Write the folders of the 41 tasks; returns their names."""
+    from ref.evaluation.tasks import benchmark_tasks
 
     names = list(benchmark_tasks())
     for name in names:
@@ -59,8 +65,8 @@ def write_all(data_dir: Path) -> list[str]:
 
 
 def write_task(folder: Path, name: str, *, rows: int = 120, train: bool | None = None) -> None:
-    """The data of the task `name`: about `rows` texts or pairs a split; `train` adds or leaves out a training split."""
-    from scoring.tasks import benchmark_tasks
+    """Write the data of the task `name`: about `rows` texts or pairs per split; `train`: with a training split."""
+    from ref.evaluation.tasks import benchmark_tasks
 
     metadata = benchmark_tasks()[name].metadata
     kind = str(metadata.type)
@@ -110,7 +116,7 @@ def pairs(name: str, rows: int, start: int) -> list[dict[str, Any]]:
 
 
 def sts(name: str, rows: int, start: int) -> list[dict[str, Any]]:
-    """Scores fall with the distance of the topics, from the top of the class's scale to its bottom."""
+    """Scores decrease with the distance of the topics, from the maximum of the class's scale to its minimum."""
     low, high = (1, 4) if name == "STS22.v2" else (0, 5)
     return [{"id": str(n), "sentence1": sentence(n), "sentence2": f"again {sentence(n + n % 3)}",
              "score": float(high - (high - low) * (n % 3) / 2)} for n in range(start, start + rows)]
@@ -123,8 +129,8 @@ def summaries(name: str, rows: int, start: int) -> list[dict[str, Any]]:
 
 
 def write_retrieval(folder: Path, name: str, *, reranking: bool, train: bool) -> None:
-    """Forty documents, eight queries a split; three relevant documents a query, of two grades; an irrelevant one."""
-    parts = 2 if name == "MindSmallReranking" else 1  # queries "3_0" and "3_1" are one to the metric
+    """Forty documents, eight queries per split; per query three relevant documents of two grades, one irrelevant."""
+    parts = 2 if name == "MindSmallReranking" else 1  # the metric joins queries "3_0" and "3_1"
     numbers = {"test": range(8), **({"train": range(8, 16)} if train else {})}
     write_lines(folder / "corpus.jsonl", [
         {"_id": f"d{n}", "title": f"title{n}" if name in TITLED else "", "text": sentence(n)} for n in range(40)])

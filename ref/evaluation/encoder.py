@@ -1,0 +1,113 @@
+"""An embedder as mteb's evaluators call it: which texts get the task's instruction.
+
+    task                                                       instruction and in-context examples on
+    retrieval, reranking                                       queries
+    STS, clustering, pair classification, summarisation,
+    classification                                             all texts
+
+Importing this file imports mteb (three seconds). Written for mteb 2.26.
+Source: docs/method.md (query prompt; passages); mteb/models/models_protocols.py, EncoderProtocol.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mteb.abstasks.abstask import get_abstask_prompt
+from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.model_meta import ModelMeta, ScoringFunction
+from mteb.types import PromptType
+
+from ref.evaluation.few_shot import FewShotExamples
+from ref.evaluation.retrieval import TextEmbedder
+from ref.evaluation.tasks import benchmark_tasks, unknown_name
+from ref.utils.files import check_text, read_json
+
+
+class MtebEncoder(AbsEncoder):
+    """The encoder that mteb scores; its `similarity`, inherited, is the cosine.
+
+    `name` ("owner/model") and `revision` are the folder of the results. `overrides`: task name -> instruction.
+    `few_shot`: task name -> in-context examples. `settings`: other options that the embeddings depend on, such as
+    template and token limit. All of them are recorded with each result.
+    """
+
+    def __init__(
+        self, embedder: TextEmbedder, *, name: str, revision: str, overrides: Mapping[str, str] | None = None,
+        settings: Mapping[str, Any] | None = None, few_shot: Mapping[str, FewShotExamples] | None = None,
+        progress: bool = False,
+    ) -> None:
+        self.embedder, self.progress = embedder, progress
+        self.overrides, self.settings, self.few_shot = overrides or {}, settings or {}, few_shot or {}
+        identity = {"name": name, "revision": revision, "similarity_fn_name": ScoringFunction.COSINE}
+        self.mteb_model_meta: ModelMeta = ModelMeta.create_empty({**identity, "use_instructions": True})
+
+    def encode(
+        self,
+        inputs: Iterable[Any],  # a DataLoader of {"text": list of texts}; mteb has joined a document's title and text
+        *,
+        task_metadata: TaskMetadata,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: PromptType | None = None,
+        **recorded: Any,  # the encode_kwargs of `score_task`, which mteb writes to run_settings.jsonl
+    ) -> np.ndarray:
+        """Unit vectors, (texts, embedding_dim) float32, in the order of the data set.
+
+        Raises ValueError that names the text if an embedding is not finite.
+        """
+        texts = [text for batch in inputs for text in batch["text"]]
+        # mteb's own prompt lookup gives documents the task's prompt too
+        is_document = prompt_type == PromptType.document
+        instruction = None if is_document else instruction_for(task_metadata, self.overrides)
+        few_shot = None if is_document else self.few_shot.get(task_metadata.name)
+        examples = few_shot.examples if few_shot else ()
+        vectors = self.embedder.encode(texts, instruction=instruction, examples=examples, progress=self.progress)
+        invalid = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if len(invalid):
+            raise ValueError(f"{task_metadata.name} {hf_split} {hf_subset}: the embedding of text {invalid[0]} must be "
+                             f"finite (text {texts[invalid[0]][:60]!r}); check the weights and the precision")
+        return vectors
+
+    def prompt_settings(self, task_metadata: TaskMetadata) -> dict[str, Any]:
+        """Instruction, in-context examples and their source for a task, as recorded with its result."""
+        few_shot = self.few_shot.get(task_metadata.name, FewShotExamples([], "zero-shot"))
+        return {"instruction": instruction_for(task_metadata, self.overrides),
+                "examples": [[e.query, e.response] for e in few_shot.examples], "examples_source": few_shot.source}
+
+    def with_embedder(self, embedder: TextEmbedder) -> "MtebEncoder":
+        """A copy with another embedder."""
+        other = copy.copy(self)
+        other.embedder = embedder
+        return other
+
+
+def instruction_for(task_metadata: TaskMetadata, overrides: Mapping[str, str]) -> str:
+    """The task's instruction: the override, else mteb's query prompt of the task, else that of the task type.
+
+    The instruction of a local folder's task.json is already in `task_metadata.prompt` (`local_task`).
+    """
+    if task_metadata.name in overrides:
+        return overrides[task_metadata.name]
+    prompt = task_metadata.prompt
+    if isinstance(prompt, dict):
+        prompt = prompt.get("query")
+    return prompt or get_abstask_prompt(task_metadata.name)
+
+
+def read_instructions(path: str | Path, known_tasks: Iterable[str]) -> dict[str, str]:
+    """Read task name -> instruction from a JSON file.
+
+    Raises ValueError that names the file for anything else, and for a name that is neither a task of the benchmark nor
+    in `known_tasks`.
+    """
+    instructions = read_json(Path(path))
+    known = [*benchmark_tasks(), *known_tasks]
+    for name, text in instructions.items():
+        if name not in known:
+            raise ValueError(f"{path}: {unknown_name('task', name, known)}")
+        check_text(text, f"{path}: {name!r}")
+    return instructions

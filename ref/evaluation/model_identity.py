@@ -1,0 +1,64 @@
+"""The scored model: the newest run by default, its name and revision in mteb's result folders, the output folder."""
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ref.model.adapter import adapter_chain
+from ref.model.checkpoint import resolve_checkpoint
+from ref.utils.files import check_type, hash_files, read_json
+
+PLAN_FILE = "plan.json"  # in the output folder, which may be a model folder
+MODEL_SUFFIXES = (".safetensors", ".json", ".model")  # files that the embeddings depend on
+
+
+def newest_run(runs: Path) -> Path:
+    """Return the complete run folder in `runs` that was finished last.
+
+    Raises ValueError if there is none, and for an invalid run.json.
+    """
+    finished: dict[datetime, Path] = {}
+    for path in sorted(runs.glob("*/run.json")):
+        try:
+            run = read_json(path)
+            if run.get("complete"):
+                finished[_finish_time(run, path)] = path.parent
+        except ValueError as error:
+            raise ValueError(f"{error}; remove the run folder, or choose a model with --model") from None
+    if not finished:
+        raise ValueError(f"{runs}: has no complete run; train one (python run_train.py --data data/soft_labels.jsonl), "
+                         "or choose a model with --model")
+    return finished[max(finished)]
+
+
+def _finish_time(run: dict[str, Any], path: Path) -> datetime:
+    what, expected = f"{path}: 'finished'", "an ISO 8601 time"
+    text = check_type(run.get("finished"), str, what, expected)
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"{what} must be {expected} (got {text!r:.60})") from None
+
+
+def model_identity(model: str) -> tuple[str, str]:
+    """Return "owner/name" and revision: a hub id and its commit, or "local/FOLDER" and a hash of the model's files."""
+    folder = Path(model)
+    if not folder.is_dir():
+        import huggingface_hub
+
+        files = ("config.json", "adapter_config.json")
+        cached = (huggingface_hub.try_to_load_from_cache(model, file) for file in files)
+        return model, next((Path(path).parent.name for path in cached if isinstance(path, str)), "main")
+    hashes = [_hash_model(part) for part in adapter_chain(resolve_checkpoint(model))]
+    return f"local/{folder.resolve().name}", "-".join(digest[:16] for digest in hashes)
+
+
+def _hash_model(folder: Path) -> str:
+    files = (path for path in folder.glob("*") if path.suffix in MODEL_SUFFIXES and path.name != PLAN_FILE)
+    return hash_files(folder, files)
+
+
+def default_output(model: str, name: str) -> Path:
+    """RUN/mteb for a run folder, else results/OWNER__NAME."""
+    folder = Path(model)
+    return folder / "mteb" if (folder / "run.json").is_file() else Path("results") / name.replace("/", "__")

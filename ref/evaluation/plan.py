@@ -1,0 +1,130 @@
+"""Cost of an evaluation before it starts: texts, unique texts, tokens and hours.
+
+Which texts a task embeds depends on mteb, so each task runs once with an embedder that counts texts and returns hash
+vectors instead of embeddings. Tokens are counted on up to TEXTS_PER_CALL texts of each call and extrapolated;
+instruction and examples count once per call, because all texts of a call share their keys and values.
+
+The plan is stored in plan.json beside the results and reused.
+"""
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import mteb
+import numpy as np
+from mteb.abstasks.abstask import AbsTask
+
+from ref.embedder import Embedder
+from ref.evaluation.encoder import MtebEncoder
+from ref.text.prompts import InContextExample, PromptEncoder
+from ref.utils.dedup import first_occurrence, unique_index
+from ref.utils.files import read_json, write_json
+
+TEXTS_PER_CALL = 2000  # tokenised to count tokens
+SAMPLE_SIZE = 200  # texts of a task that are kept for measuring speed
+SPEED_TOKENS = {"cpu": 20_000, "cuda": 500_000}  # a few seconds of computation
+
+
+@dataclass
+class TaskPlan:
+    """Counts of one task."""
+
+    revision: str  # of data, model and prompt
+    texts: int = 0
+    unique: int = 0
+    tokens: int = 0  # of the unique texts and of each call's prompt prefix (without the `<s>` of a passage)
+    sample: list[str] = field(default_factory=list)  # texts for `measure_speed`
+
+
+class CountingEmbedder:
+    """An embedder that counts texts and tokens and returns hash vectors."""
+
+    def __init__(self, prompt_encoder: PromptEncoder) -> None:
+        self.prompt_encoder = prompt_encoder
+        self.plan = TaskPlan("")
+        self.sample: list[str] = []
+
+    def encode(
+        self, texts: Sequence[str], *, instruction: str | None = None, examples: Sequence[InContextExample] = (),
+        progress: bool = False,
+    ) -> np.ndarray:
+        """Unit vectors that are a function of the text, (texts, 8) float32."""
+        unique = unique_index(first_occurrence(texts))
+        prefix = self.prompt_encoder.prefix(instruction, examples)
+        sampled = unique[:: -(-len(unique) // TEXTS_PER_CALL) or 1]
+        lengths = [len(ids) for ids in self.prompt_encoder.encode([texts[n] for n in sampled], prefix)]
+        self.plan.texts += len(texts)
+        self.plan.unique += len(unique)
+        self.plan.tokens += len(prefix.ids) + round(len(unique) * sum(lengths) / max(1, len(lengths)))
+        self.sample += [texts[n] for n in sampled[: TEXTS_PER_CALL - len(self.sample)]]
+        hash_bytes = np.array([hash(text) for text in texts], np.int64)[:, None] >> np.arange(0, 64, 8) & 255
+        vectors = (hash_bytes - 127.5).astype(np.float32)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def make_plan(
+    encoder: MtebEncoder, tasks: Sequence[AbsTask], prompt_encoder: PromptEncoder, path: Path,
+) -> tuple[dict[str, TaskPlan], list[str]]:
+    """Plan each task, or read its plan from `path` if data, model and prompt are the same.
+
+    Returns the plans by task name and a sample of texts. A task that fails has no plan; it fails again, with a message,
+    when it is scored.
+    """
+    known = read_json(path) if path.exists() else {}
+    plans: dict[str, TaskPlan] = {}
+    for task in tasks:
+        name = task.metadata.name
+        revision = " ".join(map(str, (task.metadata.revision, encoder.mteb_model_meta.revision,
+                                      encoder.prompt_settings(task.metadata), encoder.settings)))
+        if known.get(name, {}).get("revision") == revision:
+            plans[name] = TaskPlan(**known[name])
+            continue
+        counting = CountingEmbedder(prompt_encoder)
+        try:
+            with tempfile.TemporaryDirectory(prefix="plan-") as scratch:
+                encode_kwargs: Any = {"batch_size": 1024, "show_progress_bar": False}
+                mteb.evaluate(encoder.with_embedder(counting), task, cache=mteb.ResultCache(scratch),
+                              encode_kwargs=encode_kwargs, co2_tracker=False, show_progress_bar=False,
+                              overwrite_strategy="always")
+        except Exception:
+            continue
+        counting.plan.revision = revision
+        plans[name] = counting.plan
+        plans[name].sample = counting.sample[:: max(1, len(counting.sample) // SAMPLE_SIZE)][:SAMPLE_SIZE]
+        known[name] = asdict(plans[name])
+        write_json(path, known)
+    return plans, [text for plan in plans.values() for text in plan.sample]
+
+
+def measure_speed(embedder: Embedder, sample: Sequence[str]) -> float:
+    """Tokens per second of the model on a sample of the tasks' texts; takes a few seconds."""
+    tokens = 0
+    texts: list[str] = []
+    prefix = embedder.prompt_encoder.prefix(None)
+    for text in Random(0).sample(sample, len(sample)) or ["a text"]:
+        texts.append(text)
+        tokens += len(embedder.prompt_encoder.encode([text], prefix)[0])
+        if tokens >= SPEED_TOKENS[embedder.device.type]:
+            break
+    embedder.encode(texts[:64])  # compilation on a GPU is not measured
+    start_s = time.perf_counter()
+    embedder.encode(texts)
+    return tokens / (time.perf_counter() - start_s)
+
+
+def table(plans: Mapping[str, TaskPlan], tokens_per_s: float) -> str:
+    """The plan as text: one line per task, the total and the estimated hours."""
+    width = max([5, *map(len, plans)])
+    lines = [f"{'task':<{width}}{'texts':>12}{'unique':>12}{'tokens':>14}{'minutes':>9}"]
+    total = TaskPlan("", *(sum(getattr(plan, key) for plan in plans.values()) for key in ("texts", "unique", "tokens")))
+    for name, plan in [*plans.items(), ("total", total)]:
+        lines.append(f"{name:<{width}}{plan.texts:>12,}{plan.unique:>12,}{plan.tokens:>14,}"
+                     f"{plan.tokens / tokens_per_s / 60:>9.1f}")
+    lines.append(f"estimated: {total.tokens / tokens_per_s / 3600:.2f} hours at {tokens_per_s:,.0f} tokens/s, plus "
+                 "mteb's own computation")
+    return "\n".join(lines)

@@ -1,0 +1,215 @@
+"""An evaluation from options to report: what run_eval.py runs.
+
+Importing this file imports mteb (three seconds).
+"""
+
+import logging
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+from mteb.abstasks.abstask import AbsTask
+
+from ref.embedder import Embedder
+from ref.evaluation import plan, results
+from ref.evaluation.cached_embedder import CachedEmbedder
+from ref.evaluation.distributed_embedder import DistributedEmbedder
+from ref.evaluation.encoder import MtebEncoder, instruction_for, read_instructions
+from ref.evaluation.few_shot import FewShotExamples, load_examples
+from ref.evaluation.model_identity import PLAN_FILE, default_output, model_identity
+from ref.evaluation.plan import TaskPlan
+from ref.evaluation.report.results import Report, TaskResult
+from ref.evaluation.report.write import write_report
+from ref.evaluation.results import TaskScore, score_task
+from ref.evaluation.retrieval import TextEmbedder
+from ref.evaluation.tasks import TaskSelection, benchmark_tasks, is_official, select_tasks, task_folders
+from ref.utils.block_cache import BlockCache
+from ref.utils.distributed import Distributed
+from ref.utils.environment import environment_info, utc_now
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """The options of run_eval.py; see its `--help` for what None means."""
+
+    model: str
+    tasks: str | None = None
+    data_dir: Path | None = None
+    template: str | None = None
+    output: Path | None = None
+    instructions: Path | None = None
+    examples: int = 0
+    examples_file: Path | None = None
+    seed: int = 0
+    plan: bool = False
+    embedding_cache: Path | None = None
+    embedding_cache_gb: float = 50.0
+    max_text_tokens: int | None = None
+
+
+def silence_libraries() -> None:
+    """Disable the progress bars of datasets, the log of mteb, and warnings."""
+    datasets.disable_progress_bars()
+    logging.getLogger("mteb").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore")
+
+
+def evaluate(config: EvalConfig) -> int:
+    """Score the selected tasks; returns the exit code: 0, or 1 if a task failed.
+
+    Tasks, instructions and examples are checked before the model is loaded. Rank 0 runs mteb, all ranks embed. Raises
+    ValueError or OSError for invalid input.
+    """
+    silence_libraries()
+    selection = select_tasks(config.tasks or "all", config.data_dir)
+    folders = [] if config.data_dir is None else [folder.name for folder in task_folders(config.data_dir)]
+    instructions = read_instructions(config.instructions, folders) if config.instructions else {}
+    distributed = Distributed()
+    few_shot = {} if distributed.rank else load_examples(
+        selection.tasks, folders, count=config.examples, path=config.examples_file, seed=config.seed)
+    embedder = Embedder.from_pretrained(
+        config.model, max_text_tokens=config.max_text_tokens, template=config.template)
+    sharded = DistributedEmbedder(embedder, distributed)
+    if distributed.rank:
+        sharded.worker_loop()
+        distributed.close()
+        return 0
+    try:
+        few_shot = fit_examples(few_shot, selection.tasks, embedder, instructions)
+        encoder = make_encoder(config, sharded, precision=embedder.precision, overrides=instructions, few_shot=few_shot)
+        return score_selection(config, selection, encoder, embedder, world_size=distributed.world_size)
+    finally:
+        sharded.shutdown()
+        distributed.close()
+
+
+def make_encoder(
+    config: EvalConfig, embedder: TextEmbedder, *, precision: str, overrides: Mapping[str, str],
+    few_shot: Mapping[str, FewShotExamples],
+) -> MtebEncoder:
+    """The encoder for mteb, with an embedding cache if the options name one."""
+    name, revision = model_identity(config.model)
+    if config.data_dir is not None:
+        revision += "-local-data"  # a folder apart from results on official data
+    # not "precision", which mteb interprets
+    settings = {"max_text_tokens": config.max_text_tokens, "template": config.template, "weights": precision}
+    if config.embedding_cache is not None:
+        embedder = CachedEmbedder(embedder, BlockCache(config.embedding_cache), key=f"{name} {revision} {settings}",
+                                  max_bytes=config.embedding_cache_gb * 1e9)
+    return MtebEncoder(embedder, name=name, revision=revision, overrides=overrides, settings=settings,
+                       few_shot=few_shot, progress=sys.stdout.isatty())
+
+
+def score_selection(
+    config: EvalConfig, selection: TaskSelection, encoder: MtebEncoder, embedder: Embedder, *, world_size: int,
+) -> int:
+    """Print the plan, score the tasks, print the table and write the report; returns the exit code."""
+    tasks, missing = selection.tasks, selection.missing if config.tasks else []
+    output = config.output or default_output(config.model, str(encoder.mteb_model_meta.name))
+    output.mkdir(parents=True, exist_ok=True)
+    plans, sample = plan.make_plan(encoder, tasks, embedder.prompt_encoder, output / PLAN_FILE)
+    print(plan.table(plans, plan.measure_speed(embedder, sample) * world_size))
+    unplanned = [task.metadata.name for task in tasks if task.metadata.name not in plans]
+    if unplanned:
+        print(f"not in the plan because of an error: {', '.join(unplanned)}")
+    if config.plan:
+        return 1 if unplanned else 0
+
+    scores, failed = score_tasks(encoder, tasks, output, plans)
+    required = {name: str(task.metadata.type) for name, task in benchmark_tasks().items()}
+    print("\n" + results.table(scores, required, missing))
+    unofficial = [task for task in tasks if not is_official(task)]
+    if unofficial:
+        print(f"unofficial data: not compared with published scores ({len(unofficial)} of {len(tasks)} tasks, from "
+              f"{config.data_dir})")
+    timed = plans if config.embedding_cache is None else {}  # with cached embeddings the speed means nothing
+    for path in write_run_report(encoder, tasks, scores, output, model=config.model, plans=timed, failed=failed,
+                                 missing=missing):
+        print(f"report: {path}")
+    print(f"results: {output}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    return 1 if failed else 0
+
+
+def fit_examples(
+    few_shot: Mapping[str, FewShotExamples], tasks: Sequence[AbsTask], embedder: Embedder, overrides: Mapping[str, str],
+) -> dict[str, FewShotExamples]:
+    """Keep the examples that fit into the prompt, so that the records state what was used; prints a line per task."""
+    fitted = {}
+    for task in tasks:
+        name = task.metadata.name
+        if name not in few_shot:
+            continue
+        examples, source = few_shot[name].examples, few_shot[name].source
+        kept = embedder.prompt_encoder.prefix(instruction_for(task.metadata, overrides), examples).num_examples
+        if kept < len(examples):
+            source += f", {len(examples) - kept} dropped (prompt limit)"
+        fitted[name] = FewShotExamples(examples[:kept], source)
+        print(f"examples for {name}: {kept} ({source})")
+    return fitted
+
+
+@dataclass
+class TokenProgress:
+    """Tokens of the planned tasks that are left, and the speed so far."""
+
+    remaining_tokens: int
+    done_tokens: int = 0
+    elapsed_s: float = 0.0
+
+    def update(self, tokens: int, elapsed_s: float | None) -> str:
+        """Count one scored task; returns its duration and an estimate of the rest as text."""
+        self.remaining_tokens -= tokens
+        if elapsed_s is None:
+            return "from the result cache"
+        self.done_tokens, self.elapsed_s = self.done_tokens + tokens, self.elapsed_s + elapsed_s
+        text = f"{elapsed_s:.1f} s, {tokens:,} tokens; remaining: {self.remaining_tokens:,} tokens"
+        if self.done_tokens and self.remaining_tokens:
+            text += f", {self.remaining_tokens * self.elapsed_s / self.done_tokens / 60:.0f} minutes"
+        return text
+
+
+def score_tasks(
+    encoder: MtebEncoder, tasks: Sequence[AbsTask], output: Path, plans: Mapping[str, TaskPlan],
+) -> tuple[list[TaskScore], dict[str, str]]:
+    """Score tasks one after the other; a task that fails does not stop the others. Prints two lines per task.
+
+    Returns the scores, and task name -> error of failed tasks.
+    """
+    scores: list[TaskScore] = []
+    failed: dict[str, str] = {}
+    progress = TokenProgress(sum(task_plan.tokens for task_plan in plans.values()))
+    for number, task in enumerate(tasks, start=1):
+        name = task.metadata.name
+        print(f"[{number}/{len(tasks)}] {name} ({task.metadata.type})", flush=True)
+        try:
+            score = score_task(encoder, task, output)
+        except Exception as error:  # any error: the other tasks do not depend on it
+            failed[name] = f"{type(error).__name__}: {error}"
+            print(f"  failed: {failed[name]}")
+            continue
+        scores.append(score)
+        tokens = plans[name].tokens if name in plans else 0
+        print(f"  {100 * score.score:.2f} ({progress.update(tokens, score.elapsed_s)})")
+    return scores, failed
+
+
+def write_run_report(
+    encoder: MtebEncoder, tasks: Sequence[AbsTask], scores: Sequence[TaskScore], output: Path, *, model: str,
+    plans: Mapping[str, TaskPlan], failed: Mapping[str, str], missing: Sequence[str],
+) -> list[Path]:
+    """Write report.html and report.md into `output`; returns their paths. Tasks without a plan have no token count."""
+    by_name = {task.metadata.name: task for task in tasks}
+    task_results = []
+    for score in scores:
+        task, prompt = by_name[score.task], encoder.prompt_settings(by_name[score.task].metadata)
+        task_results.append(TaskResult(
+            task=score.task, category=score.category, metric=score.metric, score=100 * score.score,
+            instruction=prompt["instruction"], examples=len(prompt["examples"]),
+            examples_source=prompt["examples_source"], seconds=score.elapsed_s,
+            tokens=plans[score.task].tokens if score.task in plans else None, official=is_official(task)))
+    versions = {name: version for name, version in environment_info()["versions"].items() if version}
+    report = Report(model=model, date=utc_now(), versions=versions, tasks=task_results, failed=failed, missing=missing)
+    return write_report(report, output)

@@ -1,0 +1,232 @@
+"""Selection of mteb tasks, with data from the hub or from local folders.
+
+A local folder is named after its task and holds what mteb's class of that task loads: parquet or jsonl files, and a
+README.md that declares configurations and splits (not needed for corpus, queries and qrels files of retrieval). A
+folder with another name needs a task.json with the task whose class and metric are used, and optionally attributes to
+set on it and the instruction; results are stored under the folder's name:
+
+    {"class": "ArguAna", "instruction": "Given a question, retrieve answers"}
+    {"class": "TwentyNewsgroupsClustering.v2", "set": {"max_fraction_of_documents_to_embed": null}}
+
+Importing this file imports mteb (three seconds). Written for mteb 2.26.
+"""
+
+import difflib
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+import mteb
+from mteb.abstasks.abstask import AbsTask
+from mteb.get_tasks import TASK_LIST
+
+from ref.evaluation.report.leaderboard import BENCHMARK
+from ref.evaluation.retrieval import read_task_file
+from ref.utils.files import hash_files
+
+CATEGORIES = ("Classification", "Clustering", "PairClassification", "Reranking", "Retrieval", "STS", "Summarization")
+# name of a file of a retrieval set -> configuration of the data set that mteb loads
+RETRIEVAL_FILES = {"corpus": "corpus", "queries": "queries", "qrels": "default", "top_ranked": "top_ranked"}
+DOWNLOADED = ".downloaded"  # file in a downloaded folder: repository, revision and hash of the other files
+
+
+@dataclass(frozen=True)
+class TaskSelection:
+    """Tasks that can run, and names of selected tasks without data."""
+
+    tasks: list[AbsTask]
+    missing: list[str]
+
+
+def benchmark_tasks() -> dict[str, AbsTask]:
+    """The 41 tasks of MTEB(eng, v2) by name, with English subsets and test splits only."""
+    return {task.metadata.name: task for task in mteb.get_benchmark(BENCHMARK).tasks}
+
+
+def select_tasks(selection: str, data_dir: str | Path | None = None) -> TaskSelection:
+    """Select tasks by "all", categories and names, separated by commas.
+
+    Without `data_dir`: tasks of the benchmark with data from the hub. With it: tasks that have a folder there
+    (`local_task`); selected tasks of the benchmark without a folder are `missing`.
+
+    Raises ValueError for an unknown name, a folder that is no task, a malformed task.json, and if no task can run.
+    """
+    official = benchmark_tasks()
+    folders = [] if data_dir is None else task_folders(Path(data_dir))
+    bases = {folder.name: _base_task(folder, official) for folder in folders}
+    category_of = {name: str(task.metadata.type) for name, task in {**official, **bases}.items()}
+    names = _selected_names(selection, category_of)
+    if data_dir is None:
+        return TaskSelection([official[name] for name in names], [])
+    tasks = [local_task(Path(data_dir) / name, bases[name]) for name in names if name in bases]
+    if not tasks:
+        raise ValueError(f"{data_dir}: has no folder for any of {', '.join(names)} (only "
+                         f"{', '.join(sorted(bases)) or 'no folders'}); select one of these, or use --download")
+    return TaskSelection(tasks, [name for name in names if name not in bases])
+
+
+def local_task(folder: Path, base: AbsTask) -> AbsTask:
+    """The mteb task `base` with the data of `folder`, under the folder's name.
+
+    The revision of its data is "local-" and a hash of the files, so its results differ from those on official data and
+    on older files. A folder with another name than `base` takes its class and metric but not its prompt: the
+    instruction is that of task.json, else the default of the class.
+
+    Raises ValueError if task.json sets an attribute that the class does not have.
+    """
+    task_file = read_task_file(folder)
+    content = _hash_of(folder)
+    dataset = {**base.metadata.dataset, "path": str(folder.resolve()), "revision": f"local-{content[:16]}"}
+    prompt = base.metadata.prompt if folder.name == base.metadata.name else None
+    metadata = base.metadata.model_copy(
+        update={"name": folder.name, "dataset": dataset, "prompt": task_file.get("instruction") or prompt})
+    task: AbsTask = type(type(base).__name__, (LocalDataMixin, type(base)), {"metadata": metadata})()
+    task.hf_subsets = list(base.hf_subsets)
+    task.filter_eval_splits(base.eval_splits)
+    origin = folder / DOWNLOADED
+    task.official = (  # type: ignore[attr-defined]
+        folder.name == base.metadata.name and origin.is_file()
+        and origin.read_text(encoding="utf-8") == _origin(base, content))
+    for key, value in task_file.get("set", {}).items():
+        where = f"{folder / 'task.json'}: 'set'"
+        if not hasattr(task, key):
+            raise ValueError(f"{where}: {unknown_name('attribute', key, dir(task))}")
+        try:
+            setattr(task, key, value)
+        except AttributeError:
+            raise ValueError(f"{where}: attribute {key!r} is read-only") from None
+    return task
+
+
+class LocalDataMixin(AbsTask):
+    """Makes a task class load a local folder, uncached.
+
+    `datasets` caches what it has loaded and, for a folder with a README.md, does not notice changed files; so each task
+    has a cache of its own, deleted with the task. For a retrieval folder without README.md, one with the configurations
+    that mteb loads is written beside links to the files.
+    """
+
+    official = False  # unchanged since `download`
+
+    def load_data(self, num_proc: int | None = None, **options: Any) -> None:
+        if self.data_loaded:
+            return
+        self._scratch = tempfile.TemporaryDirectory(prefix="ref-data-")  # removed with the task, and at exit
+        folder = Path(self.metadata.dataset["path"])
+        if not (folder / "README.md").is_file() and any(folder.glob("corpus.*")):
+            dataset = {**self.metadata.dataset, "path": str(_with_card(folder, Path(self._scratch.name)))}
+            self.metadata = self.metadata.model_copy(update={"dataset": dataset})  # until unload_data
+        shared = datasets.config.HF_DATASETS_CACHE
+        datasets.config.HF_DATASETS_CACHE = Path(self._scratch.name) / "cache"
+        try:
+            super().load_data(num_proc=num_proc, **options)
+        except BaseException:
+            self.__dict__.pop("metadata", None)  # the next attempt starts from the folder again
+            raise
+        finally:
+            datasets.config.HF_DATASETS_CACHE = shared
+
+    def unload_data(self) -> None:
+        super().unload_data()
+        self._scratch.cleanup()
+
+
+def _with_card(folder: Path, scratch: Path) -> Path:
+    """A folder in `scratch` with links to the retrieval files and a README.md that declares them."""
+    linked = scratch / folder.name
+    linked.mkdir()
+    card = ["---", "configs:"]
+    for name, config in RETRIEVAL_FILES.items():
+        for path in sorted(folder.glob(f"{name}.*")):
+            (linked / path.name).symlink_to(path)
+            card += [f"- config_name: {config}", f"  data_files: [{{split: test, path: {path.name}}}]"]
+    (linked / "README.md").write_text("\n".join([*card, "---", ""]), encoding="utf-8")
+    return linked
+
+
+def is_official(task: AbsTask) -> bool:
+    """Whether a task's data are those of the benchmark: from the hub, or unchanged since `download`."""
+    return not isinstance(task, LocalDataMixin) or task.official
+
+
+def _origin(task: AbsTask, content: str) -> str:
+    """The content of the file DOWNLOADED."""
+    return f"{task.metadata.dataset['path']}\n{task.metadata.dataset['revision']}\n{content}\n"
+
+
+def download(tasks: Iterable[AbsTask], data_dir: Path) -> dict[str, str]:
+    """Download the data of tasks from the hub into folders for --data-dir; return name -> error of failed tasks.
+
+    A file in each folder records repository, revision and hash: while they match, the data count as official. Existing
+    folders are skipped. Prints one line per task.
+    """
+    failed: dict[str, str] = {}
+    for task in tasks:
+        name, dataset = task.metadata.name, task.metadata.dataset
+        folder = data_dir / name
+        print(f"{name}: {dataset['path']} at {dataset['revision']}", end=" ", flush=True)
+        if folder.is_dir():
+            print("exists")
+            continue
+        draft = data_dir / f".{name}.draft"  # kept after a failure: the hub's client resumes in it
+        try:
+            huggingface_hub.snapshot_download(
+                dataset["path"], repo_type="dataset", revision=dataset["revision"], local_dir=draft)
+            (draft / DOWNLOADED).write_text(_origin(task, _hash_of(draft)), encoding="utf-8")
+            draft.rename(folder)
+            print("downloaded")
+        except Exception as error:  # any error of the hub: offline, gated, removed
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            print(f"failed: {failed[name]:.200}")
+    return failed
+
+
+def task_folders(data_dir: Path) -> list[Path]:
+    """The folders of data sets in `data_dir`, by name. Raises ValueError if it is no folder."""
+    if not data_dir.is_dir():
+        raise ValueError(f"--data-dir: folder {data_dir} does not exist")
+    return sorted(f for f in data_dir.iterdir() if f.is_dir() and not f.name.startswith((".", "_")))
+
+
+def _base_task(folder: Path, official: Mapping[str, AbsTask]) -> AbsTask:
+    """The mteb task whose class a folder uses: that of its task.json, else that of its name."""
+    name = read_task_file(folder).get("class", folder.name)
+    if name in official:
+        return official[name]
+    known = [task_class.metadata.name for task_class in TASK_LIST]
+    if name not in known:
+        raise ValueError(f"{folder}: {unknown_name('mteb task', name, known)}; a folder with a name of its own needs a "
+                         'task.json: {"class": "the mteb task to score it as"}')
+    task = mteb.get_task(name, languages=["eng"])
+    return task.filter_eval_splits(["test"]) if "test" in task.metadata.eval_splits else task
+
+
+def _selected_names(selection: str, category_of: Mapping[str, str]) -> list[str]:
+    names: dict[str, None] = {}  # an ordered set
+    for word in filter(None, (part.strip() for part in selection.split(","))):
+        if word in category_of:
+            found = [word]
+        else:
+            found = [name for name, kind in category_of.items() if word.lower() in ("all", kind.lower())]
+        if not found:
+            known = ["all", *CATEGORIES, *category_of]
+            raise ValueError(f"--tasks: {unknown_name('task or category', word, known)}")
+        names.update(dict.fromkeys(found))
+    if not names:
+        raise ValueError(f"--tasks must be all, a category or task names (got {selection!r})")
+    return list(names)
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """Error text for a name that is not known, with the nearest known names."""
+    spelling = {candidate.lower(): candidate for candidate in known}
+    nearest = [spelling[match] for match in difflib.get_close_matches(name.lower(), spelling, n=3, cutoff=0.5)]
+    return f"{kind} {name!r:.80} is unknown (nearest: {', '.join(nearest) or 'none'})"
+
+
+def _hash_of(folder: Path) -> str:
+    return hash_files(folder, (path for path in folder.rglob("*") if path.is_file() and path != folder / DOWNLOADED))

@@ -1,0 +1,162 @@
+"""The teachers: a retriever embeds texts as unit vectors, a reranker scores (query, passage) pairs.
+
+A retriever is a model of this project (run, checkpoint or adapter; queries carry the instruction) or any
+sentence-transformers model (with its own prompts, if it has some). A reranker is any sentence-transformers CrossEncoder
+with one output; its raw logits are stored. Models are loaded at the first call: not at all if the cache has everything.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+
+from ref.embedder import Embedder
+from ref.model.adapter import adapter_chain
+from ref.model.checkpoint import ADAPTER_CONFIG, resolve_checkpoint
+from ref.text.prompts import PROMPT_FILE
+from ref.utils.block_cache import model_hash
+from ref.utils.device import resolve_device
+from ref.utils.files import read_json
+
+OTHER_FORMATS = ["*.bin", "*.onnx", "onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot", "*.gguf"]
+
+
+class Retriever(Protocol):
+    """Texts to unit vectors, (texts, D) float32."""
+
+    name: str
+    key: str  # a hash of all that the vectors depend on besides the texts
+
+    def encode_queries(self, texts: Sequence[str], instruction: str | None) -> np.ndarray: ...
+
+    def encode_passages(self, texts: Sequence[str]) -> np.ndarray: ...
+
+
+class Reranker(Protocol):
+    """(query, passage) pairs to raw logits, (pairs,) float32."""
+
+    name: str
+    key: str
+
+    def score_pairs(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray: ...
+
+
+class EmbedderRetriever:
+    """A model of this project."""
+
+    def __init__(self, name: str, device: str | None) -> None:
+        self.name, self.device = name, resolve_device(device)
+        precision = "bfloat16" if self.device.type == "cuda" else "float32"
+        self.key = " ".join([*map(model_hash, adapter_chain(resolve_checkpoint(name))), precision])
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        """The model, loaded at the first use."""
+        return Embedder.from_pretrained(self.name, device=str(self.device))
+
+    def encode_queries(self, texts: Sequence[str], instruction: str | None) -> np.ndarray:
+        return self.embedder.encode(texts, instruction=instruction)
+
+    def encode_passages(self, texts: Sequence[str]) -> np.ndarray:
+        return self.embedder.encode(texts)
+
+
+class SentenceTransformerRetriever:
+    """A sentence-transformers model."""
+
+    def __init__(self, name: str, device: str | None) -> None:
+        _sentence_transformers()
+        self.name, self.folder, self.device = name, _model_folder(name), resolve_device(device)
+        self.key = f"{model_hash(self.folder)} {self.device.type}"
+
+    @cached_property
+    def model(self) -> Any:
+        """The model, loaded at the first use."""
+        return _sentence_transformers().SentenceTransformer(str(self.folder), device=str(self.device))
+
+    def encode_queries(self, texts: Sequence[str], instruction: str | None) -> np.ndarray:
+        return self._encode(self.model.encode_query, texts)
+
+    def encode_passages(self, texts: Sequence[str]) -> np.ndarray:
+        return self._encode(self.model.encode_document, texts)
+
+    @staticmethod
+    def _encode(encode: Any, texts: Sequence[str]) -> np.ndarray:
+        vectors: np.ndarray = encode(list(texts), convert_to_numpy=True, normalize_embeddings=True,
+                                     show_progress_bar=False)
+        return vectors.astype(np.float32)
+
+
+class CrossEncoderReranker:
+    """A sentence-transformers CrossEncoder."""
+
+    def __init__(self, name: str, device: str | None) -> None:
+        _sentence_transformers()
+        self.name, self.folder, self.device = name, _model_folder(name), resolve_device(device)
+        config = read_json(self.folder / "config.json")
+        classes = config.get("architectures") or []
+        if not any(str(kind).endswith("ForSequenceClassification") for kind in classes):
+            raise ValueError(f"--reranker {name}: must be a …ForSequenceClassification, with a head that scores a pair "
+                             f"(got {classes!r:.80})")
+        num_labels = config.get("num_labels", len(config.get("id2label", ("one", "two"))))  # the library's default: two
+        if num_labels != 1:
+            raise ValueError(f"--reranker {name}: must have one output, the relevance of a passage (got {num_labels})")
+        self.key = f"{model_hash(self.folder)} {self.device.type}"
+
+    @cached_property
+    def model(self) -> Any:
+        """The model, loaded at the first use; the identity activation keeps raw logits."""
+        return _sentence_transformers().CrossEncoder(
+            str(self.folder), device=str(self.device), activation_fn=torch.nn.Identity())
+
+    def score_pairs(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        scores: np.ndarray = self.model.predict(list(pairs), convert_to_numpy=True, show_progress_bar=False)
+        return scores.astype(np.float32)
+
+
+def load_retriever(name: str, device: str | None) -> Retriever:
+    """A model of this project if the folder has its files, else one of sentence-transformers; ValueError if neither."""
+    files = ("run.json", PROMPT_FILE, ADAPTER_CONFIG)
+    if Path(name).is_dir() and any((Path(name) / file).exists() for file in files):
+        return EmbedderRetriever(name, device)
+    return SentenceTransformerRetriever(name, device)
+
+
+def load_reranker(name: str, device: str | None) -> Reranker:
+    """A CrossEncoder by hub id or folder."""
+    return CrossEncoderReranker(name, device)
+
+
+def check_finite(output: np.ndarray, texts: Sequence[Any], model: str) -> np.ndarray:
+    """Return the scores or vectors of `texts`. Raises ValueError that names the first text with one not finite."""
+    bad = np.flatnonzero(~np.isfinite(output.reshape(len(texts), -1)).all(1))
+    if len(bad):
+        raise ValueError(f"{model}: the output is not finite for {texts[bad[0]]!r:.120}")
+    return output
+
+
+def _sentence_transformers() -> Any:
+    try:
+        import sentence_transformers
+    except ImportError:
+        raise ValueError("this teacher needs the package sentence-transformers; pip install -e .[teacher], or give a "
+                         "model of this project as --retriever") from None
+    return sentence_transformers
+
+
+def _model_folder(name: str) -> Path:
+    """The folder of a sentence-transformers model: itself, or the downloaded hub repository."""
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").exists() and not (folder / "modules.json").exists():
+            raise ValueError(f"{name}: a model folder must have config.json or modules.json")
+        return folder
+    try:
+        return Path(snapshot_download(name, ignore_patterns=OTHER_FORMATS))
+    except Exception as error:  # many kinds: unknown, private, offline
+        raise ValueError(f"{name!r:.80}: must be a model folder or a hub id (got {type(error).__name__} from the hub); "
+                         "check the name and the network") from None

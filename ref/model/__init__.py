@@ -1,0 +1,1 @@
+"""The language model: forward pass, attention, packing, pooling, LoRA, and its files."""

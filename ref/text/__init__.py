@@ -1,0 +1,1 @@
+"""Text to input ids: the tokenizer and the prompts."""

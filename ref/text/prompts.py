@@ -1,0 +1,191 @@
+r"""Prompts: the template, instruction and in-context examples in front of a text, and their encoding.
+
+    <s>Instruct: …\nQuery: q1\nResponse: p1\n\nInstruct: …\nQuery: the text …</s>
+    `----------- prefix, the same ids for all queries -----------'
+
+The prefix ends with `Query:` and is encoded as one string. The text follows with the word-start mark that its encoding
+begins with, which stands for the space after the colon. So the ids equal those of the whole string, and the prefix's
+keys and values serve every query. Only the text is truncated: to its own limit, and to what the prefix leaves.
+In-context examples that do not fit are dropped whole, the last first, and counted.
+
+A passage has no instruction: `<s>` text `</s>`. A new template is one more entry of TEMPLATES.
+Source: arXiv 2506.07438 (the template); arXiv 2409.15700 and its trainer (in-context examples, the second template).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ref.text.tokenizer import Tokenizer
+from ref.utils.files import check_type, read_json
+
+PROMPT_FILE = "embedder.json"  # template and token limits, in the folder of a model of this project
+LIMITS = ("max_text_tokens", "max_prompt_tokens", "max_example_tokens")
+
+
+@dataclass(frozen=True)
+class Template:
+    """The strings of a prompt. `query` ends with {text}; `suffix` follows the text of a query."""
+
+    query: str
+    example: str
+    separator: str = "\n\n"
+    suffix: str = ""
+    markers: tuple[str, ...] = ()  # inserted by id if they are tokens of the vocabulary
+
+
+TEMPLATES = {
+    "report": Template(
+        query="Instruct: {instruction}\nQuery: {text}",
+        example="Instruct: {instruction}\nQuery: {query}\nResponse: {response}"),
+    "bge-en-icl": Template(
+        query="<instruct>{instruction}\n<query>{text}",
+        example="<instruct>{instruction}\n<query>{query}\n<response>{response}",
+        suffix="\n<response>", markers=("<instruct>", "<query>", "<response>")),
+}
+
+
+@dataclass(frozen=True)
+class InContextExample:
+    """A query of the same task with a correct response, shown in the prompt."""
+
+    query: str
+    response: str
+
+
+@dataclass(frozen=True)
+class PromptPrefix:
+    """Ids from `<s>` to the beginning of the text, the suffix's ids after it, and how many examples fitted."""
+
+    ids: tuple[int, ...]
+    suffix: tuple[int, ...] = ()
+    num_examples: int = 0
+
+
+@dataclass(frozen=True)
+class PromptEncoder:
+    """Encodes instruction, in-context examples and texts. Limits are in tokens; `<s>` and `</s>` are no text tokens."""
+
+    tokenizer: Tokenizer
+    template: Template = TEMPLATES["report"]
+    max_text_tokens: int = 512
+    max_prompt_tokens: int = 2048  # prefix, text, suffix and </s> together
+    max_example_tokens: int = 256  # an example's query, and its response
+
+    def prefix(self, instruction: str | None, examples: Sequence[InContextExample] = ()) -> PromptPrefix:
+        """The ids in front of a text; without an instruction (a passage) only `<s>`.
+
+        Raises ValueError if the instruction leaves no room for a single token of text.
+        """
+        if instruction is None:
+            return PromptPrefix((self.tokenizer.bos_id,))
+        suffix = self._suffix()
+        for count in range(len(examples), -1, -1):
+            ids = self._prefix_ids(instruction, examples[:count])
+            room = self.max_prompt_tokens - len(ids) - len(suffix) - 1
+            if room >= (self.max_text_tokens if count else 1):
+                return PromptPrefix(ids, suffix, count)
+        raise ValueError(f"instruction {instruction!r:.60} has {len(ids)} tokens and leaves no room for a text in "
+                         f"max_prompt_tokens {self.max_prompt_tokens}")
+
+    def encode(self, texts: Sequence[str], prefix: PromptPrefix) -> list[list[int]]:
+        """Ids of each text behind the prefix, truncated to what fits, followed by suffix and `</s>`."""
+        room = self.max_prompt_tokens - len(prefix.ids) - len(prefix.suffix) - 1
+        ids = self.tokenizer.encode(texts, max_tokens=min(self.max_text_tokens, room))
+        return [[*text, *prefix.suffix, self.tokenizer.eos_id] for text in ids]
+
+    def _prefix_ids(self, instruction: str, examples: Sequence[InContextExample]) -> tuple[int, ...]:
+        """`<s>`, then the text between two markers encoded as one string each."""
+        limit = self.max_example_tokens
+        blocks = [self._fill(self.template.example, {
+            "instruction": instruction,
+            "query": self.tokenizer.truncate(e.query, max_tokens=limit),
+            "response": self.tokenizer.truncate(e.response, max_tokens=limit)}) for e in examples]
+        before_text = self.template.query.removesuffix("{text}").removesuffix(" ")
+        blocks.append(self._fill(before_text, {"instruction": instruction}))
+        return (self.tokenizer.bos_id, *self._ids(_join(blocks, self.template.separator)))
+
+    def _ids(self, parts: Sequence[tuple[bool, str]]) -> list[int]:
+        """Ids of (is a marker, text) parts, one after the other."""
+        ids: list[int] = []
+        for is_marker, text in parts:
+            ids += [self._marker_ids[text]] if is_marker else self.tokenizer.encode([text], max_tokens=2**20)[0]
+        return ids
+
+    def _fill(self, form: str, values: dict[str, str]) -> list[tuple[bool, str]]:
+        """The parts of a filled template as (is a marker, text); a marker inside `values` is text."""
+        parts = [(False, form)]
+        for marker in self._marker_ids:
+            parts = [piece for is_marker, text in parts for piece in (
+                [(True, text)] if is_marker else _split(text, marker))]
+        return [(True, text) if is_marker else (False, text.format(**values)) for is_marker, text in parts if text]
+
+    @cached_property
+    def _marker_ids(self) -> dict[str, int]:
+        """The template's markers that are tokens of this vocabulary; the others are encoded as text."""
+        found = {marker: self.tokenizer.token_id(marker) for marker in self.template.markers}
+        return {marker: token for marker, token in found.items() if token is not None}
+
+    def _suffix(self) -> tuple[int, ...]:
+        """Ids of the template's suffix, without a word-start mark at its beginning."""
+        return tuple(token for is_marker, text in self._fill(self.template.suffix, {})
+                     for token in ([self._marker_ids[text]] if is_marker else self.tokenizer.encode_continuation(text)))
+
+
+def _split(text: str, marker: str) -> list[tuple[bool, str]]:
+    """"a<m>b" -> (False, a), (True, <m>), (False, b)."""
+    first, *rest = text.split(marker)
+    return [(False, first)] + [part for piece in rest for part in ((True, marker), (False, piece))]
+
+
+def _join(blocks: Sequence[Sequence[tuple[bool, str]]], separator: str) -> list[tuple[bool, str]]:
+    """All blocks in one list with the separator between them; adjacent texts become one string."""
+    flat = [part for n, block in enumerate(blocks) for part in ([(False, separator)] if n else []) + list(block)]
+    joined: list[tuple[bool, str]] = []
+    for is_marker, text in flat:
+        if joined and not is_marker and not joined[-1][0]:
+            joined[-1] = (False, joined[-1][1] + text)
+        else:
+            joined.append((is_marker, text))
+    return joined
+
+
+# ---- the file embedder.json --------------------------------------------------------------------------------
+
+
+def get_template(name: object, where: str) -> Template:
+    """The template of that name. Raises ValueError that starts with `where` if there is none."""
+    if not isinstance(name, str) or name not in TEMPLATES:
+        raise ValueError(f"{where} must be one of {', '.join(TEMPLATES)} (got {name!r:.60})")
+    return TEMPLATES[name]
+
+
+def load_prompt_encoder(folder: Path, tokenizer: Tokenizer, **given: str | int) -> PromptEncoder:
+    """Template and token limits from a model's embedder.json, if it has one, overridden by `given`."""
+    path = folder / PROMPT_FILE
+    settings = {**(read_json(path) if path.exists() else {}), **given}
+    where = {key: key if key in given else f"{path}: {key!r}" for key in settings}
+    template = get_template(settings.pop("template", "report"), where.get("template", "template"))
+    for key, value in settings.items():
+        if key not in LIMITS:
+            raise ValueError(f"{where[key]} is unknown (only template, {', '.join(LIMITS)})")
+        if check_type(value, int, where[key], "a number of tokens >= 1") < 1:
+            raise ValueError(f"{where[key]} must be a number of tokens >= 1 (got {value})")
+    if "max_text_tokens" in given:  # the prompt keeps room for a text of that length
+        rest = PromptEncoder.max_prompt_tokens - PromptEncoder.max_text_tokens
+        least = settings["max_text_tokens"] + rest
+        settings["max_prompt_tokens"] = max(least, settings.get("max_prompt_tokens", PromptEncoder.max_prompt_tokens))
+    encoder = PromptEncoder(tokenizer, template, **settings)
+    if encoder.max_text_tokens > encoder.max_prompt_tokens - 2:
+        raise ValueError(f"{path}: 'max_prompt_tokens' must be at least 'max_text_tokens' + 2 "
+                         f"(got {encoder.max_prompt_tokens} and {encoder.max_text_tokens})")
+    return encoder
+
+
+def save_prompt_encoder(folder: Path, encoder: PromptEncoder) -> None:
+    """Write template and token limits to embedder.json."""
+    name = next(name for name, template in TEMPLATES.items() if template == encoder.template)
+    settings = {"template": name, **{limit: getattr(encoder, limit) for limit in LIMITS}}
+    (folder / PROMPT_FILE).write_text(json.dumps(settings, indent=1))

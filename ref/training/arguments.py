@@ -1,0 +1,55 @@
+"""The command line of run_train.py: one flag for each field of TrainConfig, by its type and metadata."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal, get_args, get_origin
+
+from ref.config import PRESETS, TrainConfig
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options that were given; those not given are absent. `train_config` adds preset and defaults."""
+    parser = argparse.ArgumentParser(
+        description="Train an LLM text embedder from soft labels. The defaults below are those of --preset report; "
+        "--preset small, the default for random initialisation, changes some (docs/training.md).",
+        argument_default=argparse.SUPPRESS)
+    group: Any = parser
+    for item in dataclasses.fields(TrainConfig):
+        if "group" in item.metadata:
+            group = parser.add_argument_group(item.metadata["group"])
+        group.add_argument("--" + item.name.replace("_", "-"), **_argument(item))
+    return parser.parse_args(arguments)
+
+
+def train_config(given: argparse.Namespace, *, random_init: bool) -> TrainConfig:
+    """Defaults, overridden by the preset, overridden by the given options."""
+    name = getattr(given, "preset", None) or ("small" if random_init else "report")
+    if name not in PRESETS:
+        raise ValueError(f"--preset must be one of {', '.join(PRESETS)} (got {name!r})")
+    return TrainConfig(**{**PRESETS[name], "train": "all" if random_init else "lora", **vars(given), "preset": name})
+
+
+def _argument(item: "dataclasses.Field[Any]") -> dict[str, Any]:
+    """argparse's keywords for one field: type, choices, and the default in the help text."""
+    default = getattr(TrainConfig(), item.name)
+    shown = "" if default is None else f" (default: {' '.join(default) if isinstance(default, list) else default})"
+    keywords: dict[str, Any] = {"help": (item.metadata["help"] + shown).replace("%", "%%")}
+    kinds = [kind for kind in (get_args(item.type) or (item.type,)) if kind is not type(None)]
+    if kinds[0] is bool:
+        return {**keywords, "action": argparse.BooleanOptionalAction}
+    if get_origin(item.type) is list:
+        return {**keywords, "nargs": "+", "type": str}
+    if get_origin(kinds[0]) is Literal:
+        return {**keywords, "choices": get_args(kinds[0])}
+    if isinstance(kinds[0], str):
+        return {**keywords, "choices": kinds}
+    return {**keywords, "type": _optional(kinds[0]) if type(None) in get_args(item.type) else kinds[0]}
+
+
+def _optional(kind: type) -> Any:
+    """A converter that also accepts the word "none"."""
+    def convert(text: str) -> Any:
+        return None if text == "none" else kind(text)
+    convert.__name__ = kind.__name__
+    return convert

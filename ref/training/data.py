@@ -1,0 +1,285 @@
+"""soft_labels.jsonl -> batches of one task: validated line by line, indexed, read when needed.
+
+One JSON object per line (FlagEmbedding's schema):
+
+    query        text                          pos, neg       lists of texts, hardest negatives first
+    prompt       the task's instruction        pos_scores, neg_scores   teacher scores, one per text, or null
+    type         see ref/task_types.py         task           name of the task (default: the file's name)
+
+A first pass validates every line and keeps 14 bytes of it (offset, file, task), so files may be larger than memory.
+Lines of one task name, instruction and type form a Task, and every batch is drawn from one. Each draw depends only on
+the seed, the epoch and the line or step: a run can start at any step and sees the same batches.
+Source: arXiv 2506.07438 (one task per batch); arXiv 2409.15700 (types, 7 negatives, in-context examples).
+"""
+
+import math
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ref.config import TrainConfig
+from ref.loss.contrastive import CandidateIndex
+from ref.task_types import TASK_TYPES, check_task_type
+from ref.text.prompts import InContextExample
+from ref.utils.files import check_text, hash_file, parse_json_object, read_jsonl
+from ref.utils.text import normalize_whitespace
+
+
+class Task(NamedTuple):
+    """What the lines of a batch have in common."""
+
+    name: str
+    instruction: str
+    type: str
+
+
+@dataclass(frozen=True)
+class TrainingExample:
+    """One validated line."""
+
+    task: Task
+    query: str
+    positives: list[str]
+    negatives: list[str]
+    positive_scores: list[float] | None  # None: the line has no teacher scores
+    negative_scores: list[float] | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Texts of one task, and which passages are candidates of which query."""
+
+    task: Task
+    lines: list[int]  # numbers of the lines in the data set
+    queries: list[str]
+    passages: list[str]
+    candidates: CandidateIndex
+    teacher_QC: Tensor  # fp32 raw scores; NaN where there is none
+    in_batch_negatives: bool
+    examples: list[list[InContextExample]]  # one list for the whole batch, or one per query
+
+
+class SoftLabelDataset:
+    """The lines of several files by number, and the batches of an epoch."""
+
+    def __init__(self, paths: Sequence[Path], config: TrainConfig) -> None:
+        """Validate and index every line. Raises ValueError that names file, line and field."""
+        self.paths, self.config = list(paths), config
+        self.files: list[BinaryIO] = []
+        self.sha256: list[str] = []
+        self.num_with_labels = 0
+        offsets: list[int] = []
+        files: list[int] = []
+        tasks: list[int] = []
+        numbers: dict[Task, int] = {}
+        for file_number, path in enumerate(self.paths):
+            before = len(offsets)
+            for offset, example in self._read(path):
+                offsets.append(offset)
+                files.append(file_number)
+                tasks.append(numbers.setdefault(example.task, len(numbers)))
+                self.num_with_labels += example.positive_scores is not None
+            if len(offsets) == before:
+                raise ValueError(f"{path}: must have at least one line")
+        self.tasks = list(numbers)
+        self.offset, self.file = np.array(offsets, np.int64), np.array(files, np.uint16)
+        self.task = np.array(tasks, np.int32)
+        self._check_single_lines()
+
+    def __len__(self) -> int:
+        return len(self.offset)
+
+    def __getitem__(self, number: int) -> TrainingExample:
+        """Read line `number` again from its file."""
+        file = self.files[self.file[number]]
+        file.seek(self.offset[number])
+        path = self.paths[self.file[number]]
+        where = f"{path} (byte {self.offset[number]})"
+        return parse_example(parse_json_object(file.readline(), where), where, path.stem, self.config.instruction)
+
+    def locations(self, numbers: Iterable[int]) -> str:
+        """File and line numbers for messages: "FILE:3, FILE:8, OTHER:1"."""
+        found = []
+        for file_number, path in enumerate(self.paths):
+            offsets = {int(self.offset[n]) for n in numbers if self.file[n] == file_number}
+            if offsets:
+                with path.open("rb") as file:  # a handle of its own: another thread may read the next batch
+                    starts = accumulate(map(len, file), initial=0)
+                    found += [f"{path}:{line}" for line, offset in enumerate(starts, start=1) if offset in offsets]
+        return ", ".join(found)
+
+    def first_location(self, task: Task) -> str:
+        """File and line number of a task's first line."""
+        return self.locations([int(np.flatnonzero(self.task == self.tasks.index(task))[0])])
+
+    def batches(self, epoch: int) -> list[np.ndarray]:
+        """Line numbers of every batch of an epoch: each line once, one task per batch, shuffled."""
+        by_task: list[list[np.ndarray]] = []
+        for number, task in enumerate(self.tasks):
+            draw = np.random.default_rng([self.config.seed, epoch, number])
+            lines = draw.permutation(np.flatnonzero(self.task == number))
+            in_batch = self.has_in_batch_negatives(task)
+            size = self.config.batch_size if in_batch else self.config.batch_size_symmetric
+            bounds = list(range(size, len(lines), size))
+            if size > 1 and len(lines) % size == 1 and bounds:
+                bounds.pop()  # a batch of one query would have no in-batch negatives
+            by_task.append(np.split(lines, bounds))
+        batches = [batch for task_batches in by_task for batch in task_batches]
+        order = np.random.default_rng([self.config.seed, epoch, len(by_task)]).permutation(len(batches))
+        return [batches[i] for i in order]
+
+    def has_in_batch_negatives(self, task: Task) -> bool:
+        """Whether queries of that task use the other passages of the batch as negatives."""
+        by_type = TASK_TYPES[task.type].in_batch_negatives
+        return {"all": True, "none": False, "by-type": by_type}[self.config.in_batch_negatives]
+
+    def batch(self, numbers: np.ndarray, *, epoch: int, step: int) -> Batch:
+        """Read the lines of a batch, draw each query's positive and the in-context examples."""
+        examples = [self[int(n)] for n in numbers]
+        passages: list[str] = []
+        columns, teacher = [], []
+        for number, example in zip(numbers, examples, strict=True):
+            drawn = random.Random(f"{self.config.seed} {epoch} {number}").randrange(len(example.positives))
+            texts, scores = self._candidates(example, drawn)
+            columns.append(list(range(len(passages), len(passages) + len(texts))))
+            teacher.append(scores)
+            passages += texts
+        task = examples[0].task
+        return Batch(
+            task=task, lines=[int(n) for n in numbers], queries=[example.query for example in examples],
+            passages=passages, candidates=_candidate_index(columns, examples, passages),
+            teacher_QC=_pad(teacher, math.nan, torch.float32), in_batch_negatives=self.has_in_batch_negatives(task),
+            examples=self._in_context_examples(numbers, examples, passages, step))
+
+    def _num_negatives(self, task: Task) -> int:
+        """How many hard negatives of a line are used, at most."""
+        of_type = TASK_TYPES[task.type].max_negatives
+        return self.config.num_negatives if of_type is None else of_type
+
+    def _candidates(self, example: TrainingExample, drawn: int) -> tuple[list[str], list[float]]:
+        """The drawn positive and the hard negatives, with their scores (NaN: none)."""
+        limit = self._num_negatives(example.task)
+        texts = [example.positives[drawn], *example.negatives[:limit]]
+        if example.positive_scores is None or example.negative_scores is None:
+            return texts, [math.nan] * len(texts)
+        return texts, [example.positive_scores[drawn], *example.negative_scores[:limit]]
+
+    def _in_context_examples(
+        self, numbers: np.ndarray, batch: list[TrainingExample], passages: list[str], step: int,
+    ) -> list[list[InContextExample]]:
+        """Draw 0 to max_examples other lines of the task, for the batch or for each query.
+
+        They contain no text of the batch and no known positive of its queries.
+        """
+        draw = random.Random(f"{self.config.seed} examples {step}")
+        used = {normalize_whitespace(text) for example in batch for text in (example.query, *example.positives)}
+        used |= set(map(normalize_whitespace, passages))
+        others = self.task == self.task[numbers[0]]
+        others[numbers] = False
+        pool = np.flatnonzero(others)
+        lists = []
+        for _ in range(1 if self.config.examples_per == "batch" else len(batch)):
+            wanted = draw.randint(0, self.config.max_examples)
+            chosen: list[InContextExample] = []
+            for example in self._draw_examples(pool, wanted, draw):
+                if len(chosen) == wanted:
+                    break
+                shown = {normalize_whitespace(example.query), normalize_whitespace(example.response)}
+                if not shown & used and example not in chosen:
+                    chosen.append(example)
+            lists.append(chosen)
+        return lists
+
+    def _draw_examples(self, pool: np.ndarray, wanted: int, draw: random.Random) -> Iterator[InContextExample]:
+        """Random lines of the pool as examples; more than wanted, because some may contain a text of the batch."""
+        for _ in range(4 * wanted if len(pool) else 0):
+            example = self[int(pool[draw.randrange(len(pool))])]
+            yield InContextExample(example.query, draw.choice(example.positives))
+
+    def _read(self, path: Path) -> Iterator[tuple[int, TrainingExample]]:
+        """Offset and content of each line of a file; opens it for later reads and hashes it."""
+        for line in read_jsonl(path):
+            example = parse_example(line.value, line.where, path.stem, self.config.instruction)
+            in_batch = self.has_in_batch_negatives(example.task) and self.config.batch_size > 1
+            if not in_batch and not example.negatives[: self._num_negatives(example.task)]:
+                got = "--num-negatives 0" if example.negatives else "none"
+                raise ValueError(f"{line.where}: 'neg' must have a text for type {example.task.type}, which has no "
+                                 f"in-batch negatives (got {got})")
+            yield line.offset, example
+        self.files.append(path.open("rb"))
+        self.sha256.append(hash_file(path))
+
+    def _check_single_lines(self) -> None:
+        """A task with a single line has no in-batch negatives, so the line needs a hard negative."""
+        for number, task in enumerate(self.tasks):
+            lines = np.flatnonzero(self.task == number)
+            if len(lines) == 1 and not self[int(lines[0])].negatives[: self._num_negatives(task)]:
+                raise ValueError(f"{self.locations([int(lines[0])])}: 'neg' must have a text, because the task has no "
+                                 "other line")
+
+
+def parse_example(value: dict[str, Any], where: str, file_name: str, instruction: str | None) -> TrainingExample:
+    """Validate one line; ValueError that names `where` and the field."""
+    task_type = check_task_type(value.get("type") or "normal", f"{where}: 'type'")
+    prompt = value.get("prompt") or instruction
+    if prompt is None:
+        raise ValueError(f"{where}: 'prompt' is missing; give the task's instruction there or with --instruction")
+    query = check_text(value.get("query"), f"{where}: 'query'")
+    positives, negatives = (_texts(value, name, where) for name in ("pos", "neg"))
+    if not positives:
+        raise ValueError(f"{where}: 'pos' must have at least one text")
+    name = check_text(value.get("task") or file_name, f"{where}: 'task'")
+    task = Task(name, check_text(prompt, f"{where}: 'prompt'"), task_type)
+    positive_scores = _scores(value, "pos_scores", positives, where)
+    negative_scores = _scores(value, "neg_scores", negatives, where)
+    if not negatives and positive_scores is not None:
+        negative_scores = []  # neg_scores may be absent if there is nothing to score
+    if (positive_scores is None) != (negative_scores is None):
+        missing = "pos_scores" if positive_scores is None else "neg_scores"
+        raise ValueError(f"{where}: {missing!r} is missing; give both 'pos_scores' and 'neg_scores', or neither")
+    return TrainingExample(task, query, positives, negatives, positive_scores, negative_scores)
+
+
+def _texts(value: dict[str, Any], name: str, where: str) -> list[str]:
+    texts = value.get(name) or []
+    if not isinstance(texts, list):
+        raise ValueError(f"{where}: {name!r} must be a list of texts (got {texts!r:.60})")
+    return [check_text(text, f"{where}: '{name}[{n}]'") for n, text in enumerate(texts)]
+
+
+def _scores(value: dict[str, Any], name: str, texts: list[str], where: str) -> list[float] | None:
+    scores = value.get(name)
+    if scores is None:
+        return None
+    if not isinstance(scores, list) or len(scores) != len(texts):
+        got = f"{len(scores)} for {len(texts)}" if isinstance(scores, list) else f"{scores!r:.60}"
+        raise ValueError(f"{where}: {name!r} must have one score per text in {name[:3]!r} (got {got})")
+    for n, score in enumerate(scores):
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) < 1e30:
+            raise ValueError(f"{where}: '{name}[{n}]' must be a finite number (got {score!r:.60})")
+    return [float(score) for score in scores]
+
+
+def _candidate_index(columns: list[list[int]], batch: list[TrainingExample], passages: list[str]) -> CandidateIndex:
+    """Candidate columns and a text id for each distinct text."""
+    ids: dict[str, int] = {}
+    text_id_P = [ids.setdefault(normalize_whitespace(text), len(ids)) for text in passages]
+    known: dict[str, dict[str, None]] = {}  # by query, which may be on several lines: its own text, its positives
+    for example in batch:
+        texts = map(normalize_whitespace, (example.query, *example.positives))
+        known.setdefault(normalize_whitespace(example.query), {}).update(dict.fromkeys(texts))
+    known_ids = [[ids[text] for text in known[normalize_whitespace(example.query)] if text in ids] for example in batch]
+    return CandidateIndex(_pad(columns, -1, torch.int64), torch.tensor(text_id_P), _pad(known_ids, -1, torch.int64))
+
+
+def _pad(lists: Sequence[Sequence[float]], fill: float, dtype: torch.dtype) -> Tensor:
+    """Lists of different lengths as the rows of one tensor."""
+    width = max(1, *map(len, lists)) if lists else 1
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in lists], dtype=dtype)

@@ -1,0 +1,97 @@
+"""The result of a run: an adapter in PEFT's format, or a checkpoint that transformers and sentence-transformers load.
+
+sentence-transformers reads modules.json: the transformer, last-token pooling, normalisation; the end token comes from
+tokenizer.json (ref/text/tokenizer.py). Its named prompts are the training instructions: encode(texts,
+prompt_name=TASK). It truncates prompt and text together, we truncate the text alone: the limits agree for passages
+without an instruction.
+"""
+
+import json
+from itertools import count
+from pathlib import Path
+
+from ref.config import TrainConfig
+from ref.model.adapter import save_adapter
+from ref.model.checkpoint import resolve_checkpoint, save_model
+from ref.model.lora import frozen_base, merge_lora
+from ref.model.transformer import Mistral
+from ref.text.prompts import PromptEncoder, save_prompt_encoder
+from ref.training.data import SoftLabelDataset
+from ref.training.model_source import ModelSource
+from ref.utils.files import atomic_write, remove_path
+
+
+def save_result(
+    folder: Path, model: Mistral, prompt_encoder: PromptEncoder, config: TrainConfig, source: ModelSource,
+    data: SoftLabelDataset,
+) -> None:
+    """Write model/, or adapter/ (with base/ if the base was randomly initialised) into the run folder."""
+    if config.train == "all":
+        prompts = named_prompts(data)
+        atomic_write(folder / "model", lambda draft: export_model(model, prompt_encoder, prompts, draft))
+        return
+    base = str(resolve_checkpoint(source.name).resolve()) if Path(source.name).is_dir() else source.name
+    if source.config is not None:
+        base = "../base"
+        frozen = frozen_base(model)
+        atomic_write(folder / "base", lambda draft: export_model(frozen, prompt_encoder, {}, draft))
+
+    def write(draft: Path) -> None:
+        draft.mkdir()
+        save_adapter(model, draft, base=base)
+        save_prompt_encoder(draft, prompt_encoder)
+    atomic_write(folder / "adapter", write)
+
+
+def save_merged(folder: Path, model: Mistral, prompt_encoder: PromptEncoder, data: SoftLabelDataset) -> None:
+    """Write merged/: base and adapter as one checkpoint. The model in memory stays merged."""
+    merge_lora(model)
+    prompts = named_prompts(data)
+    atomic_write(folder / "merged", lambda draft: export_model(model, prompt_encoder, prompts, draft))
+
+
+def remove_results(folder: Path) -> None:
+    """Remove what these two functions write."""
+    for name in ("model", "adapter", "base", "merged"):
+        remove_path(folder / name)
+
+
+def named_prompts(data: SoftLabelDataset) -> dict[str, str]:
+    """Instruction by task name; a second instruction of the same name gets the next free number."""
+    prompts: dict[str, str] = {}
+    names = {task.name for task in data.tasks}
+    for name, instruction in dict.fromkeys((task.name, task.instruction) for task in data.tasks):
+        numbered = (f"{name}-{number}" for number in count(2))
+        free = next(other for other in numbered if other not in prompts and other not in names)
+        prompts[free if name in prompts else name] = instruction
+    return prompts
+
+
+def export_model(model: Mistral, prompt_encoder: PromptEncoder, prompts: dict[str, str], folder: Path) -> None:
+    """Write a checkpoint that transformers and sentence-transformers load, with equal embeddings.
+
+    `prompts` become sentence-transformers' named prompts, except for a template with a suffix: sentence-transformers
+    appends nothing to a text.
+    """
+    folder.mkdir()
+    save_model(model, folder, dtype=model.norm.weight.dtype)
+    prompt_encoder.tokenizer.save(folder)
+    save_prompt_encoder(folder, prompt_encoder)
+    before_text = prompt_encoder.template.query.removesuffix("{text}")
+    named = {} if prompt_encoder.template.suffix else prompts
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    files = {
+        "modules.json": [{"idx": n, "name": str(n), "path": path, "type": f"sentence_transformers.models.{kind}"}
+                         for n, (path, kind) in enumerate(modules)],
+        "sentence_bert_config.json": {"max_seq_length": prompt_encoder.max_text_tokens + 2, "do_lower_case": False},
+        "1_Pooling/config.json": {"word_embedding_dimension": model.config.hidden_size,
+                                  "pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False,
+                                  "include_prompt": True},
+        "config_sentence_transformers.json": {
+            "prompts": {name: before_text.format(instruction=text) for name, text in named.items()},
+            "default_prompt_name": None, "similarity_fn_name": "cosine"},
+    }
+    for name, value in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(value, indent=1))
+    (folder / "2_Normalize").mkdir()

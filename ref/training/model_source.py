@@ -1,0 +1,83 @@
+"""What --model names, and the model and tokenizer built from it: a checkpoint, or random initialisation."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ref.config import MISTRAL, TINY, ModelConfig, TrainConfig
+from ref.embedder import load_model_and_tokenizer
+from ref.model.checkpoint import resolve_checkpoint
+from ref.model.lora import apply_lora
+from ref.model.transformer import Mistral, init_weights
+from ref.text.prompts import PromptEncoder, get_template
+from ref.text.tokenizer import Tokenizer, train_tokenizer
+from ref.training.data import SoftLabelDataset
+from ref.utils.device import DTYPES
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """The name of a checkpoint, or a configuration for random initialisation."""
+
+    name: str
+    reason: str
+    config: ModelConfig | None = None  # None: a checkpoint
+
+
+def resolve_model(name: str | None) -> ModelSource:
+    """Read --model: tiny, a config.json, a folder or hub id; by default Mistral-7B-v0.1 on a GPU, else tiny."""
+    if name is None and torch.cuda.is_available():
+        return ModelSource(MISTRAL, "default on a GPU; choose another with --model")
+    if name is None:
+        return ModelSource("tiny", "default without a GPU; choose another with --model FOLDER, HUB-ID or CONFIG.json",
+                           TINY)
+    if name == "tiny":
+        return ModelSource(name, "built in, random initialisation", TINY)
+    if name.endswith(".json"):
+        return ModelSource(name, "random initialisation", ModelConfig.from_file(Path(name)))
+    return ModelSource(name, "checkpoint")
+
+
+def build_model(
+    source: ModelSource, config: TrainConfig, data: SoftLabelDataset, *, device: torch.device,
+) -> tuple[Mistral, PromptEncoder]:
+    """The model on `device`, ready to train, and its prompts; every task's instruction is checked.
+
+    Trainable parameters are fp32; a frozen base has the dtype of the forward pass.
+    """
+    template = get_template(config.template, "--template")
+    dtype = DTYPES[config.dtype or "float32"] if config.train == "lora" else torch.float32
+    if source.config is None:
+        model, tokenizer = load_model_and_tokenizer(resolve_checkpoint(source.name), device=device, dtype=dtype)
+    else:
+        tokenizer = train_tokenizer(_all_texts(data), vocab_size=source.config.vocab_size, lowercase=config.lowercase,
+                                    special_tokens=template.markers)
+        model = _random_model(source.config, tokenizer, config.seed).to(device, dtype)
+    model.gradient_checkpointing = config.gradient_checkpointing
+    if config.train == "lora":
+        torch.manual_seed(config.seed)
+        apply_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout,
+                   target_modules=config.lora_target_modules)
+    prompt_encoder = PromptEncoder(tokenizer, template, config.max_text_tokens, config.max_prompt_tokens,
+                                   config.max_example_tokens)
+    for task in data.tasks:
+        try:
+            prompt_encoder.prefix(task.instruction)
+        except ValueError as error:
+            raise ValueError(f"{data.first_location(task)}: 'prompt': {error}") from None
+    return model, prompt_encoder
+
+
+def _random_model(config: ModelConfig, tokenizer: Tokenizer, seed: int) -> Mistral:
+    config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size, dtype="float32")
+    return init_weights(Mistral(config), seed=seed)
+
+
+def _all_texts(data: SoftLabelDataset) -> Iterator[str]:
+    for number in range(len(data)):
+        example = data[number]
+        # the template's own words too, so that the vocabulary contains them
+        yield from (example.task.instruction, example.query, *example.positives, *example.negatives,
+                    "Instruct: Query: Response:")

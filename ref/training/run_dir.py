@@ -1,0 +1,167 @@
+"""The folder of a run, and what --resume reads from it.
+
+    runs/NAME/run.json        options, versions, commit, hardware, hashes of the data; complete: true at the end
+              metrics.jsonl   one line per step
+              loss.png        the loss curve, if matplotlib is installed
+              state/STEP/     parameters, optimiser and position of the last saves
+              model/          --train all: a checkpoint that sentence-transformers and transformers load
+              adapter/        --train lora: PEFT's files; base/ beside it if the base was randomly initialised
+              merged/         --train lora --merge: base and adapter as one checkpoint
+
+All but metrics.jsonl, which grows line by line, are written under a temporary name and then renamed: after a kill
+during a save the previous state is complete, and --resume continues from it.
+"""
+
+import dataclasses
+import json
+import re
+from argparse import Namespace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ref.config import TrainConfig
+from ref.model.checkpoint import read_tensors
+from ref.model.transformer import Mistral
+from ref.training.data import SoftLabelDataset
+from ref.training.model_source import ModelSource
+from ref.utils.environment import environment_info, utc_now
+from ref.utils.files import atomic_write, read_json, remove_path
+
+# Options that a resumed run may change: they change rounding at most.
+RESUMABLE_OPTIONS = (
+    "mini_batch_tokens", "gradient_checkpointing", "save_steps", "save_total_limit", "distributed_timeout")
+
+
+def resume_options(given: Namespace) -> Namespace:
+    """The options of the run in --output, updated by RESUMABLE_OPTIONS. Raises ValueError if others differ."""
+    folder = Path(getattr(given, "output", None) or "")
+    saved = read_json(folder / "run.json")
+    if not isinstance(saved.get("options"), dict) or "model" not in saved or "data" not in saved:
+        raise ValueError(f"{folder / 'run.json'}: must have 'options', 'model' and 'data', as run_train.py writes it")
+    different = {k: v for k, v in vars(given).items()
+                 if k not in ("resume", "output", *RESUMABLE_OPTIONS) and v != saved["options"].get(k)}
+    if different:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in different)
+        raise ValueError(f"--resume: {flags} must be as in {folder / 'run.json'}; only "
+                         f"{', '.join('--' + name.replace('_', '-') for name in RESUMABLE_OPTIONS)} may change")
+    options = {**saved["options"], **{k: v for k, v in vars(given).items() if k in RESUMABLE_OPTIONS}}
+    return Namespace(**{**options, "model": saved["model"], "resume": True, "output": str(folder)})
+
+
+def open_run_dir(config: TrainConfig, source: ModelSource, *, create: bool = True) -> Path:
+    """The run's folder; with `create` it is created and tested for writing.
+
+    Raises ValueError if it holds another run (without --resume), none (with it), or cannot be written.
+    """
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    folder = Path(config.output or f"runs/{Path(source.name).name.removesuffix('.json')}-{stamp}")
+    if not create:
+        return folder
+    has_run = (folder / "run.json").exists()
+    if has_run and not config.resume:
+        raise ValueError(f"--output {folder}: already holds a run; give another folder, or continue it with --resume")
+    if config.resume and not has_run:
+        raise ValueError(f"--resume: {folder} holds no run")
+    for draft in list(folder.rglob(".*.draft")) if config.resume else []:  # of a killed process
+        remove_path(draft)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--output {folder}: cannot be written ({error.strerror})") from None
+    return folder
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Undo `open_run_dir` for a run that did not begin."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def run_metadata(config: TrainConfig, source: ModelSource, model: Mistral, data: SoftLabelDataset) -> dict[str, Any]:
+    """The content of run.json before the first step."""
+    return {
+        "complete": False, "started": utc_now(), "model": source.name, "options": dataclasses.asdict(config),
+        "model_config": dataclasses.asdict(model.config),
+        "data": [{"file": path.name, "sha256": digest, "bytes": path.stat().st_size}
+                 for path, digest in zip(data.paths, data.sha256, strict=True)],
+        "num_lines": len(data), "num_lines_with_labels": data.num_with_labels, **environment_info(),
+    }
+
+
+def check_resumed(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    """run.json of the run to resume. Raises ValueError if data or model are not those it was started with."""
+    saved = read_json(folder / "run.json")
+    for field in ("data", "model_config"):
+        if saved.get(field) != metadata[field]:
+            raise ValueError(f"--resume: {field!r} of {folder / 'run.json'} must be as at the start of the run (got "
+                             f"other files); restore them, or start a new run")
+    return saved
+
+
+# ---- saved states ------------------------------------------------------------------------------------------
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_state(
+    folder: Path, model: nn.Module, optimiser: torch.optim.AdamW, position: dict[str, Any], *, limit: int,
+) -> None:
+    """Write trainable parameters, AdamW's moments and the position to folder/state/STEP; keep the last `limit` states.
+
+    Random states are not saved: each draw depends only on the seed, the step and the line.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in trainable_parameters(model).items():
+        tensors[name] = parameter.detach()
+        for moment, value in optimiser.state[parameter].items():
+            tensors[f"{moment}/{name}"] = value
+
+    def write(draft: Path) -> None:
+        draft.mkdir()
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, draft / "state.safetensors")
+        (draft / "position.json").write_text(json.dumps(position))
+    states = folder / "state"
+    states.mkdir(exist_ok=True)
+    atomic_write(states / f"{position['step']:08}", write)
+    for old in _states(folder)[:-limit]:
+        remove_path(old)
+
+
+def load_state(folder: Path, model: nn.Module, optimiser: torch.optim.AdamW) -> dict[str, Any]:
+    """Restore the newest complete state; returns its position, step 0 if there is none."""
+    states = _states(folder)
+    if not states:
+        return {"step": 0, "elapsed_s": 0.0}
+    state = states[-1]
+    try:
+        position = read_json(state / "position.json")
+        tensors = dict(read_tensors(state / "state.safetensors", device=torch.device("cpu")))
+    except ValueError as error:
+        before = states[-2] if len(states) > 1 else "the beginning"
+        raise ValueError(f"{error}; remove {state} to resume from {before}") from None
+    for name, parameter in trainable_parameters(model).items():
+        if name not in tensors or tensors[name].shape != parameter.shape:
+            raise ValueError(f"{state}: {name} is missing or has another shape; it is not a state of this model")
+        with torch.no_grad():
+            parameter.copy_(tensors[name])
+        optimiser.state[parameter] = {
+            key.partition("/")[0]: value.to(parameter.device)  # also AdamW's step: fused, it is on the device
+            for key, value in tensors.items() if key.partition("/")[2] == name}
+    return position
+
+
+def _states(folder: Path) -> list[Path]:
+    """Complete states of a run, newest last; one whose renaming was interrupted is found by its old name."""
+    found = [path for path in (folder / "state").glob("*") if re.fullmatch(r"\d{8}|\.\d{8}\.old", path.name)]
+    return sorted(found, key=lambda path: (re.sub(r"\D", "", path.name), not path.name.startswith(".")))

@@ -1,0 +1,18 @@
+"""torch.compile, once per function."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+
+@cache
+def compile_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function for all token counts; raises where it is not a single graph.
+
+    Elementwise results that backward needs (normalised states, silu(gate) * up) are computed again, not kept.
+    """
+    torch._dynamo.config.recompile_limit = 64  # with or without gradient, prefix, all tokens or the last ones
+    torch._functorch.config.ban_recompute_materialized_backward = False
+    return torch.compile(function, dynamic=True, fullgraph=True)

@@ -1,0 +1,167 @@
+"""Several processes (ranks) with the result of one: sharding, barrier, all-gather with gradient, all-reduce.
+
+Each rank scores its own queries against all passages and divides by the counts of the whole batch. So the sum over the
+ranks of loss and gradients is that of one process with the whole batch, for any number of ranks: nothing is averaged,
+and both loss terms are treated alike. (Averaging, as the usual wrappers do, makes the term over the gathered passages
+world_size times too small.)
+
+Started by torchrun, or any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without these the process
+is alone and everything here does nothing. Collectives run over gloo, and over NCCL between GPUs.
+Source: arXiv 2101.06983, section 3.4 (gradient caching over devices).
+"""
+
+import atexit
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn  # imported later, its default arguments would keep the group and its threads alive
+from torch import Tensor
+
+Item = TypeVar("Item")
+HEARTBEAT_S = 1.0
+
+
+class RankFailure(RuntimeError):  # noqa: N818
+    """Another rank has died or hangs; the message names it."""
+
+
+class Distributed:
+    """The process group, or this process alone."""
+
+    def __init__(self, *, timeout: timedelta = timedelta(days=7)) -> None:
+        """`timeout`: how long a rank waits for another."""
+        self.world_size, self.rank = (int(os.environ.get(name, default)) for name, default in (
+            ("WORLD_SIZE", "1"), ("RANK", "0")))
+        self.timeout = timeout
+        cuda = torch.cuda.is_available()
+        if cuda and "LOCAL_RANK" in os.environ:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if self.world_size > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
+            self.store = dist.distributed_c10d._get_default_store()
+            self.barriers, self.heartbeats = 0, 0
+            self.store.set(f"barrier/{self.rank}", "0")
+            self.stopping = threading.Event()
+            self.heartbeat_thread = threading.Thread(target=self._send_heartbeats, daemon=True)
+            self.heartbeat_thread.start()
+            atexit.register(self._stop_heartbeats)  # a thread inside the store's client would abort the interpreter
+
+    def shard(self, items: Iterable[Item]) -> Iterator[Item]:
+        """This rank's items: every world_size-th."""
+        return (item for n, item in enumerate(items) if n % self.world_size == self.rank)
+
+    def split_bounds(self, count: int) -> list[int]:
+        """Bounds that split `count` items into one contiguous part per rank. Example: 7 for 3 ranks -> 0 3 5 7."""
+        each, more = divmod(count, self.world_size)
+        return [rank * each + min(rank, more) for rank in range(self.world_size + 1)]
+
+    def barrier(self, *, while_alive: bool = False) -> None:
+        """Wait for all ranks; RankFailure names those that have not arrived when the timeout is over.
+
+        `while_alive`: wait as long as the missing ranks send heartbeats, for a rank with long work of its own.
+        """
+        if self.world_size == 1:
+            return
+        self.barriers += 1
+        self.store.set(f"barrier/{self.rank}", str(self.barriers))
+        end_s, pause_s = time.monotonic() + self.timeout.total_seconds(), 0.0005
+        while missing := self._missing_ranks():
+            if time.monotonic() > end_s:
+                silent = self._without_heartbeat() if while_alive else missing
+                failed = sorted(set(silent) & set(self._missing_ranks()))
+                if failed:
+                    raise RankFailure(self._describe(failed, f"no response for {self.timeout}"))
+                end_s = time.monotonic() + self.timeout.total_seconds()
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.05)
+
+    def all_gather(self, x_PD: Tensor, sizes: Sequence[int]) -> Tensor:
+        """The rows of all ranks in rank order, `sizes` of each, (sum of sizes, D); differentiable."""
+        return x_PD if self.world_size == 1 else _AllGather.apply(x_PD, list(sizes), self)
+
+    def all_reduce_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor (fp32) by its sum over the ranks, in one flat all-reduce."""
+        if self.world_size == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        self.collective(dist.all_reduce, flat)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def collective(self, call: Callable[..., Any], *arguments: Any) -> None:
+        """Call a collective operation; if it fails, RankFailure names the ranks without heartbeat.
+
+        A rank that notices late may also report ranks that failed as a consequence: the first report is right.
+        """
+        try:
+            call(*arguments)
+        except RuntimeError as error:
+            raise RankFailure(self._describe(self._without_heartbeat(), str(error).splitlines()[0][:200])) from None
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.world_size > 1:
+            self._stop_heartbeats()
+            dist.destroy_process_group()
+
+    def _describe(self, ranks: list[int], why: str) -> str:
+        failed = ", ".join(map(str, ranks)) or "unknown"
+        return f"rank {failed} of {self.world_size} failed, noticed by rank {self.rank} ({why})"
+
+    def _missing_ranks(self) -> list[int]:
+        try:
+            return [rank for rank, value in enumerate(self._read("barrier")) if value < self.barriers]
+        except RuntimeError as error:  # rank 0 holds the store, unless the launcher does
+            raise RankFailure(self._describe([0], str(error).splitlines()[0][:200])) from None
+
+    def _send_heartbeats(self) -> None:
+        while not self.stopping.is_set():
+            try:
+                self.store.set(f"heartbeat/{self.rank}", str(self.heartbeats))
+            except RuntimeError:  # the process that holds the store has ended
+                return
+            self.heartbeats += 1
+            self.stopping.wait(HEARTBEAT_S)
+
+    def _stop_heartbeats(self) -> None:
+        self.stopping.set()
+        self.heartbeat_thread.join(timeout=5)
+
+    def _without_heartbeat(self) -> list[int]:
+        try:
+            before = self._read("heartbeat")
+            time.sleep(3 * HEARTBEAT_S)
+            after = self._read("heartbeat")
+        except RuntimeError:
+            return [0]  # it holds the store, unless the launcher does
+        time.sleep(HEARTBEAT_S if self.rank == 0 else 0)  # the other ranks may still read its store
+        return [rank for rank in range(self.world_size) if before[rank] == after[rank]]
+
+    def _read(self, key: str) -> list[int]:
+        return [int(value) for value in self.store.multi_get([f"{key}/{rank}" for rank in range(self.world_size)])]
+
+
+class _AllGather(torch.autograd.Function):
+    """Backward sums the gradients of all ranks for the rows of each."""
+
+    @staticmethod
+    def forward(ctx: Any, x_PD: Tensor, sizes: list[int], distributed: Distributed) -> Tensor:
+        ctx.sizes, ctx.distributed = sizes, distributed
+        padded = x_PD.new_zeros(max(sizes), x_PD.shape[1])  # all_gather needs equal sizes
+        padded[: len(x_PD)] = x_PD
+        received = [torch.empty_like(padded) for _ in sizes]
+        distributed.collective(dist.all_gather, received, padded)
+        return torch.cat([part[:size] for part, size in zip(received, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None, None]:
+        total_PD = grad_PD.contiguous()
+        ctx.distributed.collective(dist.all_reduce, total_PD)
+        return total_PD.split(ctx.sizes)[ctx.distributed.rank], None, None

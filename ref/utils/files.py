@@ -1,0 +1,139 @@
+"""Reading and writing files: JSON with errors that name file and line, atomic writes, SHA-256.
+
+All writers of a run go through `atomic_write`: the target appears complete or not at all.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+MAX_TEXT_CHARS = 1_000_000
+
+
+class JsonLine(NamedTuple):
+    """One non-blank line of a JSONL file."""
+
+    where: str  # "FILE:LINE", for error messages
+    offset: int  # of its first byte
+    raw: bytes
+    value: dict[str, Any]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one JSON object. Raises ValueError that names the file, and the line of a syntax error."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"{path}: file does not exist") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    return parse_json_object(raw, str(path))
+
+
+def read_jsonl(path: Path) -> Iterator[JsonLine]:
+    """Yield the non-blank lines of a JSONL file. Raises ValueError with file and line for anything but an object."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: file does not exist") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    with file:
+        offset = 0
+        for number, raw in enumerate(file, start=1):
+            if raw.strip():
+                where = f"{path}:{number}"
+                yield JsonLine(where, offset, raw, parse_json_object(raw, where))
+            offset += len(raw)
+
+
+def parse_json_object(raw: bytes, where: str) -> dict[str, Any]:
+    """Parse UTF-8 JSON that must be an object. Raises ValueError that starts with `where`."""
+    try:
+        value = json.loads(raw.decode("utf-8").strip())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno} " if error.lineno > 1 else ""
+        raise ValueError(f"{where}: invalid JSON ({error.msg}, {line}column {error.colno})") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: invalid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: must be a JSON object (got {type(value).__name__})")
+    return value
+
+
+def check_type(value: Any, kind: type | tuple[type, ...], what: str, expected: str) -> Any:
+    """Return `value` if it is an instance of `kind` (a bool is not a number).
+
+    Raises ValueError "`what` must be `expected` (got …)" otherwise.
+    """
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise ValueError(f"{what} must be {expected} (got {value!r:.80})")
+    return value
+
+
+def check_text(value: Any, what: str) -> str:
+    """Return `value` if it is a non-empty string of valid Unicode; raises ValueError that starts with `what`."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{what} must be a non-empty string (got {value!r:.60})")
+    if len(value) > MAX_TEXT_CHARS:
+        raise ValueError(f"{what} must have at most {MAX_TEXT_CHARS:,} characters (got {len(value):,})")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} has an unpaired surrogate at character {error.start}") from None
+    return value
+
+
+def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file or folder under a temporary name beside `path`, then rename it to `path`.
+
+    The temporary file is removed if `write` raises. An existing folder at `path` is replaced.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")  # another process may write the same path
+    remove_path(draft)
+    try:
+        write(draft)
+    except BaseException:
+        remove_path(draft)
+        raise
+    old = path.with_name(f".{path.name}.old")
+    remove_path(old)
+    if path.is_dir():
+        path.rename(old)
+    os.replace(draft, path)
+    remove_path(old)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write one JSON object atomically."""
+    atomic_write(path, lambda draft: draft.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n"))
+
+
+def remove_path(path: Path) -> None:
+    """Delete a file or folder if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_files(folder: Path, paths: Iterable[Path]) -> str:
+    """SHA-256 over the names (relative to `folder`) and contents of files, in the order of their paths."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        digest.update(bytes.fromhex(hash_file(path)))
+    return digest.hexdigest()

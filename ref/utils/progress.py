@@ -1,0 +1,40 @@
+"""Progress of long work with tqdm: a bar on a terminal, one line every ten seconds otherwise."""
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+LINE_INTERVAL_S = 10
+
+
+class LineProgress(tqdm):
+    """tqdm for a log file: each update is a line of its own, and nothing is printed at the end."""
+
+    @staticmethod
+    def status_printer(file: Any) -> Callable[[str], None]:
+        def print_status(line: str) -> None:
+            if line.strip():
+                file.write(line + "\n")
+                file.flush()
+        return print_status
+
+    def close(self) -> None:
+        if not getattr(self, "disable", True):
+            self.disable = True
+            self._decr_instances(self)
+
+
+def progress_bar(
+    iterable: Iterable[Any] | None = None, *, desc: str, total: float | None = None, unit: str = "it",
+    enabled: bool = True, **options: Any,
+) -> Any:
+    """A tqdm bar over `iterable`, or one to `update` by hand. `options` go to tqdm."""
+    terminal = sys.stdout.isatty()
+    if not terminal:
+        share = "{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}" if total else "{n_fmt} [{elapsed}"
+        options = {"bar_format": "{desc}: " + share + ", {rate_fmt}{postfix}]", "delay": LINE_INTERVAL_S,
+                   "mininterval": LINE_INTERVAL_S, **options}
+    return (tqdm if terminal else LineProgress)(
+        iterable, desc=desc, total=total, unit=unit, file=sys.stdout, leave=False, disable=not enabled, **options)

@@ -1,0 +1,86 @@
+"""The mteb encoder: which texts get the instruction, where the instruction comes from, invalid embeddings and files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mteb
+import numpy as np
+import pytest
+from sample_sets import WordHash, encoder_of, world
+from tiny_mteb import write_json
+
+from ref.evaluation.encoder import instruction_for, read_instructions
+from ref.evaluation.results import score_task
+from ref.evaluation.retrieval import read_retrieval_folder
+from ref.evaluation.tasks import CATEGORIES, benchmark_tasks, select_tasks
+
+__all__ = ["world"]  # a fixture
+
+
+def test_every_task_type_runs_and_the_right_texts_get_the_instruction(world: Path, tmp_path: Path) -> None:
+    selection = select_tasks("all", world)
+    assert {task.metadata.type for task in selection.tasks} == set(CATEGORIES)
+    for task in selection.tasks:
+        embedder = WordHash()
+        row = score_task(encoder_of(embedder), task, tmp_path / "out")
+        assert np.isfinite(row.score) and row.elapsed_s is not None, row
+        instructions = {instruction for instruction, _ in embedder.calls} - {None}
+        assert instructions == {instruction_for(task.metadata, {})}, "one instruction, and not an empty one"
+        if row.category in ("Retrieval", "Reranking"):
+            queries, documents, _ = read_retrieval_folder(world / row.task)
+            assert embedder.texts(instructed=True) == set(queries.values())
+            assert embedder.texts(instructed=False) == set(documents.values()), "title + text, without instruction"
+        else:
+            assert embedder.texts(instructed=False) == set()
+
+
+def test_mteb_itself_would_give_documents_the_instruction(world: Path) -> None:
+    """Negative control: mteb returns a string prompt, or the default of the class, for documents too."""
+    task = benchmark_tasks()["AskUbuntuDupQuestions"]
+    encoder = encoder_of(WordHash())
+    document = mteb.types.PromptType.document
+    assert encoder.get_task_instruction(task.metadata, document) == task.metadata.prompt
+    loader = [{"text": ["one text"]}]
+    encoder.encode(loader, task_metadata=task.metadata, hf_split="test", hf_subset="default", prompt_type=document)
+    assert encoder.embedder.calls == [(None, ["one text"])]
+
+
+def test_an_embedding_that_is_not_finite_is_an_error_with_its_text() -> None:
+    class Broken(WordHash):
+        def encode(self, texts: Sequence[str], **options: Any) -> np.ndarray:
+            vectors = super().encode(texts, **options)
+            vectors[1, 3] = np.nan
+            return vectors
+
+    metadata = benchmark_tasks()["STS12"].metadata
+    with pytest.raises(ValueError, match="STS12 test default: the embedding of text 1 must be finite.*'second'"):
+        encoder_of(Broken()).encode(
+            [{"text": ["first", "second"]}], task_metadata=metadata, hf_split="test", hf_subset="default"
+        )
+
+
+def test_instructions_come_from_the_override_then_the_task_then_its_class(world: Path, tmp_path: Path) -> None:
+    tasks = benchmark_tasks()
+    assert instruction_for(tasks["ArguAna"].metadata, {}) == tasks["ArguAna"].metadata.prompt["query"]
+    assert instruction_for(tasks["STS12"].metadata, {}) == tasks["STS12"].abstask_prompt
+    path = write_json(tmp_path / "own.json", {"STS12": "Mine", "MyRetrieval": "Own"})
+    overrides = read_instructions(path, ["MyRetrieval"])
+    assert instruction_for(tasks["STS12"].metadata, overrides) == "Mine"
+    (task,) = select_tasks("MyRetrieval", world).tasks
+    assert instruction_for(task.metadata, overrides) == "Own"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"STS23": "x"}', r"own.json: task 'STS23' is unknown \(nearest: STS"),
+        ('{"STS12": 3}', r"own.json: 'STS12' must be a non-empty string \(got 3\)"),
+        ('{"STS12": ""}', r"own.json: 'STS12' must be a non-empty string \(got ''\)"),
+        ("[1", r"own.json: invalid JSON \(Expecting"),
+    ],
+)
+def test_a_malformed_file_of_instructions(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "own.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_instructions(tmp_path / "own.json", [])

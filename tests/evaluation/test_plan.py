@@ -1,0 +1,58 @@
+"""The plan: counts of texts and tokens, and no effect on the scores."""
+
+from pathlib import Path
+from typing import Any
+
+import mteb
+import pytest
+from sample_sets import WordHash, encoder_of, world
+
+import run_eval
+from ref.embedder import Embedder
+from ref.evaluation import plan
+from ref.evaluation.results import score_task
+from ref.evaluation.tasks import select_tasks
+
+__all__ = ["world"]  # a fixture
+
+
+def test_the_plan_counts_texts_and_tokens(world: Path, tiny_run: Path, tmp_path: Path, capsys: Any) -> None:
+    """Texts, unique texts, and tokens as the tokenizer counts them, without an embedding of the model."""
+    words = WordHash()
+    encoder = encoder_of(words)
+    tasks = select_tasks("BIOSSES,MyRetrieval,TwitterURLCorpus", world).tasks
+    prompt_encoder = Embedder.from_pretrained(tiny_run).prompt_encoder
+    plans, sample = plan.make_plan(encoder, tasks, prompt_encoder, tmp_path / "plan.json")
+    assert not words.calls and sample
+
+    for task in tasks:
+        words.calls.clear()
+        score_task(encoder, task, tmp_path / "results")
+        found = plans[task.metadata.name]
+        assert found.texts == sum(len(texts) for _, texts in words.calls)
+        assert found.unique == sum(len(set(texts)) for _, texts in words.calls)
+        prefixes = [prompt_encoder.prefix(instruction) for instruction, _ in words.calls]
+        assert found.tokens == sum(len(prefix.ids) + sum(map(len, prompt_encoder.encode(sorted(set(texts)), prefix)))
+                                   for prefix, (_, texts) in zip(prefixes, words.calls, strict=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan.mteb, "evaluate", None)  # read, not counted
+        again, _ = plan.make_plan(encoder, select_tasks("BIOSSES", world).tasks, prompt_encoder, tmp_path / "plan.json")
+    assert again["BIOSSES"] == plans["BIOSSES"]
+    command = ["--model", str(tiny_run), "--data-dir", str(world), "--output", str(tmp_path / "out"), "--plan"]
+    assert run_eval.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "estimated: " in printed and "hours at" in printed
+    assert not list((tmp_path / "out").rglob("BIOSSES.json"))
+
+
+def test_a_score_is_the_same_after_a_plan_and_with_mteb_alone(world: Path, tiny_run: Path, tmp_path: Path) -> None:
+    """A clustering task samples texts with its random state, which the plan has used."""
+    name = "MyClusters"
+    encoder = encoder_of(WordHash())
+    [planned], [fresh], [theirs] = (select_tasks(name, world).tasks for _ in range(3))
+    plan.make_plan(encoder, [planned], Embedder.from_pretrained(tiny_run).prompt_encoder, tmp_path / "plan.json")
+    after, alone = (score_task(encoder, task, tmp_path / folder) for task, folder in (
+        (planned, "after"), (fresh, "alone")))
+    official = mteb.evaluate(encoder, theirs, cache=mteb.ResultCache(tmp_path / "official"), co2_tracker=False)
+    assert after.score == alone.score == pytest.approx(official.task_results[0].get_score(), abs=5e-7)
+    assert score_task(encoder, planned, tmp_path / "again").score == after.score

@@ -1,0 +1,297 @@
+"""The command run_eval.py: options and errors, resuming, examples, interruptions, result files."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import mteb
+import numpy as np
+import pytest
+from sample_sets import WordHash, world, write_retrieval
+from tiny_mteb import write_json, write_lines
+
+import run_eval
+from ref.embedder import Embedder
+
+__all__ = ["world"]  # a fixture
+ROOT = Path(__file__).parents[2]
+TASK = "Given a question, retrieve passages that answer it"
+
+
+def command(model: Path, world: Path, output: Path, *options: Any) -> list[str]:
+    return ["--model", str(model), "--data-dir", str(world), "--output", str(output), *map(str, options)]
+
+
+def scores_of(output: Path) -> dict[str, Any]:
+    """Task name to score, from mteb's result files."""
+    return {path.stem: json.loads(path.read_text())["scores"] for path in output.rglob("*.json")
+            if path.parent.name.endswith("-local-data") and path.name != "model_meta.json"}
+
+
+# ---- with an embedder that needs no model ------------------------------------------------------------------
+
+
+@pytest.fixture
+def embedder(monkeypatch: Any) -> WordHash:
+    """What the command loads, whatever model is named."""
+    words = WordHash()
+    monkeypatch.setattr("ref.embedder.Embedder.from_pretrained", lambda name, **options: words)
+    monkeypatch.setattr("ref.evaluation.plan.make_plan", lambda *_: ({}, []))  # tokens and speed need a model
+    monkeypatch.setattr("ref.evaluation.plan.measure_speed", lambda *_: 1.0)
+    words.prompt_encoder, words.precision = None, "words"  # type: ignore[attr-defined]
+    return words
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    write_json(tmp_path / "model" / "config.json", {"hidden_size": 64})
+    return tmp_path / "model"
+
+
+def test_the_command_scores_resumes_and_lists_missing_tasks(
+    world: Path, model: Path, tmp_path: Path, embedder: WordHash, capsys: Any
+) -> None:
+    arguments = command(model, world, tmp_path / "out")
+    assert run_eval.main([*arguments, "--tasks", "STS,MyRetrieval"]) == 0
+    text = capsys.readouterr().out
+    assert "[1/2] BIOSSES (STS)\n  " in text and "not available, 40 of 41 tasks missing" in text
+    assert "selected but without data (8): STS12" in text or "selected but without data (8): SICK-R" in text
+    assert "unofficial data: not compared with published scores (2 of 2 tasks" in text
+    assert list((tmp_path / "out" / "results" / "local__model").glob("*-local-data/BIOSSES.json"))
+    embedder.calls.clear()
+    assert run_eval.main([*arguments, "--tasks", "STS,MyRetrieval"]) == 0
+    assert embedder.calls == [] and "(from the result cache)" in capsys.readouterr().out
+    write_json(model / "config.json", {"hidden_size": 65})  # another model with the same name
+    assert run_eval.main([*arguments, "--tasks", "STS"]) == 0
+    assert embedder.calls
+
+
+def test_a_file_of_instructions_may_name_folders_that_are_not_selected(
+    world: Path, model: Path, tmp_path: Path, embedder: WordHash, capsys: Any
+) -> None:
+    write_json(tmp_path / "own.json", {"MyRetrieval": "Find", "BIOSSES": "Say it again"})
+    arguments = command(model, world, tmp_path / "out", "--tasks", "BIOSSES")
+    assert run_eval.main([*arguments, "--instructions", str(tmp_path / "own.json")]) == 0
+    write_json(tmp_path / "own.json", {"MyRetrieva": "Find"})
+    assert run_eval.main([*arguments, "--instructions", str(tmp_path / "own.json")]) == 2
+    assert "'MyRetrieva' is unknown (nearest: MyRetrieval" in capsys.readouterr().err
+
+
+def test_a_failed_task_is_reported_and_the_others_are_scored(
+    world: Path, model: Path, tmp_path: Path, embedder: WordHash, capsys: Any
+) -> None:
+    write_lines(world / "STS12" / "test.jsonl", [{"wrong": "columns"}])
+    assert run_eval.main(command(model, world, tmp_path / "out", "--tasks", "STS")) == 1
+    text = capsys.readouterr().out
+    assert "STS12 (STS)\n  failed: " in text and "BIOSSES (STS)\n  " in text and "; failed: STS12" in text
+    assert "mean of scored tasks (1)" in text
+
+
+def test_invalid_input_is_one_line_without_traceback(world: Path, model: Path, tmp_path: Path, capsys: Any) -> None:
+    arguments = ["--model", str(model), "--data-dir", str(world)]
+    assert run_eval.main([*arguments, "--tasks", "STS122"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --tasks: task or category 'STS122' is unknown (nearest: STS12")
+    assert run_eval.main(["--runs", str(tmp_path / "runs")]) == 2
+    assert "no complete run" in capsys.readouterr().err
+    assert run_eval.main([*arguments, "--instructions", str(tmp_path / "none.json")]) == 2
+    assert "none.json: file does not exist" in capsys.readouterr().err
+    assert run_eval.main(["--model", str(model), "--data-dir", str(tmp_path / "none")]) == 2
+    assert "none does not exist" in capsys.readouterr().err
+    assert run_eval.main([*arguments, "--examples", "2", "--examples-file", str(tmp_path / "none.json")]) == 2
+    assert "--examples and --examples-file exclude each other" in capsys.readouterr().err
+
+
+def test_the_newest_complete_run_on_the_sample_data(
+    tmp_path: Path, embedder: WordHash, capsys: Any, monkeypatch: Any
+) -> None:
+    times = {"old": "2026-03-01T10:00:00+00:00", "new": "2026-03-01T10:30:00+01:00"}  # the second is earlier
+    for name, finished in times.items():
+        write_json(tmp_path / "runs" / name / "run.json", {"complete": True, "finished": finished})
+        write_json(tmp_path / "runs" / name / "model" / "config.json", {"hidden_size": 64})
+    write_retrieval(tmp_path / "sample" / "Tiny", {"class": "ArguAna", "instruction": "Find"})
+    monkeypatch.setattr(run_eval, "SAMPLE_DATA", tmp_path / "sample")
+    assert run_eval.main(["--runs", str(tmp_path / "runs")]) == 0
+    text = capsys.readouterr().out
+    assert "runs/old, the newest complete run" in text and "sample data" in text and "Tiny" in text
+    assert list((tmp_path / "runs" / "old" / "mteb" / "results").rglob("Tiny.json"))
+
+
+def test_the_parser_imports_neither_torch_nor_mteb() -> None:
+    code = "import sys, run_eval; run_eval.build_parser(); sys.exit('torch' in sys.modules or 'mteb' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+# ---- with a small model ------------------------------------------------------------------------------------
+
+
+def test_examples_are_on_the_query_side_and_are_recorded(
+    world: Path, tiny_run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """From a file; for all texts of a symmetric task, for the queries of retrieval."""
+    examples = {"BIOSSES": [{"query": "one", "response": "two"}], "MyRetrieval": [{"query": "q", "response": "p"}]}
+    own = write_json(tmp_path / "examples.json", examples)
+    options = ("--tasks", "BIOSSES,MyRetrieval,TwitterURLCorpus", "--examples-file", own)
+    calls = []
+    original = Embedder.encode
+
+    def encode(self, texts, *, instruction=None, examples=(), progress=False):
+        calls.append((instruction is not None, list(examples)))
+        return original(self, texts, instruction=instruction, examples=examples, progress=progress)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Embedder, "encode", encode)
+        assert run_eval.main(command(tiny_run, world, tmp_path / "out", *options)) == 0
+    assert all(instructed or not examples for instructed, examples in calls)
+    assert {tuple(x.query for x in examples) for instructed, examples in calls if instructed} >= {("one",), ("q",), ()}
+    lines = [json.loads(line) for path in (tmp_path / "out").rglob("run_settings.jsonl")
+             for line in path.read_text().splitlines()]
+    recorded = {line["task"]: line["encode_kwargs"] for line in lines}
+    assert recorded["BIOSSES"]["examples"] == [["one", "two"]]
+    assert recorded["BIOSSES"]["examples_source"] == "file examples.json"
+    assert recorded["TwitterURLCorpus"]["examples"] == []
+    capsys.readouterr()
+    assert run_eval.main(command(tiny_run, world, tmp_path / "out", *options[:2])) == 0  # without: scored again
+    assert "remaining" in capsys.readouterr().out
+
+
+def test_k_examples_for_a_task_without_a_training_split(
+    world: Path, tiny_run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    assert run_eval.main(command(tiny_run, world, tmp_path / "out", "--tasks", "BIOSSES", "--examples", 3)) == 0
+    text = (tmp_path / "out/report.md").read_text()
+    assert "zero-shot" in text
+    assert run_eval.main(command(tiny_run, world, tmp_path / "out", "--examples", -1)) == 2
+    assert "--examples must be >= 0 (got -1)" in capsys.readouterr().err
+
+
+def test_examples_that_do_not_fit_the_prompt_are_not_recorded(
+    world: Path, tiny_run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    many = [{"query": "word " * 300, "response": f"{n} " * 300} for n in range(6)]
+    own = write_json(tmp_path / "examples.json", {"BIOSSES": many})
+    assert run_eval.main(command(tiny_run, world, tmp_path / "out", "--tasks", "BIOSSES", "--examples-file", own)) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("examples for BIOSSES"))
+    shown = int(line.split(": ")[1].split()[0])
+    assert shown < 6 and f"{6 - shown} dropped (prompt limit)" in line
+    recorded = json.loads(next((tmp_path / "out").rglob("run_settings.jsonl")).read_text().splitlines()[0])
+    assert len(recorded["encode_kwargs"]["examples"]) == shown
+
+
+def test_texts_of_no_and_of_a_million_characters(tiny_run: Path) -> None:
+    embedder = Embedder.from_pretrained(tiny_run)
+    vectors = embedder.encode(["", "word " * 200_000, " ", "word"], instruction=TASK)
+    assert np.isfinite(vectors).all() and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+def test_a_higher_limit_for_texts_raises_the_limit_for_prompts(tiny_run: Path) -> None:
+    """Otherwise long texts would be truncated further than the recorded limit says."""
+    for limit in (100, 4096):
+        prompt_encoder = Embedder.from_pretrained(tiny_run, device="cpu", max_text_tokens=limit).prompt_encoder
+        for instruction in (None, TASK):
+            prefix = prompt_encoder.prefix(instruction)
+            [ids] = prompt_encoder.encode(["a b " * 8000], prefix)
+            assert len(ids) == limit + len(prefix.suffix) + 1
+
+
+# ---- results: interruptions, resuming ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.record)])
+def test_the_final_table_is_the_same_after_kills_at_random_times(
+    kills: int, world: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+    def arguments_for(name: str) -> list[str]:
+        return [sys.executable, str(ROOT / "run_eval.py"), *command(
+            tiny_run, world, tmp_path / name, "--embedding-cache", tmp_path / f"vectors-{name}")]
+    start_s = time.monotonic()
+    options: Any = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "check": True}
+    whole = subprocess.run(arguments_for("whole"), **options)
+    whole_s = time.monotonic() - start_s
+    for _ in range(kills):
+        process = subprocess.Popen(arguments_for("killed"), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+        time.sleep(whole_s * random.uniform(0.3, 0.95))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    last = subprocess.run(arguments_for("killed"), **options)
+
+    def final(output: str) -> list[str]:
+        lines = output.splitlines()
+        start = next(n for n, line in enumerate(lines) if line.startswith("Classification"))
+        return [line for line in lines[start:] if not line.startswith(("report:", "results:"))]
+    assert final(last.stdout) == final(whole.stdout)
+    assert scores_of(tmp_path / "killed") == scores_of(tmp_path / "whole")
+
+
+def test_a_damaged_result_file_is_replaced(world: Path, tiny_run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert run_eval.main(command(tiny_run, world, output, "--tasks", "BIOSSES")) == 0
+    before = scores_of(output)
+    path = next(path for path in output.rglob("BIOSSES.json"))
+    path.write_text(path.read_text()[:40])
+    assert run_eval.main(command(tiny_run, world, output, "--tasks", "BIOSSES")) == 0
+    assert scores_of(output) == before
+
+
+def test_a_truncated_record_of_settings_is_replaced(world: Path, tiny_run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert run_eval.main(command(tiny_run, world, output, "--tasks", "BIOSSES")) == 0
+    path = next(output.rglob("run_settings.jsonl"))
+    path.write_text(path.read_text()[:30])
+    assert run_eval.main(command(tiny_run, world, output, "--tasks", "BIOSSES")) == 0
+    assert run_eval.main(command(tiny_run, world, output, "--tasks", "BIOSSES")) == 0
+
+
+def test_the_result_files_have_the_layout_of_the_public_repository(world: Path, tiny_run: Path, tmp_path: Path) -> None:
+    """mteb's own loader for the public repository of results reads them."""
+    assert run_eval.main(command(tiny_run, world, tmp_path / "out", "--tasks", "BIOSSES")) == 0
+    cache = mteb.ResultCache(tmp_path / "out")
+    results = cache.load_results()
+    assert [task.task_name for result in results.model_results for task in result.task_results] == ["BIOSSES"]
+
+
+def test_a_second_evaluation_of_a_run_reads_the_results_beside_its_weights(
+    world: Path, tiny_run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    arguments = ["--model", str(run), "--data-dir", str(world), "--tasks", "BIOSSES"]
+    assert run_eval.main(arguments) == 0 and run_eval.main(arguments) == 0
+    assert "from the result cache" in capsys.readouterr().out
+
+
+def test_a_result_of_another_precision_is_not_reused(
+    world: Path, tiny_run: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    arguments = command(tiny_run, world, tmp_path / "out", "--tasks", "BIOSSES")
+    assert run_eval.main(arguments) == run_eval.main(arguments) == 0
+    assert "from the result cache" in capsys.readouterr().out
+    monkeypatch.setattr(Embedder, "precision", "torch.bfloat16 cuda")
+    assert run_eval.main(arguments) == 0
+    assert "from the result cache" not in capsys.readouterr().out
+
+
+def test_the_report_has_the_scored_tasks_beside_one_whose_score_is_not_finite(
+    world: Path, tiny_run: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    original = Embedder.encode
+
+    def collapsed(self, texts, **options):
+        vectors = original(self, texts, **options)
+        return np.ones_like(vectors) / vectors.shape[1] ** 0.5 if any("gauge" in text for text in texts) else vectors
+    monkeypatch.setattr(Embedder, "encode", collapsed)
+    rows = [{"sentence1": f"gauge {n}", "sentence2": f"gauge other {n}", "score": n % 5} for n in range(20)]
+    write_lines(world / "BIOSSES/test.jsonl", rows)
+    assert run_eval.main(command(tiny_run, world, tmp_path / "out", "--tasks", "BIOSSES,MyRetrieval")) == 1
+    printed = capsys.readouterr().out
+    assert "failed: ValueError: BIOSSES: the score must be finite (got nan" in printed
+    assert "; failed: BIOSSES" in printed
+    assert "MyRetrieval" in (tmp_path / "out/report.md").read_text()

@@ -1,0 +1,182 @@
+"""Selection of tasks, local folders, malformed task files, downloads."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mteb
+import pytest
+from sample_sets import WordHash, encoder_of, sts_pair, world
+from tiny_mteb import write_lines
+
+import run_eval
+from ref.evaluation.encoder import instruction_for
+from ref.evaluation.results import score_task
+from ref.evaluation.tasks import CATEGORIES, download, is_official, select_tasks
+
+__all__ = ["world"]  # a fixture
+
+
+# ---- selection ---------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_is_41_english_tasks_on_their_test_splits() -> None:
+    tasks = select_tasks("all").tasks
+    assert len(tasks) == 41 and {task.metadata.type for task in tasks} == set(CATEGORIES)
+    assert all(list(task.eval_splits) == ["test"] for task in tasks)
+    assert {subset for task in tasks for subset in task.hf_subsets} == {"default", "en", "en-en"}
+    assert all(instruction_for(task.metadata, {}) for task in tasks)
+
+
+def test_selection_by_category_and_name() -> None:
+    names = [task.metadata.name for task in select_tasks("reranking, STS12,STS12").tasks]
+    assert names == ["AskUbuntuDupQuestions", "MindSmallReranking", "STS12"]
+    assert len(select_tasks("sts").tasks) == 9
+
+
+def test_tasks_without_a_folder_are_reported_as_missing(world: Path) -> None:
+    selection = select_tasks("STS", world)
+    assert [task.metadata.name for task in selection.tasks] == ["BIOSSES"]
+    assert len(selection.missing) == 8 and "STS12" in selection.missing
+    assert len(select_tasks("all", world).missing) == 41 - 4
+    assert select_tasks("MyRetrieval,STS12", world).missing == ["STS12"]
+    with pytest.raises(ValueError, match=r"no folder for any of STS12 \(only BIOSSES"):
+        select_tasks("STS12", world)
+
+
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        ("STSBenchmrk", r"--tasks: task or category 'STSBenchmrk' is unknown \(nearest: STSBenchmark"),
+        ("Retreival", r"\(nearest: Retrieval"),
+        (" , ", r"--tasks must be all, a category or task names \(got ' , '\)"),
+    ],
+)
+def test_an_unknown_name_is_an_error_with_the_nearest_names(selection: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        select_tasks(selection)
+
+
+# ---- local folders -----------------------------------------------------------------------------------------
+
+
+def test_a_folder_with_its_own_name_takes_the_metric_but_not_the_prompt(world: Path) -> None:
+    (task,) = select_tasks("MyReranking", world).tasks
+    assert task.metadata.main_score == "map_at_1000" and task.metadata.type == "Reranking"
+    assert instruction_for(task.metadata, {}) == "Retrieve text based on user query."
+    (task,) = select_tasks("MyRetrieval", world).tasks
+    assert instruction_for(task.metadata, {}) == "Find the same topic"
+    assert task.ignore_identical_ids, "as ArguAna"
+    (task,) = select_tasks("MyClusters", world).tasks
+    assert task.max_fraction_of_documents_to_embed is None
+
+
+def test_changed_files_are_loaded_again_in_spite_of_the_cache_of_datasets(tmp_path: Path, monkeypatch: Any) -> None:
+    """With README.md and parquet, for which `datasets` 5.2 returns the old rows (as the plain class shows)."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "data" / "BIOSSES"
+    folder.mkdir(parents=True)
+    card = "---\nconfigs:\n- config_name: default\n  data_files: [{split: test, path: test.parquet}]\n---\n"
+    (folder / "README.md").write_text(card)
+    plain, ours = [], []
+    for rows in (6, 9):
+        datasets.Dataset.from_list([sts_pair(n) for n in range(rows)]).to_parquet(folder / "test.parquet")
+        task = mteb.get_task("BIOSSES")
+        task.metadata = task.metadata.model_copy(update={"dataset": {"path": str(folder), "revision": "1"}})
+        task.load_data()
+        plain.append(len(task.dataset["test"]))
+        (task,) = select_tasks("all", tmp_path / "data").tasks
+        task.load_data()
+        ours.append(len(task.dataset["test"]))
+        task.unload_data()
+    assert ours == [6, 9]
+    assert plain == [6, 6], "datasets notices changed files now: LocalDataMixin.load_data can be simpler"
+    assert tmp_path / "cache" == datasets.config.HF_DATASETS_CACHE
+
+
+def test_a_failed_load_can_be_repeated(world: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """A retrieval folder without README.md is read through a scratch folder, which the next attempt needs again."""
+    def broken(*_: Any, **__: Any) -> None:
+        raise OSError("passing fault")
+
+    (task,) = select_tasks("MyRetrieval", world).tasks
+    assert not (world / "MyRetrieval" / "README.md").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(mteb.abstasks.AbsTaskRetrieval, "load_data", broken)
+        with pytest.raises(OSError, match="passing fault"):
+            score_task(encoder_of(WordHash()), task, tmp_path)
+    (fresh,) = select_tasks("MyRetrieval", world).tasks
+    assert score_task(encoder_of(WordHash()), task, tmp_path).score == score_task(
+        encoder_of(WordHash()), fresh, tmp_path / "fresh").score
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ('{"class": "ArguAnna"}', r"mteb task 'ArguAnna' is unknown \(nearest: ArguAna"),
+        ('{"class": 3}', r"task.json: 'class' must be the name of an mteb task \(got 3\)"),
+        ('{"klass": "ArguAna"}', r"task.json: 'klass' is unknown \(only class, set, instruction\)"),
+        ('{"class": "ArguAna", "set": {"k_valeus": [1]}}', r"attribute 'k_valeus' is unknown \(nearest: k_values"),
+        ('{"class": "ArguAna", "set": {"eval_splits": ["dev"]}}', "'set': attribute 'eval_splits' is read-only"),
+        ('{"class": ', "task.json: invalid JSON"),
+        ("[]", r"task.json: must be a JSON object \(got list\)"),
+        ("{}", "mteb task 'Bad' is unknown.*needs a task.json"),
+    ],
+)
+def test_a_malformed_task_file_is_named(task: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "Bad").mkdir()
+    (tmp_path / "Bad" / "task.json").write_text(task)
+    with pytest.raises(ValueError, match=message) as error:
+        select_tasks("all", tmp_path)
+    assert str(tmp_path / "Bad") in str(error.value)
+
+
+# ---- download ----------------------------------------------------------------------------------------------
+
+
+def test_download_lists_each_repository_and_continues_after_a_failure(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """The hub is replaced by a copy of a folder; one repository does not exist."""
+    requests: list[tuple[str, str, str]] = []
+
+    def snapshot_download(path: str, *, repo_type: str, revision: str, local_dir: str) -> None:
+        requests.append((path, repo_type, revision))
+        Path(local_dir).mkdir(parents=True)
+        if "biosses" in path.lower():
+            raise OSError("gone")
+        write_lines(Path(local_dir) / "test.jsonl", [{"a": 1}])
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    tasks = select_tasks("STS").tasks
+    failed = download(tasks, tmp_path / "data")
+    assert list(failed) == ["BIOSSES"] and len(requests) == len(tasks)
+    assert all(request[1] == "dataset" and request[2] for request in requests)
+    assert (tmp_path / "data/STS12/test.jsonl").exists() and not (tmp_path / "data/BIOSSES").exists()
+    printed = capsys.readouterr().out
+    assert all(task.metadata.name in printed and task.metadata.dataset["revision"] in printed for task in tasks)
+    requests.clear()
+    assert run_eval.main(["--tasks", "STS", "--download", str(tmp_path / "data")]) == 1
+    assert [path for path, *_ in requests if "biosses" not in path.lower()] == []  # the others exist
+
+
+def test_downloaded_data_are_official_until_they_change(tmp_path: Path, monkeypatch: Any) -> None:
+    """Neither with another file, nor with other content, nor as a copy with a name of its own."""
+    def snapshot_download(path: str, *, repo_type: str, revision: str, local_dir: str) -> None:
+        write_lines(Path(local_dir) / "test.jsonl", [{"a": 1}])
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    [hub] = select_tasks("BIOSSES").tasks
+    assert is_official(hub) and download([hub], tmp_path) == {}
+
+    def official() -> dict[str, bool]:
+        return {task.metadata.name: is_official(task) for task in select_tasks("all", tmp_path).tasks}
+    assert official() == {"BIOSSES": True}
+    shutil.copytree(tmp_path / "BIOSSES", tmp_path / "Mine")
+    (tmp_path / "Mine/task.json").write_text('{"class": "BIOSSES"}')
+    write_lines(tmp_path / "BIOSSES/test.jsonl", [{"a": 2}])
+    assert official() == {"BIOSSES": False, "Mine": False}
+    write_lines(tmp_path / "BIOSSES/test.jsonl", [{"a": 1}])
+    assert official()["BIOSSES"]
+    (tmp_path / "BIOSSES/task.json").write_text('{"instruction": "Other"}')
+    assert not official()["BIOSSES"]

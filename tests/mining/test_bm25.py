@@ -1,0 +1,59 @@
+"""BM25: the formula by hand and bm25s' own ranking."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+from conftest import a_text
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ref.mining.bm25 import BM25Index, top_k
+
+
+@given(scores=st.lists(st.integers(0, 4), min_size=1, max_size=30), k=st.integers(1, 31), seed=st.integers(0, 9))
+def test_top_k_is_sorted_by_score_then_rank(scores, k, seed):
+    rank = np.random.default_rng(seed).permutation(len(scores))
+    order = sorted(range(len(scores)), key=lambda j: (-scores[j], rank[j]))[:k]
+    assert top_k(np.array(scores, np.float32), k, rank).tolist() == order
+
+
+def test_bm25_is_the_lucene_formula_and_bm25s_own_ranking(tmp_path):
+    import bm25s
+
+    draw = random.Random(3)
+    texts = [a_text(draw, draw.randrange(3, 15)) for _ in range(50)]
+    queries = [a_text(draw, 3) for _ in range(10)] + ["unheard words", "river river boat"]
+    index = BM25Index(texts, stemmer=None)
+    rows = index.search(queries, 50, np.arange(50))
+    words, lengths = [text.split() for text in texts], [len(text.split()) for text in texts]
+
+    def by_hand(query, n):
+        total = 0.0
+        for word in query.split():
+            frequency, holders = words[n].count(word), sum(word in w for w in words)
+            idf = math.log(1 + (50 - holders + 0.5) / (holders + 0.5))
+            total += idf * frequency / (frequency + 1.5 * (1 - 0.75 + 0.75 * lengths[n] / np.mean(lengths)))
+        return total
+
+    library = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
+    library.index(bm25s.tokenize(texts, show_progress=False), show_progress=False)
+    index.save(tmp_path / "index")
+    again = BM25Index.load(tmp_path / "index", stemmer=None).search(queries, 50, np.arange(50))
+    assert (again == rows).all()
+    for query, hits in zip(queries, rows, strict=True):
+        hits = hits[hits >= 0].tolist()
+        score = [by_hand(query, n) for n in range(50)]
+        assert len(hits) == sum(s > 0 for s in score)
+        assert [score[n] for n in hits] == pytest.approx(sorted((s for s in score if s > 0), reverse=True), rel=1e-5)
+        if hits:
+            theirs, their_scores = library.retrieve(bm25s.tokenize([query], show_progress=False), k=10,
+                                                    show_progress=False)
+            assert their_scores[0][their_scores[0] > 0] == pytest.approx([score[n] for n in hits[:10]], rel=1e-5)
+            assert score[theirs[0][0]] == pytest.approx(score[hits[0]], rel=1e-5)
+
+
+def test_a_corpus_of_nothing_but_stop_words_is_an_error():
+    with pytest.raises(ValueError, match="BM25 needs a passage with words other than stop words"):
+        BM25Index(["the", "!!!", "a"], stemmer=None)

@@ -1,0 +1,873 @@
+"""run_train.py from the command line to the exported model, on a few lines with a very small Mistral.
+
+Bit for bit: the same seed gives the same weights file, and so does a run that was stopped and resumed. Peers: what is
+exported is loaded by sentence-transformers and transformers, and embeds the same.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import run_train
+from ref import Embedder
+from ref.config import TrainConfig
+from ref.model.checkpoint import read_tensors
+from ref.text.prompts import InContextExample
+from ref.training import metrics, run_dir
+from ref.training.data import Task
+from ref.training.export import named_prompts
+from ref.training.trainer import Trainer, learning_rate
+
+ROOT = Path(run_train.__file__).parent
+CONFIG = {
+    "model_type": "mistral",
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "intermediate_size": 48,
+    "rms_norm_eps": 1e-5,
+    "sliding_window": 16,
+}
+INSTRUCTIONS = {"Jobs": "Find a person with the same job.", "Towns": "Find a person who lives there."}
+WORDS = "anna bert carl dora baker smith tailor miner lisbon oslo turin ghent sings paints".split()  # noqa: SIM905
+STEPS = 6
+TEXTS = [
+    "anna bakes",
+    "a much longer text about carl, who paints in turin and sings in ghent",
+    "  two spaces",
+    "oslo\nturin",
+    "x",
+]
+
+
+def lines(count: int = 32) -> list[dict[str, Any]]:
+    """Lines of two tasks, made of a few words; a third have no teacher scores."""
+    draw = random.Random(5)
+
+    def text() -> str:
+        return " ".join(draw.choices(WORDS, k=draw.randrange(3, 9)))
+    made = []
+    for i in range(count):
+        task = ("Jobs", "Towns")[i % 2]
+        row = {"query": text(), "pos": [text(), text()], "neg": [text() for _ in range(3)],
+               "prompt": INSTRUCTIONS[task], "task": task}
+        if i % 3:
+            row |= {"pos_scores": [0.9, 0.8], "neg_scores": [0.6, 0.3, 0.1]}
+        made.append(row)
+    return made
+
+
+def write_data(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> SimpleNamespace:
+    """Data, configuration, and `train(name, *options)` -> exit status."""
+    folder = tmp_path_factory.mktemp("train")
+    data = write_data(folder / "some.jsonl", lines())
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+
+    def arguments(name: str, *options: object) -> list[str]:
+        given = [str(x) for x in options]
+        standard = {"--data": data, "--model": folder / "config.json", "--steps": STEPS, "--batch-size": 5,
+                    "--device": "cpu", "--learning-rate": "5e-3", "--max-text-tokens": 80,
+                    "--max-examples": 2, "--output": folder / name}
+        if "--minutes" in given:
+            del standard["--steps"]
+        return given + [str(x) for key, value in standard.items() if key not in given for x in (key, value)]
+    return SimpleNamespace(folder=folder, data=data, arguments=arguments,
+                           train=lambda name, *options: run_train.main(arguments(name, *options)))
+
+
+@pytest.fixture(scope="module")
+def whole(place) -> Path:
+    """An undisturbed run of all weights."""
+    assert place.train("whole") == 0
+    return place.folder / "whole"
+
+
+@pytest.fixture(scope="module")
+def adapter(place, whole) -> Path:
+    """An adapter on the checkpoint of `whole`, merged too; B is far from zero."""
+    options = ["--model", whole / "model", "--merge", "--lora-rank", 4, "--learning-rate", "0.05"]
+    assert place.train("adapter", *options) == 0
+    return place.folder / "adapter"
+
+
+@pytest.fixture(scope="module")
+def fresh_adapter(place) -> Path:
+    """An adapter on fresh weights."""
+    assert place.train("fresh", "--train", "lora", "--lora-rank", 4, "--merge", "--learning-rate", "0.05") == 0
+    return place.folder / "fresh"
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run.json").read_text())
+
+
+def weights(folder: Path) -> bytes:
+    paths = [folder / name for name in ("model/model.safetensors", "adapter/adapter_model.safetensors")]
+    return next(path.read_bytes() for path in paths if path.exists())
+
+
+def untimed(folder: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "elapsed_s")} for row in rows_of(folder)]
+
+
+@contextlib.contextmanager
+def ctrl_c_at(step: int):
+    """Ctrl-C while that step runs: a real signal, sent where the progress is updated."""
+    original = metrics.TrainingProgress.update
+
+    def update(self, row):
+        original(self, row)
+        if row["step"] == step:
+            signal.raise_signal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics.TrainingProgress, "update", update)
+        yield
+
+
+# ------------------------------------------------------------------------------------------------- what a run leaves
+
+def test_run_json_says_what_was_done(place, whole):
+    run = facts(whole)
+    assert run["complete"] is True
+    assert run["started"] <= run["finished"]
+    assert set(run["options"]) == set(TrainConfig.__dataclass_fields__)
+    assert (run["options"]["seed"], run["options"]["train"], run["options"]["preset"]) == (0, "all", "small")
+    assert run["options"]["dtype"] == "float32"
+    assert {"torch", "python", "tokenizers", "safetensors"} <= {k for k, v in run["versions"].items() if v}
+    assert run["hardware"]["cores"] >= 1
+    assert (run["num_lines"], run["num_lines_with_labels"]) == (32, 21)
+    (data,) = run["data"]
+    assert (data["file"], data["bytes"], len(data["sha256"])) == ("some.jsonl", place.data.stat().st_size, 64)
+    assert "commit" in run
+
+
+def test_metrics_are_complete(whole):
+    rows = rows_of(whole)
+    assert [row["step"] for row in rows] == list(range(STEPS))
+    for row in rows:
+        assert {"loss", "contrastive_loss", "soft_label_loss", "learning_rate", "grad_norm", "tokens_per_s",
+                "padding_efficiency", "examples_per_prompt", "num_masked", "label_entropy", "epoch", "task", "tokens", "elapsed_s"} <= set(row)
+        assert all(math.isfinite(value) for value in row.values() if not isinstance(value, str))
+        assert row["loss"] == pytest.approx(row["contrastive_loss"] + row["soft_label_loss"], rel=1e-5)
+        assert row["soft_label_loss"] >= row["label_entropy"] > 0
+        assert row["padding_efficiency"] == 1  # nothing is padded
+        assert row["task"] in INSTRUCTIONS
+        assert row["grad_norm"] > 0 < row["tokens_per_s"]
+    assert max(row["examples_per_prompt"] for row in rows) > 0
+    assert sorted({row["learning_rate"] for row in rows}) != [rows[0]["learning_rate"]]
+    assert [row["elapsed_s"] for row in rows] == sorted(row["elapsed_s"] for row in rows)
+
+
+def test_loss_goes_down(place):
+    assert place.train("long", "--steps", 60, "--batch-size", 8, "--max-examples", 0, "--learning-rate", "0.01") == 0
+    contrastive = [row["contrastive_loss"] for row in rows_of(place.folder / "long")]
+    assert sum(contrastive[-8:]) < 0.7 * sum(contrastive[:8])
+
+
+@pytest.mark.parametrize(("schedule", "middle"), [("linear", 0.5), ("cosine", 0.5)])
+def test_learning_rate(schedule, middle):
+    options = TrainConfig(learning_rate=2.0, warmup_ratio=0.2, lr_scheduler=schedule)
+    rate = [learning_rate(options, share) for share in (0, 0.1, 0.2, 0.6, 1.0, 1.5)]
+    assert rate == pytest.approx([0, 1, 2, 2 * middle, 0, 0])
+    quarter = learning_rate(options, 0.4)
+    assert quarter == pytest.approx(1.5 if schedule == "linear" else 1 + math.cos(math.pi / 4))
+
+
+# ------------------------------------------------------------------------------------------------- bit for bit
+
+def test_same_seed_same_result_and_another_seed_another(place, whole):
+    assert place.train("again") == 0
+    assert weights(place.folder / "again") == weights(whole)
+    assert untimed(place.folder / "again") == untimed(whole)
+    assert place.train("other", "--seed", 1) == 0
+    assert weights(place.folder / "other") != weights(whole)
+
+
+def test_chunks_change_only_rounding(place, whole):
+    assert place.train("chunked", "--mini-batch-tokens", 64) == 0
+    for one, other in zip(untimed(whole), untimed(place.folder / "chunked"), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3)
+        assert other["tokens"] == one["tokens"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--train", "lora", "--lora-dropout", "0.2", "--lora-rank", 4, "--mini-batch-tokens", 64]],
+    ids=["all", "lora with dropout"],
+)
+def test_a_stopped_run_goes_on_as_if_undisturbed(place, options, capsys):
+    name = f"stop{len(options)}"
+    assert place.train(f"{name}-not", *options) == 0
+    with ctrl_c_at(2):
+        assert place.train(name, *options) == 130
+    folder = place.folder / name
+    assert f"--resume --output {folder}" in capsys.readouterr().out
+    assert facts(folder)["complete"] is False
+    assert len(rows_of(folder)) == 4  # a step's line comes while the next one runs
+    started = facts(folder)["started"]
+    half = weights(folder)
+    assert run_train.main(["--resume", "--output", str(folder)]) == 0
+    assert weights(folder) == weights(place.folder / f"{name}-not") != half
+    assert untimed(folder) == untimed(place.folder / f"{name}-not")
+    assert facts(folder)["complete"] is True
+    assert facts(folder)["started"] == started
+
+
+def test_a_run_that_crashed_goes_on_from_its_last_saved_step(place, whole, monkeypatch, capsys):
+    """Steps 4 and 5 are done again, from the state saved before step 4."""
+    original = Trainer.update
+    calls = itertools.count()
+
+    def update(self, rate):
+        if next(calls) == 5:
+            raise RuntimeError("power cut")
+        return original(self, rate)
+    monkeypatch.setattr(Trainer, "update", update)
+    with pytest.raises(RuntimeError, match="power cut"):
+        place.train("crash", "--save-steps", 2)
+    monkeypatch.undo()
+    folder = place.folder / "crash"
+    with pytest.raises(ValueError, match=r"no model yet.*--resume"):
+        Embedder.from_pretrained(folder)
+    assert run_train.main(["--resume", "--output", str(folder)]) == 0
+    assert weights(folder) == weights(whole)
+    assert untimed(folder) == untimed(whole)
+
+
+def test_what_a_killed_process_was_writing_is_swept_by_the_resume(place):
+    """A draft bears its process's number, so no later save would write over it."""
+    with ctrl_c_at(2):
+        assert place.train("drafts") == 130
+    folder = place.folder / "drafts"
+    for path in (folder / "state/.00000009.1234.draft", folder / ".model.1234.draft"):
+        path.mkdir()
+        (path / "half").write_bytes(b"half")
+    assert run_train.main(["--resume", "--output", str(folder)]) == 0
+    assert not list(folder.rglob("*.draft"))
+
+
+def test_a_run_that_crashed_before_its_first_save_starts_again(place, whole, monkeypatch):
+    def update(self, rate):
+        raise RuntimeError("power cut")
+    monkeypatch.setattr(Trainer, "update", update)
+    with pytest.raises(RuntimeError, match="power cut"):
+        place.train("early")
+    monkeypatch.undo()
+    assert run_train.main(["--resume", "--output", str(place.folder / "early")]) == 0
+    assert weights(place.folder / "early") == weights(whole)
+
+
+def test_resuming_what_is_no_run_is_an_error(tmp_path, capsys):
+    (tmp_path / "run.json").write_text("{}")
+    assert run_train.main(["--resume", "--output", str(tmp_path)]) == 2
+    assert "must have 'options', 'model' and 'data'" in capsys.readouterr().err
+
+
+def test_an_adapter_names_its_base_by_a_path_that_holds_anywhere(place, whole, monkeypatch):
+    monkeypatch.chdir(place.folder)
+    assert place.train("relative", "--model", "whole/model", "--train", "lora", "--lora-rank", 2, "--steps", 1) == 0
+    config = json.loads((place.folder / "relative/adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str((whole / "model").resolve())
+
+
+def test_two_instructions_under_one_name_are_both_exported(place, tmp_path):
+    rows = [{**row, "task": "same"} for row in lines()]
+    assert place.train("names", "--data", write_data(tmp_path / "same.jsonl", rows), "--steps", 1) == 0
+    settings = json.loads((place.folder / "names/model/config_sentence_transformers.json").read_text())
+    prompts = {name: text for name, text in settings["prompts"].items() if "Instruct" in text}
+    assert set(prompts) == {"same", "same-2"} and len(set(prompts.values())) == 2
+
+
+def test_a_numbered_name_takes_no_name_that_a_task_has():
+    """In whatever order they come."""
+    given = [("a-2", "x"), ("a", "y"), ("a", "z"), ("a", "w")]
+    for order in (given, [*given[1:], given[0]]):
+        tasks = [Task(name, prompt, "normal") for name, prompt in order]
+        assert named_prompts(SimpleNamespace(tasks=tasks)) == {"a-2": "x", "a": "y", "a-3": "z", "a-4": "w"}
+
+
+def test_merging_does_not_touch_what_the_held_out_score_is_of(place, monkeypatch):
+    """The adapter is scored, and merged after that."""
+    order = []
+    for name in ("evaluate", "save_merged"):
+        call = getattr(run_train, name)
+        monkeypatch.setattr(run_train, name, lambda *a, name=name, call=call: (order.append(name), call(*a))[1])
+    assert place.train("order", "--train", "lora", "--lora-rank", 2, "--merge", "--steps", 1) == 0
+    assert order == ["evaluate", "evaluate", "save_merged"]
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--steps", 2, "--minutes", 1], "--steps and --minutes exclude each other"),
+    (["--seed", 2**31], "--seed must be a finite number >= 0 and < 2147483648 (got 2147483648)"),
+])
+def test_options_that_cannot_be_are_refused(place, capsys, options, message):
+    assert place.train("never", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (place.folder / "never").exists()
+
+
+def test_a_run_that_ends_before_its_first_step(place, capsys):
+    assert place.train("short", "--minutes", "1e-9") == 0
+    assert "no step was completed" in capsys.readouterr().out
+
+
+def test_sigint_in_a_process_of_its_own(place):
+    folder = place.folder / "process"
+    command = [sys.executable, "run_train.py", *place.arguments("process", "--steps", 2000)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None and not (
+            (folder / "metrics.jsonl").exists() and len((folder / "metrics.jsonl").read_text().splitlines()) >= 3):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "stopping after this step" in output
+    position = json.loads((next(folder.glob("state/0*")) / "position.json").read_text())
+    assert position["step"] == len(rows_of(folder)) >= 3
+    assert not [path for path in folder.rglob("*") if path.name.startswith(".")]  # nothing half-written
+    assert Embedder.from_pretrained(folder).encode(["anna"]).shape == (1, 32)
+
+
+def test_resume_refuses_what_would_be_another_run(place, whole, tmp_path, capsys):
+    def error(*arguments: str) -> str:
+        assert run_train.main(["--resume", *arguments]) == 2
+        return capsys.readouterr().err
+    assert "run.json: file does not exist" in error("--output", str(tmp_path))
+    assert "--learning-rate must be as in" in error("--output", str(whole), "--learning-rate", "1")
+    data = write_data(tmp_path / "mine.jsonl", lines())
+    with ctrl_c_at(1):
+        assert place.train("changed", "--data", data) == 130
+    write_data(data, lines()[:-1])
+    assert "'data' of" in error("--output", str(place.folder / "changed"))
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(CONFIG))
+    with ctrl_c_at(1):
+        assert place.train("remodelled", "--model", config) == 130
+    config.write_text(json.dumps({**CONFIG, "sliding_window": 3, "rope_theta": 50.0}))
+    assert "'model_config' of" in error("--output", str(place.folder / "remodelled"))
+
+
+def test_what_a_message_advises_may_be_given_with_resume(place, whole, capsys):
+    """Less memory, another pace of saving: the same run but for rounding."""
+    with ctrl_c_at(2):
+        assert place.train("less") == 130
+    folder = place.folder / "less"
+    less = ["--mini-batch-tokens", "64", "--gradient-checkpointing", "--save-steps", "1", "--save-total-limit", "9", "--distributed-timeout", "5"]
+    assert run_train.main(["--resume", "--output", str(folder), *less]) == 0
+    assert facts(folder)["options"]["mini_batch_tokens"] == 64 and len(list((folder / "state").glob("0*"))) > 2
+    for one, other in zip(rows_of(folder), rows_of(whole), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_a_complete_run_has_nothing_to_go_on_with(place, whole, capsys):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    assert run_train.main(["--resume", "--output", str(whole)]) == 0
+    assert "is complete: nothing to resume" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+
+
+def test_a_resumed_run_that_crashes_leaves_no_older_model(place, monkeypatch):
+    with ctrl_c_at(2):
+        assert place.train("older") == 130
+    folder = place.folder / "older"
+    assert Embedder.from_pretrained(folder)
+
+    def update(self, rate):
+        raise RuntimeError("power cut")
+    monkeypatch.setattr(Trainer, "update", update)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run_train.main(["--resume", "--output", str(folder)])
+    with pytest.raises(ValueError, match=r"no model yet.*--resume"):
+        Embedder.from_pretrained(folder)
+
+
+def test_a_damaged_state_names_the_one_before_it(place, capsys):
+    with ctrl_c_at(2):
+        assert place.train("damaged", "--save-steps", 2) == 130
+    folder = place.folder / "damaged"
+    older, newest = sorted((folder / "state").glob("0*"))
+    (newest / "state.safetensors").write_bytes((newest / "state.safetensors").read_bytes()[:-9])
+    assert run_train.main(["--resume", "--output", str(folder)]) == 2
+    assert f"remove {newest} to resume from {older}" in capsys.readouterr().err
+    shutil.rmtree(newest)
+    assert run_train.main(["--resume", "--output", str(folder)]) == 0
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (["--max-prompt-tokens", 40, "--max-text-tokens", 20], "were drawn: raise --max-prompt-tokens"),
+    (["--batch-size", 32], "all lines of a task are in one batch"),
+    ([], r"on average, drawn from 0 to 2$"),
+])
+def test_why_prompts_have_no_examples(place, options, words, capsys):
+    name = f"why{len(options)}{options[:1]}"
+    assert place.train(name, *options) == 0
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("in-context examples per prompt"))
+    assert re.search(words, said), said
+
+
+# ------------------------------------------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--output", "whole"], r"already holds a run.*--resume"),
+    (["--output", "some.jsonl/x"], r"--output .*cannot be written"),
+    (["--data", "none.jsonl"], r"none\.jsonl: file does not exist"),
+    (["--device", "mps"], r"--device must be cpu or cuda .got 'mps'"),
+    (["--model", "nowhere"], r"must be a folder with config.json or a hub id OWNER/NAME .got 'nowhere'"),
+    (["--model", "none.json"], r"none\.json: file does not exist"),
+    (["--model", "own/er/name"], r"must be a folder with config.json or a hub id"),
+    (["--preset", "huge"], r"--preset must be one of report, small .got 'huge'"),
+    (["--template", "mine"], r"--template must be one of report, bge-en-icl .got 'mine'"),
+    (["--learning-rate", "-1"], r"--learning-rate must be a finite number > 0 .got -1"),
+    (["--learning-rate", "nan"], r"--learning-rate must be .*got nan"),
+    (["--contrastive-weight", "0", "--soft-label-weight", "0"], r"both 0"),
+    (["--max-prompt-tokens", "8", "--max-text-tokens", "4"], r"leaves no room for a text in max_prompt_tokens"),
+    (["--max-text-tokens", "4096"], r"--max-prompt-tokens must be at least --max-text-tokens . 2 .got 2048 and 4096"),
+    (["--train", "lora", "--lora-target-modules", "x_proj"], r"must be some of .*got 'x_proj'"),
+    (["--eval-data", "."], r"--eval-data .*must hold folders with task.json"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_bad_input_is_one_clear_error(place, whole, capsys, monkeypatch, options, message):
+    monkeypatch.chdir(place.folder)
+    before = weights(whole)
+    assert place.train("bad", *options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert re.search(message, error)
+    assert not (place.folder / "bad").exists()
+    assert weights(whole) == before
+
+
+@pytest.mark.parametrize(
+    "options", [["--learning-rate", "fast"], ["--in-batch-negatives", "some"], ["--no-such-option"]], ids=" ".join
+)
+def test_argparse_refuses_the_rest(place, options):
+    with pytest.raises(SystemExit) as end:
+        place.train("bad", *options)
+    assert end.value.code == 2
+
+
+def test_a_long_prompt_in_the_data_is_an_error(place, tmp_path, capsys):
+    data = write_data(tmp_path / "long.jsonl", [*lines(4), {**lines(1)[0], "prompt": "very " * 3000}])
+    assert place.train("bad", "--data", data) == 2
+    assert "very very" in (error := capsys.readouterr().err)
+    assert "long.jsonl:5: 'prompt': " in error and "leaves no room" in error
+    assert not (place.folder / "bad").exists()
+
+
+def test_a_loss_that_is_not_finite_names_the_lines(place, capsys, monkeypatch):
+    original = Trainer.loss
+
+    def loss(self, batch, vectors):
+        terms = original(self, batch, vectors)
+        return dataclasses.replace(terms, total=terms.total * math.nan) if self.broken else terms
+    monkeypatch.setattr(Trainer, "loss", loss)
+    broken = property(lambda self: (place.folder / "nan/state").exists())
+    monkeypatch.setattr(Trainer, "broken", broken, raising=False)
+    assert place.train("nan", "--save-steps", 2, "--batch-size", 3) == 2
+    error = capsys.readouterr().err
+    assert "step 2: loss and gradient norm must be finite (got nan" in error
+    named = re.findall(r"some\.jsonl:(\d+)", error)
+    assert len(named) == 3
+    assert len({lines()[int(number) - 1]["task"] for number in named}) == 1
+    saved = read_tensors(place.folder / "nan/state/00000002/state.safetensors", device=torch.device("cpu"))
+    assert all(torch.isfinite(tensor).all() for _, tensor in saved)
+
+
+def test_a_huge_learning_rate_ends_with_the_same_error(place, capsys):
+    assert place.train("huge", "--learning-rate", "1e30", "--warmup-ratio", 0) == 2
+    assert "lower --learning-rate" in capsys.readouterr().err
+
+
+def test_the_loss_is_fp32_whatever_the_model_computes_in(place, monkeypatch):
+    """Its products in bf16 would be off by percents at a temperature of 0.02."""
+    seen = []
+
+    def loss(self, batch, vectors):
+        seen.append((torch.is_autocast_enabled("cpu"), vectors.dtype))
+        return original(self, batch, vectors)
+    original = Trainer.loss
+    monkeypatch.setattr(Trainer, "loss", loss)
+    assert place.train("low", "--dtype", "bfloat16", "--steps", 2, "--mini-batch-tokens", 64) == 0
+    assert seen == [(False, torch.float32)] * 2
+
+
+# ------------------------------------------------------------------------------------------------- options
+
+def test_without_a_gpu_the_default_is_tiny_and_says_so(place, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    options = [x for x in place.arguments("tiny", "--steps", 1) if x != str(place.folder / "config.json")]
+    options.remove("--model")
+    assert run_train.main(options) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("model: tiny (default without a GPU")
+    assert "--model" in first
+
+
+@pytest.mark.parametrize("options", [[], ["--train", "lora", "--lora-rank", 4]], ids=["all", "lora"])
+def test_bf16(place, options):
+    name = f"bf16{len(options)}"
+    assert place.train(name, "--dtype", "bfloat16", "--steps", 3, *options) == 0
+    folder = place.folder / name
+    assert facts(folder)["options"]["dtype"] == "bfloat16"
+    assert all(math.isfinite(row["loss"]) for row in rows_of(folder))
+    if not options:
+        assert b'"BF16"' not in weights(folder)  # what learns is fp32
+        assert [r["loss"] for r in rows_of(folder)] != [r["loss"] for r in rows_of(place.folder / "whole")][:3]
+
+
+def test_minutes(place, monkeypatch):
+    """--minutes ends the run by the clock, here one that advances by 50 ms whenever it is read."""
+    ticks = itertools.count()
+    monkeypatch.setattr(metrics.Stopwatch, "clock", staticmethod(lambda: 0.05 * next(ticks)))
+    assert place.train("minutes", "--minutes", "0.01") == 0
+    rows = rows_of(place.folder / "minutes")
+    assert len(rows) > 1
+    assert 0.3 < rows[-1]["elapsed_s"] < 1.2
+    assert rows[-1]["learning_rate"] < max(row["learning_rate"] for row in rows) / 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--examples-per", "query"],
+        ["--template", "bge-en-icl"],
+        ["--in-batch-negatives", "none"],
+        ["--soft-label-weight", 0],
+        ["--contrastive-weight", 0],
+        ["--no-lowercase"],
+        ["--false-negative-margin", "none"],
+        ["--batch-size", 1],
+    ],
+    ids=lambda o: " ".join(map(str, o)),
+)
+def test_every_option_trains(place, whole, options):
+    name = options[0].strip("-")
+    assert place.train(name, *options) == 0
+    rows = rows_of(place.folder / name)
+    assert len(rows) == STEPS
+    assert weights(place.folder / name) != weights(whole)
+    if "--template" in options:
+        embedder = Embedder.from_pretrained(place.folder / name)
+        assert embedder.prompt_encoder.template.markers
+        assert all(embedder.prompt_encoder.tokenizer.token_id(m) for m in embedder.prompt_encoder.template.markers)
+    if "--contrastive-weight" in options:
+        assert all(row["loss"] == pytest.approx(row["soft_label_loss"]) for row in rows)
+
+
+def test_held_out_sets_are_scored_before_and_after(place, tmp_path, capsys):
+    folder = tmp_path / "held" / "Set"
+    folder.mkdir(parents=True)
+    (folder / "task.json").write_text(json.dumps({"class": "ArguAna", "instruction": INSTRUCTIONS["Jobs"]}))
+    for name, rows in (
+        ("corpus", [{"_id": f"d{i}", "text": word} for i, word in enumerate(WORDS)]),
+        ("queries", [{"_id": "q", "text": "anna"}]),
+        ("qrels", [{"query-id": "q", "corpus-id": "d0", "score": 1}]),
+    ):
+        write_data(folder / f"{name}.jsonl", rows)
+    assert place.train("held", "--eval-data", tmp_path / "held") == 0
+    output = capsys.readouterr().out
+    run = facts(place.folder / "held")
+    for when in ("before", "after"):
+        assert f"held-out nDCG@10 {when} training: {run[f'eval_{when}']:.3f}" in output
+        assert 0 <= run[f"eval_{when}"] <= 1
+
+
+# ------------------------------------------------------------------------------------------------- what is exported
+
+def peer_vectors(folder: Path, texts: list[str]) -> np.ndarray:
+    """transformers: the last token's hidden state, unit length, one text at a time."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModel.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    with torch.inference_mode():
+        rows = [model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, -1] for text in texts]
+    return torch.nn.functional.normalize(torch.stack(rows).float(), dim=-1).numpy()
+
+
+def cosine(one: np.ndarray, other: np.ndarray) -> float:
+    """The smallest cosine of any row of one with the same row of the other."""
+    return float((one * other).sum(-1).min() / max(1, np.linalg.norm(other, axis=-1).max()))
+
+
+@pytest.mark.parametrize("which", ["whole/model", "adapter/merged", "fresh/merged"])
+def test_peers_load_the_model_and_embed_the_same(place, whole, adapter, fresh_adapter, which):
+    library = pytest.importorskip("sentence_transformers")
+    folder = place.folder / which
+    ours = Embedder.from_pretrained(folder)
+    peer = library.SentenceTransformer(str(folder), device="cpu")
+    passages = ours.encode(TEXTS)
+    assert cosine(passages, peer.encode(TEXTS)) >= 0.99999
+    assert cosine(passages, peer_vectors(folder, TEXTS)) >= 0.99999
+    long = [" ".join(WORDS * 30)]  # cut by both
+    assert cosine(ours.encode(long), peer.encode(long)) >= 0.99999
+    for task, instruction in INSTRUCTIONS.items():
+        queries = ours.encode(TEXTS, instruction=instruction)
+        assert cosine(queries, peer.encode(TEXTS, prompt_name=task)) >= 0.99999
+        strings = [f"Instruct: {instruction}\nQuery: {text}" for text in TEXTS]
+        assert cosine(queries, peer_vectors(folder, strings)) >= 0.99999
+        assert cosine(queries, passages) < 0.9999  # control: the instruction shows
+    ids = peer.tokenizer(TEXTS[0])["input_ids"]
+    assert (ids[0], ids[-1]) == (ours.prompt_encoder.tokenizer.bos_id, ours.prompt_encoder.tokenizer.eos_id)
+    without_end = peer_vectors_without_end(folder, TEXTS)
+    assert cosine(passages, without_end) < 0.9999  # control: the end token shows
+
+
+def peer_vectors_without_end(folder: Path, texts: list[str]) -> np.ndarray:
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModel.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    with torch.inference_mode():
+        rows = [model(torch.tensor([tokenizer(text)["input_ids"][:-1]])).last_hidden_state[0, -1] for text in texts]
+    return torch.nn.functional.normalize(torch.stack(rows), dim=-1).numpy()
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("whole", "whole/model"),
+        ("adapter", "adapter/adapter"),
+        ("adapter", "adapter/merged"),
+        ("fresh", "fresh/adapter"),
+        ("fresh", "fresh/merged"),
+    ],
+)
+def test_every_folder_of_a_run_is_an_embedder(place, whole, adapter, fresh_adapter, one, other):
+    vectors = [Embedder.from_pretrained(place.folder / name).encode(TEXTS, instruction="Find it.")
+               for name in (one, other)]
+    assert vectors[0].dtype == np.float32
+    assert vectors[0].shape == (len(TEXTS), CONFIG["hidden_size"])
+    np.testing.assert_allclose(np.linalg.norm(vectors[0], axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(*vectors, atol=2e-6)
+
+
+@pytest.mark.parametrize(("base", "learnt"), [("whole/model", "adapter"), ("fresh/base", "fresh")])
+def test_control_an_adapter_is_not_its_base(place, whole, adapter, fresh_adapter, base, learnt):
+    one, other = (Embedder.from_pretrained(place.folder / name).encode(TEXTS) for name in (base, learnt))
+    assert np.abs(one - other).max() > 1e-3
+
+
+def test_a_fresh_adapter_finds_its_base_where_the_run_was_moved_to(fresh_adapter, tmp_path):
+    shutil.copytree(fresh_adapter, tmp_path / "moved")
+    one, other = (Embedder.from_pretrained(folder).encode(TEXTS) for folder in (fresh_adapter, tmp_path / "moved"))
+    np.testing.assert_array_equal(one, other)
+
+
+def test_a_plain_transformers_folder_is_an_embedder(whole, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    transformers.AutoModel.from_pretrained(whole / "model").save_pretrained(tmp_path / "plain")
+    transformers.AutoTokenizer.from_pretrained(whole / "model").save_pretrained(tmp_path / "plain")
+    plain = Embedder.from_pretrained(tmp_path / "plain")
+    np.testing.assert_allclose(plain.encode(TEXTS), Embedder.from_pretrained(whole).encode(TEXTS), atol=2e-6)
+
+
+def test_template_and_lengths_travel_with_the_model(place):
+    assert place.train("travel", "--template", "bge-en-icl", "--max-text-tokens", 7, "--steps", 1) == 0
+    embedder = Embedder.from_pretrained(place.folder / "travel")
+    assert (embedder.prompt_encoder.max_text_tokens, embedder.prompt_encoder.template.suffix) == (7, "\n<response>")
+    exported = json.loads((place.folder / "travel/model/config_sentence_transformers.json").read_text())
+    assert exported["prompts"] == {}  # a prompt that lacks the suffix would be another one
+    given = Embedder.from_pretrained(place.folder / "travel", template="report", max_text_tokens=9)
+    assert (given.prompt_encoder.max_text_tokens, given.prompt_encoder.template.suffix) == (9, "")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"template": "mine"}, "'template' must be one of .*got 'mine'"),
+        ({"template": ["report"]}, "template"),
+        ({"max_text_tokens": 0}, "max_text_tokens'? must be a number of tokens >= 1 .got 0"),
+        ({"max_text_tokens": "9"}, "'max_text_tokens' must be .*got '9'"),
+        ({"other": 1}, "'other' is unknown"),
+        ({"max_prompt_tokens": 2}, "'max_prompt_tokens' must be at least 'max_text_tokens' . 2 .got 2 and 512"),
+    ],
+)
+def test_a_bad_settings_file_is_named(whole, tmp_path, settings, message):
+    shutil.copytree(whole / "model", tmp_path / "model")
+    (tmp_path / "model" / "embedder.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=rf"embedder\.json.*{message}"):
+        Embedder.from_pretrained(tmp_path / "model")
+
+
+def test_a_bad_argument_is_not_blamed_on_the_settings_file(whole):
+    for given in ({"template": "mine"}, {"max_text_tokens": 0}):
+        with pytest.raises(ValueError, match=rf"^{next(iter(given))} ") as error:
+            Embedder.from_pretrained(whole, **given)
+        assert "embedder.json" not in str(error.value)
+
+
+def test_a_checkpoint_beside_a_run_json_of_others_is_a_checkpoint(whole, tmp_path):
+    shutil.copytree(whole / "model", tmp_path / "model")
+    (tmp_path / "model/run.json").write_text('{"by": "someone else"}')
+    assert Embedder.from_pretrained(tmp_path / "model").encode(["anna"]).shape == (1, 32)
+
+
+def test_a_number_of_thousands_of_digits_is_named_with_its_file(whole, tmp_path):
+    shutil.copytree(whole / "model", tmp_path / "model")
+    (tmp_path / "model/config.json").write_text('{"vocab_size": 1' + "0" * 5000 + "}")
+    with pytest.raises(ValueError, match=r"config\.json: invalid JSON"):
+        Embedder.from_pretrained(tmp_path / "model")
+
+
+def test_the_time_left_is_never_below_zero():
+    progress = metrics.TrainingProgress(dataclasses.replace(TrainConfig(), minutes=1.0), 9, 0, enabled=True)
+    progress.update({"elapsed_s": 63.0, "examples_per_prompt": 0, "examples_drawn": 0, "loss": 1.0,
+                     "contrastive_loss": 1.0, "soft_label_loss": 1.0, "tokens_per_s": 1.0})
+    assert progress.bar.postfix.endswith("0:00 left")
+
+
+def test_an_adapter_on_itself_is_refused(adapter, tmp_path):
+    shutil.copytree(adapter / "adapter", tmp_path / "a")
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    (tmp_path / "a/adapter_config.json").write_text(json.dumps(
+        {**config, "base_model_name_or_path": str(tmp_path / "a")}))
+    with pytest.raises(ValueError, match="must be the model under the adapter"):
+        Embedder.from_pretrained(tmp_path / "a")
+
+
+# ------------------------------------------------------------------------------------------------- the embedder
+
+def test_encode_in_any_batch_and_order_gives_the_same_rows(whole):
+    embedder = Embedder.from_pretrained(whole)
+    small = Embedder.from_pretrained(whole, tokens_per_batch=16)
+    texts = [*TEXTS, *TEXTS[::-1], "", " "]
+    examples = [InContextExample("anna", "bert"), InContextExample("oslo", "turin")]
+    task = {"instruction": INSTRUCTIONS["Jobs"]}
+    for given in ({}, task, {**task, "examples": examples}):
+        rows = embedder.encode(texts, **given)
+        np.testing.assert_allclose(rows, np.concatenate([small.encode([text], **given) for text in texts]), atol=2e-6)
+        np.testing.assert_array_equal(rows[0], rows[9])  # a text that comes twice is embedded once
+    assert np.abs(embedder.encode(texts, instruction="") - embedder.encode(texts)).max() > 1e-3
+    assert embedder.encode([]).shape == (0, 32)
+
+
+@pytest.mark.parametrize("texts", ["a text", [3], [None], ["fine", "half \ud83d pair"]], ids=repr)
+def test_encode_refuses_what_is_no_text(whole, texts):
+    with pytest.raises(ValueError, match="texts must be a sequence of str|unpaired surrogate"):
+        Embedder.from_pretrained(whole).encode(texts)
+    for bad in (InContextExample("half \ud83d pair", "anna"), InContextExample("anna", "half \ud83d pair")):
+        with pytest.raises(ValueError, match="unpaired surrogate"):
+            Embedder.from_pretrained(whole).encode(["anna"], instruction="Find", examples=[bad])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float64"}, "dtype must be .*got 'float64'"),
+        ({"device": "mps"}, "must be cpu or cuda .got 'mps'"),
+        ({"template": "mine"}, "template must be one of .*got 'mine'"),
+        ({"max_text_tokens": 0}, "max_text_tokens'? must be a number of tokens >= 1 .got 0"),
+    ],
+)
+def test_from_pretrained_refuses_unknown_options(whole, options, message):
+    with pytest.raises(ValueError, match=message):
+        Embedder.from_pretrained(whole, **options)
+
+
+def test_an_adapter_on_top_of_a_run_finds_its_base(place, tmp_path):
+    """The base is a run folder, which holds the model in a folder of its own."""
+    assert place.train("under") == 0
+    assert place.train("on-top", "--model", place.folder / "under", "--merge") == 0
+    adapter, merged = (Embedder.from_pretrained(place.folder / "on-top" / name, device="cpu").encode(["some text"])
+                       for name in ("adapter", "merged"))
+    under = Embedder.from_pretrained(place.folder / "under", device="cpu").encode(["some text"])
+    assert adapter @ merged.T == pytest.approx(1.0, abs=1e-5) and adapter @ under.T < 1 - 1e-5
+
+
+def test_the_rate_of_a_step_is_its_own(place, monkeypatch):
+    """Not that of the step before or after it, and not that of a flush which follows at once."""
+    now = [0.0]
+    monkeypatch.setattr(metrics.Stopwatch, "clock", staticmethod(lambda: now[0]))
+    original = Trainer.step
+
+    def step(self, prepared, **options):
+        now[0] += 1.0 if prepared.step == 2 else 0.125
+        return original(self, prepared, **options)
+    monkeypatch.setattr(Trainer, "step", step)
+    assert place.train("rates", "--save-steps", 1) == 0
+    for row in rows_of(place.folder / "rates"):
+        assert row["tokens_per_s"] == row["tokens"] / (1.0 if row["step"] == 2 else 0.125)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory and handles are read from /proc")
+@pytest.mark.parametrize("steps", [200, pytest.param(2000, marks=pytest.mark.record)])
+def test_a_long_run_takes_no_more_memory_and_no_more_files(steps, place, monkeypatch):
+    """From a quarter of the run to its end: resident memory within 1 %, open files the same; states are saved."""
+    seen = []
+    original = metrics.MetricsLogger.add
+
+    def add(self, row, *rest):
+        original(self, row, *rest)
+        if row["step"] % (steps // 20) == steps // 20 - 1:
+            status = Path("/proc/self/status").read_text()
+            seen.append((int(re.search(r"VmRSS:\s+(\d+)", status)[1]), len(list(Path("/proc/self/fd").iterdir()))))
+    monkeypatch.setattr(metrics.MetricsLogger, "add", add)
+    assert place.train(f"long{steps}", "--steps", steps, "--save-steps", steps // 10) == 0
+    memory, files = zip(*seen, strict=True)
+    assert max(memory[-5:]) <= 1.01 * max(memory[5:10]), memory
+    assert max(files[-5:]) <= max(files[5:10]), files
+
+
+def test_a_full_disk_leaves_the_last_saved_state_whole(place, whole, monkeypatch, capsys):
+    """The third save fails half-way; the run ends with the reason, and goes on from the second."""
+    original, calls = run_dir.save_file, itertools.count()
+
+    def full(tensors, path):
+        if next(calls) == 2:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        original(tensors, path)
+    monkeypatch.setattr(run_dir, "save_file", full)
+    assert place.train("full", "--save-steps", 1) == 2
+    assert "No space left" in capsys.readouterr().err
+    monkeypatch.undo()
+    folder = place.folder / "full"
+    assert sorted(path.name for path in (folder / "state").iterdir()) == ["00000001", "00000002"]
+    assert run_train.main(["--resume", "--output", str(folder)]) == 0
+    assert weights(folder) == weights(whole)
+
+
+def test_out_of_memory_on_a_gpu_names_what_helps(place, monkeypatch, capsys):
+    def step(self, prepared, **options):
+        raise torch.cuda.OutOfMemoryError("tried to allocate 20 GiB\nmore")
+    monkeypatch.setattr(Trainer, "step", step)
+    assert place.train("memory") == 3
+    error = capsys.readouterr().err
+    assert "--mini-batch-tokens" in error and "--gradient-checkpointing" in error and "20 GiB" in error and "more\n" not in error
+
+
+def test_gradient_checkpointing_gives_the_same_weights(place, whole):
+    assert place.train("checkpointing", "--gradient-checkpointing") == 0
+    ours, truth = (dict(read_tensors(folder / "model/model.safetensors", device=torch.device("cpu")))
+                   for folder in (place.folder / "checkpointing", whole))
+    for name, tensor in truth.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-5)
