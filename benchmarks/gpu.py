@@ -1,6 +1,6 @@
 """All parts that need an NVIDIA GPU, the most important first: `python -m benchmarks gpu [PART …]`.
 
-    suite       tests/loss/test_kernels.py with compiled kernels (without a GPU: three of its tests, interpreted)
+    suite       the tests of both kernels, compiled (without a GPU: a few of them, interpreted)
     paths       tests/model/test_cuda.py: attention, compilation, no waiting for the device
     sanitizer   compute-sanitizer's memcheck and racecheck over all kernels at small shapes, if the tool is installed
     B7 B8 B1 B5 B3 B6    benchmarks
@@ -36,7 +36,8 @@ from ref.utils.environment import environment_info, utc_now
 
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 520  # of one part
-INTERPRETED_TESTS = ("-k", "pool_of_a_zero_row or row_that_sees or agree_bit_for_bit")
+KERNEL_TESTS = ("tests/loss", "tests/model/test_pooling_kernel.py")
+INTERPRETED_TESTS = ("-k", "pool_of_a_zero_row or positive_alone or agree_bit_for_bit")
 
 BENCHMARKS: dict[str, Callable[..., Result]] = {
     "B1": encoding.b1, "B2": encoding.b2, "B3": encoding.b3, "B4": encoding.b4, "B5": training.b5, "B6": training.b6,
@@ -48,10 +49,10 @@ def result_folder(cuda: bool) -> Path:
     return RESULTS / ("gpu" if cuda else "dry-run")
 
 
-def run_tests(file: str, cuda: bool, options: Sequence[str] = ()) -> dict[str, Any]:
-    """Run a file of tests in its own process."""
+def run_tests(arguments: Sequence[str], cuda: bool) -> dict[str, Any]:
+    """Run pytest in its own process."""
     environment = {**os.environ, "TRITON_INTERPRET": "0" if cuda else "1"}
-    call = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", file, *options]
+    call = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", *arguments]
     try:
         done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S,
                               check=False)
@@ -64,12 +65,12 @@ def run_tests(file: str, cuda: bool, options: Sequence[str] = ()) -> dict[str, A
 
 def run_kernel_tests(cuda: bool) -> dict[str, Any]:
     """The kernel tests; without a GPU a few of them."""
-    return run_tests("tests/loss/test_kernels.py", cuda, () if cuda else INTERPRETED_TESTS)
+    return run_tests(KERNEL_TESTS if cuda else (*KERNEL_TESTS, *INTERPRETED_TESTS), cuda)
 
 
 def run_cuda_tests(cuda: bool) -> dict[str, Any]:
     """The tests of the CUDA paths; skipped without a GPU."""
-    return run_tests("tests/model/test_cuda.py", cuda)
+    return run_tests(["tests/model/test_cuda.py"], cuda)
 
 
 def run_sanitizer(cuda: bool) -> dict[str, Any]:

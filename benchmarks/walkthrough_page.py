@@ -47,15 +47,11 @@ def page(walk: "Walk") -> Iterator[str]:
     yield "# One batch, from text to gradient"
     yield ""
     yield ("This page follows two queries and five passages of the sample world through one training step. The model "
-           "is "
-           "the built-in `tiny` with random weights, so the scores mean nothing yet; the operations are those of the "
-           "7B "
-           "model. All numbers are computed by `python -m benchmarks.walkthrough`, which writes this page.")
+           "is the built-in `tiny` with random weights, so the scores mean nothing yet; the operations are those of "
+           "the 7B model. All numbers are computed by `python -m benchmarks.walkthrough`, which writes this page.")
     yield ""
-    yield from _page_text(walk)
-    yield from _page_model(walk)
-    yield from _page_loss(walk)
-    yield from _page_mining(walk)
+    for section in (_page_text, _page_prompt, _page_model, _page_scores, _page_terms, _page_mining):
+        yield from section(walk)
 
 
 def _page_text(walk: "Walk") -> Iterator[str]:
@@ -69,8 +65,7 @@ def _page_text(walk: "Walk") -> Iterator[str]:
         *([f"`{name}` with score", *("<br>".join(f"{text} ({score})" for text, score in zip(
             row[name], row[f"{name}_scores"], strict=True)) for row in (first, second))] for name in ("pos", "neg"))])
     yield (f"{_link(SoftLabelDataset.batch)} draws one positive per query and lists the candidates of both: the "
-           f"positive, "
-           "then the negatives. The candidates of all queries are the passages of the batch.")
+           "positive, then the negatives. The candidates of all queries are the passages of the batch.")
     yield ""
     columns = walk.batch.candidates.candidate_idx_QC.tolist()
     yield from _table(["passage", "text", "candidate of"], [
@@ -79,16 +74,17 @@ def _page_text(walk: "Walk") -> Iterator[str]:
         for column, text in enumerate(walk.batch.passages)])
     yield f"`candidate_idx_QC` is `{columns}`; -1 marks that query 1 has one candidate less."
     yield ""
+
+
+def _page_prompt(walk: "Walk") -> Iterator[str]:
     yield "## 2. Prompt"
     yield ""
     example = walk.batch.examples[0][0]
     yield (f"The batch has one in-context example, drawn from another line of the task: query “{example.query}”, "
-           f"response "
-           f"“{example.response}”. {_link(PromptEncoder.prefix)} puts it and the instruction in front of each query, "
-           f"up to "
-           "and including `Query:`. These are the same ids for both queries: the shared prefix. Passages have no "
-           "instruction. The vocabulary was learned from the sample data: it ignores case and has no line break, which "
-           "becomes `<unk>`.")
+           f"response “{example.response}”. {_link(PromptEncoder.prefix)} puts it and the instruction in front of "
+           "each query, up to and including `Query:`. These are the same ids for both queries: the shared prefix. "
+           "Passages have no instruction. The vocabulary was learned from the sample data: it ignores case and has "
+           "no line break, which becomes `<unk>`.")
     yield ""
     yield "```"
     yield _decoded(walk, walk.groups[0].prefix)
@@ -97,8 +93,7 @@ def _page_text(walk: "Walk") -> Iterator[str]:
     yield "## 3. Input ids"
     yield ""
     yield (f"{_link(Tokenizer.encode)} turns each text into ids, truncated to `--max-text-tokens`; `<s>` and `</s>` "
-           f"are "
-           "added by id.")
+           "are added by id.")
     yield ""
     texts = [("shared prefix", walk.groups[0].prefix), *(
         (f"query {n}", ids) for n, ids in enumerate(walk.groups[0].texts)), *(
@@ -129,18 +124,16 @@ def _page_model(walk: "Walk") -> Iterator[str]:
     yield "## 5. Attention mask"
     yield ""
     yield (f"{_link(attention_mask)}: each token attends to the shared prefix and to the earlier tokens of its own "
-           f"text, "
-           "within the sliding window, which is longer than these texts. In the last layer only the last token of each "
-           "text is a query position.")
+           "text, within the sliding window, which is longer than these texts. In the last layer only the last token "
+           "of each text is a query position.")
     yield ""
     yield "![attention mask of the packed queries behind the shared prefix](walkthrough/mask.svg)"
     yield ""
     yield "## 6. Embeddings"
     yield ""
     yield (f"{_link(last_token_pool)} takes the hidden state of each text's `</s>`, applies the final RMSNorm and "
-           f"scales it "
-           f"to unit length: {len(walk.embedding_BD)} vectors of {walk.embedding_BD.shape[1]} numbers. The first four "
-           f"of each:")
+           f"scales it to unit length: {len(walk.embedding_BD)} vectors of {walk.embedding_BD.shape[1]} numbers. The "
+           "first four of each:")
     yield ""
     queries = len(walk.batch.queries)
     yield from _table(["", "e[0]", "e[1]", "e[2]", "e[3]", "norm"], [
@@ -148,16 +141,13 @@ def _page_model(walk: "Walk") -> Iterator[str]:
          f"{row.norm().item():.3f}"] for n, row in enumerate(walk.embedding_BD)])
 
 
-def _page_loss(walk: "Walk") -> Iterator[str]:
+def _page_scores(walk: "Walk") -> Iterator[str]:
     tau, index = walk.config.temperature, walk.batch.candidates.candidate_idx_QC
-    score_QP = walk.cosine_QP / tau
     yield "## 7. Scores and the false-negative mask"
     yield ""
     yield (f"s = q · p / temperature, with temperature {tau}. Passage 3, the positive of query 1, is also a known "
-           f"positive "
-           f"of query 0: {_link(false_negative_mask)} excludes it from the denominator of query 0. A passage whose "
-           f"cosine "
-           f"exceeds the positive's by more than {walk.config.false_negative_margin} is excluded as well.")
+           f"positive of query 0: {_link(false_negative_mask)} excludes it from the denominator of query 0. A passage "
+           f"whose cosine exceeds the positive's by more than {walk.config.false_negative_margin} is excluded as well.")
     yield ""
     yield "![scores of both queries with the role of each passage](walkthrough/scores.svg)"
     yield ""
@@ -172,6 +162,10 @@ def _page_loss(walk: "Walk") -> Iterator[str]:
         for q, (teacher, labels, columns) in enumerate(zip(
             [[round(x, 4) for x in row] for row in walk.batch.teacher_QC.tolist()], walk.label_QC.tolist(),
             index.tolist(), strict=True))])
+
+
+def _page_terms(walk: "Walk") -> Iterator[str]:
+    score_QP = walk.cosine_QP / walk.config.temperature
     yield "## 9. Both terms of the loss"
     yield ""
     yield (f"{_link(eager_loss)}. A_i: all passages that are not masked. C_i: the query's candidates.")
@@ -179,26 +173,24 @@ def _page_loss(walk: "Walk") -> Iterator[str]:
     yield from _table(["", "log-sum-exp over A", "s of the positive", "contrastive", "log-sum-exp over C", "sum y s",
                        "soft label"], list(_term_rows(walk, score_QP)))
     total = walk.total.item()
-    yield (f"{_link(training_loss)} averages each term over the queries and adds them, both with weight 1: the loss is "
-           f"{walk.contrastive_Q.mean().item():.3f} + {walk.soft_label_Q.mean().item():.3f} = {total:.3f}.")
+    yield (f"{_link(training_loss)} averages each term over the queries and adds them, both with weight 1: the loss "
+           f"is {walk.contrastive_Q.mean().item():.3f} + {walk.soft_label_Q.mean().item():.3f} = {total:.3f}.")
     yield ""
     yield "## 10. Gradient of the scores"
     yield ""
     yield ("dL/ds = a (softmax over A − one-hot) + b (softmax over C − y) with a = b = 1/2, the second part for "
-           "candidates "
-           f"only ({_link(TorchChunkOps.gradient)}). A negative value means that a larger score lowers the loss. Each "
-           "row sums to zero, and a masked passage gets none.")
+           f"candidates only ({_link(TorchChunkOps.gradient)}). A negative value means that a larger score lowers the "
+           "loss. Each row sums to zero, and a masked passage gets none.")
     yield ""
     yield "![gradient of each score](walkthrough/gradient.svg)"
     yield ""
     yield ("For query 0 the soft-label term dominates. The model prefers the positive alone, while the teacher gives "
            "passage 1, a positive that nobody marked, the same score: the gradient lowers the score of the positive "
-           "and "
-           "raises that of passage 1. The contrastive term alone would treat passage 1 as wrong.")
+           "and raises that of passage 1. The contrastive term alone would treat passage 1 as wrong.")
     yield ""
     yield ("From here the gradient flows to the embeddings (dq = sum of dL/ds · p / temperature), and mini-batch by "
-           "mini-batch through the model ([`ref/training/grad_cache.py`](../ref/training/grad_cache.py)). The prefix's "
-           "keys and values collect the gradients of both queries.")
+           "mini-batch through the model ([`ref/training/grad_cache.py`](../ref/training/grad_cache.py)). The "
+           "prefix's keys and values collect the gradients of both queries.")
     yield ""
 
 
@@ -220,11 +212,10 @@ def _page_mining(walk: "Walk") -> Iterator[str]:
     yield "## 11. What mining would have kept"
     yield ""
     yield (f"Hard negatives are selected before training. For query 0, {_link(filter_candidates)} compares the "
-           f"teacher's "
-           f"score of each candidate with a threshold relative to the lowest-scored positive "
-           f"({min(row['pos_scores'])}), here asked for two negatives. “{candidates[0].text}” scores almost as high as "
-           "the positives: it is probably a positive that nobody marked. The sample world keeps it among the negatives "
-           "on purpose, as noise.")
+           "teacher's score of each candidate with a threshold relative to the lowest-scored positive "
+           f"({min(row['pos_scores'])}), here asked for two negatives. “{candidates[0].text}” scores almost as high "
+           "as the positives: it is probably a positive that nobody marked. The sample world keeps it among the "
+           "negatives on purpose, as noise.")
     yield ""
     limits = {rule: threshold(rule, value, row["pos_scores"]) for rule, value in RULES.items()}
     decisions = {rule: [decision for _, decision in filter_candidates(

@@ -1,24 +1,24 @@
-"""The Lantern Isles: a little world with facts, small enough to be learnt in two minutes.
+"""The Lantern Isles: a synthetic data set with known labels, small enough to be learnt in two minutes on a CPU.
 
-Every islander has a trade, a home and a pet. Notes on the ferry's board tell one thing about somebody ("Odo works the
-loom."), or a whim that helps nobody. A query tells two things about a newcomer ("Makes blankets and walks a ratter.");
-three tasks ask for notes about islanders of a kindred trade, home or pet. So each idea of the report can matter:
+Every islander has a trade, a home and a pet. A note states one fact about somebody ("Odo works the loom."), or a whim
+that is relevant to no query. A query states two facts about a newcomer ("Makes blankets and walks a ratter."), and
+three tasks ask for notes about islanders with a similar trade, home or pet. What there is to learn:
 
-- instructions: the same query has other positives under each of the two tasks that it tells something for;
-- soft labels: a note about the same value (weaver) is of grade 2, one about another value of its group (tailor: the same
-  guild; likewise isle and family) is of grade 1. The ways of saying a value share no word but "keeps", "lives in" and the
-  like, and no word gives away a group: both have to be learnt, the groups from the scores alone;
-- mining: some negatives are planted false ones, as relevant as the positives. The teacher scores them above 0.95 of any
-  positive, which is what the 95 % rule drops, and `relevance` knows the truth.
+- instructions: a query has different positives under each of the two tasks that its facts belong to;
+- soft labels: a note about the same value (weaver) has grade 2, one about another value of the same group (tailor: the
+  same guild; likewise isles and families) grade 1. The phrases for a value share no word except "keeps", "lives in" and
+  the like, and no word reveals the group: both must be learnt, the groups from the scores alone;
+- mining: some negatives are planted false negatives, as relevant as the positives. The teacher scores them above 0.95
+  of every positive, so the 95 % rule rejects them, and `relevance` knows the truth.
 
-Training and held-out texts share the facts and the ways of saying them. The held-out pairs of facts (queries) and pairs of
-name and fact (notes) do not occur in training: `held_out`.
+Training and held-out texts share facts and phrases. Held-out pairs of facts (queries) and of name and fact (notes) do
+not occur in training: see `is_held_out`.
 
-    python data/make_world.py               writes data/soft_labels.jsonl and data/held_out/, as they stand in the repository
-    python data/make_world.py --raw DIR     writes pairs.jsonl, corpus.jsonl, truth.jsonl for run_label.py (see `raw_pairs`)
+    python data/make_world.py               write data/soft_labels.jsonl and data/held_out/, as in the repository
+    python data/make_world.py --raw DIR     write pairs.jsonl, corpus.jsonl, truth.jsonl for run_label.py
 
-Standard library only; the same bytes on any machine. Labels that are right by construction show the mechanism of a method,
-they are no evidence for it.
+Standard library only; the same bytes on every machine. Labels that are correct by construction show the mechanism of a
+method; they are no evidence for it.
 """
 
 import argparse
@@ -31,16 +31,17 @@ from typing import NamedTuple
 
 SEED = 7
 TRAIN_QUERIES, TEST_QUERIES = 300, 40  # per pair of tasks; a task is in two pairs
-TRAIN_NOTES, RAW_NOTES, TEST_NOTES = 50, 8, 4  # notes on the board about each value
-POSITIVES, RELATED, TEMPTING, NEGATIVES = 3, 2, 2, 7  # of a row; tempting: positive under another instruction
-PLANTED = 0.3  # chance that one of the negatives is a false one
-TEACHER = {2: 0.90, 1: 0.78, 0: 0.58}  # score by grade, as far apart as an embedder's cosines ...
-NOISE = 0.01  # ... give or take: 0.89 / 0.91 > 0.95
+TRAIN_NOTES, RAW_NOTES, TEST_NOTES = 50, 8, 4  # notes about each value
+POSITIVES, NEGATIVES = 3, 7  # of a line
+RELATED, OTHER_TASK = 2, 2  # of the negatives: grade 1, and positive under another instruction
+PLANTED = 0.3  # probability that one of the negatives is a false negative
+TEACHER = {2: 0.90, 1: 0.78, 0: 0.58}  # score by grade, as far apart as an embedder's cosines
+NOISE = 0.01  # added or subtracted at most; 0.89 / 0.91 > 0.95
 
 TASKS = {"trade": "IsleTrade", "home": "IsleHome", "pet": "IslePet"}
 INSTRUCTIONS = {"trade": "Who does similar work?", "home": "Who lives close by?", "pet": "Who keeps a similar pet?"}
 
-# One value a line: its group, then the ways to say it.
+# One value per line: its group, then its phrases.
 TRADE = """
 grain: bakes bread, kneads dough at dawn, sells warm loaves
 grain: grinds flour, minds the windmill, sifts the meal
@@ -113,170 +114,153 @@ scale: keeps a lizard, feeds a gecko, talks to a wall climber
 scale: keeps a snake, feeds an adder, talks to a hisser
 """
 
-WHIM = """
-none: hums at the window
-none: never wears shoes
-none: tells long stories
-none: loves thunder
-none: collects buttons
-none: laughs too loud
-none: owes me a penny
-none: dances on Fridays
-none: dreads the dentist
-none: eats onions raw
-none: wins at cards
-none: snores terribly
-"""
-
-NAMES = "Ada Bram Cora Dov Edda Finn Gwen Hal Ines Jory Kit Lena Mira Ned Odo Pia Quill Rhea Sten Tove Una Vita Wim Zeb".split()
+WHIMS = ("hums at the window, never wears shoes, tells long stories, loves thunder, collects buttons, laughs too loud, "
+         "owes me a penny, dances on Fridays, dreads the dentist, eats onions raw, wins at cards, snores terribly")
+NAMES = "Ada Bram Cora Dov Edda Finn Gwen Hal Ines Jory Kit Lena Mira Ned Odo Pia Quill Rhea Sten Tove Una Vita Wim Zeb"
 NOTE_FRAMES = ["{who} {0}.", "{who}, who {0}.", "{0}: {who}."]
 QUERY_FRAMES = ["{0} and {1}.", "{0}, {1}."]
 
 
 class Value(NamedTuple):
+    """One value of a topic."""
+
     group: str
-    ways: list[str]  # to say it
+    phrases: list[str]
 
 
 class Note(NamedTuple):
+    """A passage."""
+
     text: str
     topic: str  # trade, home, pet or whim
     value: int
 
 
 class Query(NamedTuple):
+    """A query."""
+
     text: str
     facts: dict[str, int]  # topic -> value
 
 
 def read_values(table: str) -> list[Value]:
+    """Parse one of the tables above."""
     lines = (line.split(": ") for line in table.strip().splitlines())
-    return [Value(group, ways.split(", ")) for group, ways in lines]
+    return [Value(group, phrases.split(", ")) for group, phrases in lines]
 
 
-VALUES = {topic: read_values(table) for topic, table in {"trade": TRADE, "home": HOME, "pet": PET, "whim": WHIM}.items()}
+VALUES = {topic: read_values(table) for topic, table in {"trade": TRADE, "home": HOME, "pet": PET}.items()}
+VALUES["whim"] = [Value("none", [whim]) for whim in WHIMS.split(", ")]
 
 
-def draw(rng: random.Random, items: list, count: int) -> list:
-    """`count` different items. Of `random` only random() is promised to stay the same between Python versions."""
+def sample(rng: random.Random, items: list, count: int) -> list:
+    """`count` different items. Only random() is guaranteed to be equal in all Python versions."""
     if count > len(items):
-        raise ValueError(f"{count} different items asked of {len(items)}. Ask fewer, or give more words.")
+        raise ValueError(f"count must be at most {len(items)}, the number of items (got {count})")
     places: dict[int, None] = {}
     while len(places) < count:
         places[int(rng.random() * len(items))] = None
     return [items[place] for place in places]
 
 
-def sentence(frame: str, *told: str, who: str = "") -> str:
-    text = frame.format(*told, who=who)
+def sentence(frame: str, *phrases: str, who: str = "") -> str:
+    """Fill a frame; the first letter becomes a capital."""
+    text = frame.format(*phrases, who=who)
     return text[0].upper() + text[1:]
 
 
-def held_out(*numbers: int) -> bool:
-    """A quarter of all combinations never occurs in training."""
+def is_held_out(*numbers: int) -> bool:
+    """Whether a combination is held out: a quarter of all, which never occur in training."""
     return sum(numbers) % 4 == 0
 
 
 def make_notes(rng: random.Random, per_value: int, *, training: bool) -> list[Note]:
-    """The notes on the board: equally many about each value, no text twice."""
+    """Equally many notes about each value, without duplicates."""
     notes = []
     for topic, values in VALUES.items():
-        for value, (_, ways) in enumerate(values):
-            texts = [
-                sentence(frame, way, who=name)
-                for n, name in enumerate(NAMES)
-                for w, way in enumerate(ways)
-                if held_out(n, value, w) != training
-                for frame in NOTE_FRAMES
-            ]
-            notes += [Note(text, topic, value) for text in draw(rng, texts, per_value)]
+        for value, (_, phrases) in enumerate(values):
+            texts = [sentence(frame, phrase, who=name)
+                     for n, name in enumerate(NAMES.split()) for p, phrase in enumerate(phrases)
+                     if is_held_out(n, value, p) != training for frame in NOTE_FRAMES]
+            notes += [Note(text, topic, value) for text in sample(rng, texts, per_value)]
     return notes
 
 
-def for_ever(rng: random.Random, count: int) -> Iterator[int]:
+def shuffled_forever(rng: random.Random, count: int) -> Iterator[int]:
     """0 ... count - 1 in random order, again and again: all equally often."""
     while True:
-        yield from draw(rng, range(count), count)
+        yield from sample(rng, range(count), count)
 
 
 def make_queries(rng: random.Random, count: int, *, training: bool) -> list[Query]:
-    """For each pair of tasks `count` queries that tell a fact for both, in either order; no text twice."""
+    """`count` queries for each pair of tasks, with a fact for both in either order, without duplicates."""
     queries: dict[str, Query] = {}
     for done, topics in enumerate(combinations(TASKS, 2)):
-        decks = [for_ever(rng, len(VALUES[topic])) for topic in topics]
+        decks = [shuffled_forever(rng, len(VALUES[topic])) for topic in topics]
         while len(queries) < count * (done + 1):
             values = [next(deck) for deck in decks]
-            if held_out(*values) == training:
+            if is_held_out(*values) == training:
                 continue
-            told = [draw(rng, VALUES[topic][value].ways, 1)[0] for topic, value in zip(topics, values, strict=True)]
-            text = sentence(draw(rng, QUERY_FRAMES, 1)[0], *draw(rng, told, 2))
+            phrases = [sample(rng, VALUES[topic][value].phrases, 1)[0]
+                       for topic, value in zip(topics, values, strict=True)]
+            text = sentence(sample(rng, QUERY_FRAMES, 1)[0], *sample(rng, phrases, 2))
             queries.setdefault(text, Query(text, dict(zip(topics, values, strict=True))))
     return list(queries.values())
 
 
 def plain_queries() -> list[Query]:
-    """Training queries of one fact: each way to say each value."""
-    return [
-        Query(sentence("{0}.", way), {task: value})
-        for task in TASKS
-        for value, (_, ways) in enumerate(VALUES[task])
-        for way in ways
-    ]
+    """Training queries with one fact: each phrase of each value."""
+    return [Query(sentence("{0}.", phrase), {task: value})
+            for task in TASKS for value, (_, phrases) in enumerate(VALUES[task]) for phrase in phrases]
 
 
 def relevance(task: str, query: Query, note: Note) -> int:
-    """The truth: 2 = the same value, 1 = another value of its group, 0 = anything else. Trade baker, note "grinds flour": 1."""
+    """The true grade: 2 for the same value, 1 for another value of its group (a baker, "grinds flour"), else 0."""
     if note.topic != task or task not in query.facts:
         return 0
-    asked = query.facts[task]
-    if asked == note.value:
+    value = query.facts[task]
+    if value == note.value:
         return 2
-    return int(VALUES[task][asked].group == VALUES[task][note.value].group)
+    return int(VALUES[task][value].group == VALUES[task][note.value].group)
 
 
-def make_row(rng: random.Random, task: str, query: Query, notes: list[Note]) -> dict:
-    """A line of soft_labels.jsonl: 3 positives, 7 negatives (one of them perhaps a false one), the teacher's scores."""
+def make_line(rng: random.Random, task: str, query: Query, notes: list[Note]) -> dict:
+    """A line of soft_labels.jsonl: positives, negatives (perhaps a false one among them) and the teacher's scores."""
     by_grade: dict[int, list[Note]] = {0: [], 1: [], 2: []}
     for note in notes:
         by_grade[relevance(task, query, note)].append(note)
-    tempting = [note for note in by_grade[0] if any(relevance(other, query, note) == 2 for other in TASKS)]
-    easy = [note for note in by_grade[0] if note not in tempting]
+    other_task = [note for note in by_grade[0] if any(relevance(other, query, note) == 2 for other in TASKS)]
+    easy = [note for note in by_grade[0] if note not in other_task]
 
-    same = draw(rng, by_grade[2], POSITIVES + 1)
-    positives, negatives = same[:POSITIVES], same[POSITIVES:] if rng.random() < PLANTED else []
-    negatives += draw(rng, by_grade[1], RELATED)
-    negatives += draw(rng, tempting, min(TEMPTING, len(tempting)))
-    negatives += draw(rng, easy, NEGATIVES - len(negatives))
+    relevant = sample(rng, by_grade[2], POSITIVES + 1)
+    positives, negatives = relevant[:POSITIVES], relevant[POSITIVES:] if rng.random() < PLANTED else []
+    negatives += sample(rng, by_grade[1], RELATED)
+    negatives += sample(rng, other_task, min(OTHER_TASK, len(other_task)))
+    negatives += sample(rng, easy, NEGATIVES - len(negatives))
 
     def score(note: Note) -> float:
         return round(TEACHER[relevance(task, query, note)] + NOISE * (2 * rng.random() - 1), 2)
 
     hardest_first = sorted(((score(note), note.text) for note in negatives), reverse=True)
     return {
-        "query": query.text,
-        "pos": [note.text for note in positives],
-        "neg": [text for _, text in hardest_first],
-        "pos_scores": [score(note) for note in positives],
-        "neg_scores": [value for value, _ in hardest_first],
-        "prompt": INSTRUCTIONS[task],
-        "type": "normal",
-        "task": TASKS[task],
-    }
+        "query": query.text, "pos": [note.text for note in positives], "neg": [text for _, text in hardest_first],
+        "pos_scores": [score(note) for note in positives], "neg_scores": [value for value, _ in hardest_first],
+        "prompt": INSTRUCTIONS[task], "type": "normal", "task": TASKS[task]}
 
 
-def soft_label_rows() -> list[dict]:
-    """soft_labels.jsonl: each query once under each instruction that it tells something for."""
+def soft_label_lines() -> list[dict]:
+    """soft_labels.jsonl: each query under every instruction that one of its facts belongs to."""
     rng = random.Random(SEED)
     notes = make_notes(rng, TRAIN_NOTES, training=True)
     queries = plain_queries() + make_queries(rng, TRAIN_QUERIES, training=True)
-    return [make_row(rng, task, query, notes) for query in queries for task in query.facts]
+    return [make_line(rng, task, query, notes) for query in queries for task in query.facts]
 
 
 def raw_pairs() -> tuple[list[dict], list[dict], list[dict]]:
-    """Pairs, corpus and truth for the labelling pipeline, from a smaller board of training notes.
+    """Pairs, corpus and truth for run_label.py, with fewer training notes.
 
-    A pair names 3 of the 8 notes that are as relevant as can be: the other 5 are the false negatives that a miner should
-    leave out. Truth: the grade of each relevant note, and whether it is planted. Each query has the task it is asked under.
+    A pair marks 3 of its 8 notes of grade 2; a miner should reject the other 5, the planted false negatives. Truth: the
+    grade of each relevant note and the planted ones, by query and task.
     """
     rng = random.Random(SEED + 2)
     notes = make_notes(rng, RAW_NOTES, training=True)
@@ -285,7 +269,7 @@ def raw_pairs() -> tuple[list[dict], list[dict], list[dict]]:
     for query in make_queries(rng, TRAIN_QUERIES, training=True):
         for task in query.facts:
             grades = {f"n{n}": grade for n, note in enumerate(notes) if (grade := relevance(task, query, note))}
-            known = draw(rng, [n for n, grade in grades.items() if grade == 2], POSITIVES)
+            known = sample(rng, [n for n, grade in grades.items() if grade == 2], POSITIVES)
             planted = [n for n, grade in grades.items() if grade == 2 and n not in known]
             pairs.append({"query": query.text, "pos": known, "prompt": INSTRUCTIONS[task], "task": TASKS[task]})
             truth.append({"query": query.text, "task": TASKS[task], "grades": grades, "false_negatives": planted})
@@ -293,21 +277,16 @@ def raw_pairs() -> tuple[list[dict], list[dict], list[dict]]:
 
 
 def held_out_set(task: str) -> dict[str, list[dict]]:
-    """Corpus, queries and qrels in mteb's columns. The board is the same for all tasks, a query is in two of them."""
+    """Corpus, queries and qrels in mteb's columns. All tasks have the same corpus; a query is in two of them."""
     rng = random.Random(SEED + 1)
     notes = make_notes(rng, TEST_NOTES, training=False)
     queries = make_queries(rng, TEST_QUERIES, training=False)
-    asked = {f"q{q}": query for q, query in enumerate(queries) if task in query.facts}
+    of_task = {f"q{q}": query for q, query in enumerate(queries) if task in query.facts}
     return {
         "corpus": [{"_id": f"n{n}", "title": "", "text": note.text} for n, note in enumerate(notes)],
-        "queries": [{"_id": q, "text": query.text} for q, query in asked.items()],
-        "qrels": [
-            {"query-id": q, "corpus-id": f"n{n}", "score": grade}
-            for q, query in asked.items()
-            for n, note in enumerate(notes)
-            if (grade := relevance(task, query, note))
-        ],
-    }
+        "queries": [{"_id": q, "text": query.text} for q, query in of_task.items()],
+        "qrels": [{"query-id": q, "corpus-id": f"n{n}", "score": grade} for q, query in of_task.items()
+                  for n, note in enumerate(notes) if (grade := relevance(task, query, note))]}
 
 
 CARD = """---
@@ -333,40 +312,38 @@ Instruction: "{instruction}" Score 2: the same {task}; score 1: another {task} o
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
+    """Write one JSON object per line."""
     lines = (json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
     path.write_bytes("".join(lines).encode())
 
 
 def write_held_out(folder: Path, task: str) -> None:
+    """Write a task's held-out set with its dataset card."""
     tables = held_out_set(task)
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in tables.items():
         write_jsonl(folder / f"{name}.jsonl", rows)
-    card = CARD.format(
-        name=TASKS[task],
-        queries=len(tables["queries"]),
-        notes=len(tables["corpus"]),
-        instruction=INSTRUCTIONS[task],
-        task=task,
-    )
+    card = CARD.format(name=TASKS[task], queries=len(tables["queries"]), notes=len(tables["corpus"]),
+                       instruction=INSTRUCTIONS[task], task=task)
     (folder / "README.md").write_bytes(card.encode())
     write_jsonl(folder / "task.json", [{"class": "ArguAna", "instruction": INSTRUCTIONS[task]}])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Writes the Lantern Isles beside this file.")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder for soft_labels.jsonl and held_out/")
-    parser.add_argument("--raw", type=Path, metavar="DIR", help="write only pairs, corpus and truth for run_label.py, there")
-    options = parser.parse_args()
-    if options.raw:
-        options.raw.mkdir(parents=True, exist_ok=True)
+    """Write the training and held-out files, or with --raw the files for run_label.py."""
+    parser = argparse.ArgumentParser(description="Write the sample data, the Lantern Isles.")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="(default: the folder of this file)")
+    parser.add_argument("--raw", type=Path, metavar="DIR", help="write only the files for run_label.py, there")
+    given = parser.parse_args()
+    folder = given.raw or given.output
+    folder.mkdir(parents=True, exist_ok=True)
+    if given.raw:
         for name, rows in zip(("pairs", "corpus", "truth"), raw_pairs(), strict=True):
-            write_jsonl(options.raw / f"{name}.jsonl", rows)
+            write_jsonl(folder / f"{name}.jsonl", rows)
         return
-    options.output.mkdir(parents=True, exist_ok=True)
-    write_jsonl(options.output / "soft_labels.jsonl", soft_label_rows())
+    write_jsonl(folder / "soft_labels.jsonl", soft_label_lines())
     for task, name in TASKS.items():
-        write_held_out(options.output / "held_out" / name, task)
+        write_held_out(folder / "held_out" / name, task)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ threshold, or the text id of a known positive; candidates are never masked.
 
 Bytes at 4096 queries, 32768 passages, D = 4096, bf16 (vectors 34 and 268 MB): eager code writes and reads the scores,
 the mask, the probabilities and their gradient, 537 MB for each fp32 (Q, P) matrix, and keeps 2.1 GB for backward. Here
-a chunk of 2048 passages is 34 MB of fp32 scores and 17 MB of bf16 gradient, and two log-sum-exps per query are kept.
+a chunk of 2048 passages is 34 MB of fp32 scores and 17 MB of bf16 gradient. Saved for backward, in
+ref/loss/chunked.py: two log-sum-exps per query, besides the vectors and the targets.
 
 Plain version and oracle: ref/loss/contrastive.py: eager_loss. Source: arXiv 2506.07438; chunks: arXiv 2411.09009.
 Letters inside the kernels: i_ program index, o_ offsets, m_ mask, b_ values on the chip.

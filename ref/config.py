@@ -163,11 +163,11 @@ class TrainConfig:
     lowercase: bool = _option(True, "the vocabulary trained for random initialisation ignores case")
     merge: bool = _option(False, "also write the merged model, for sentence-transformers and transformers")
 
-    template: str = _option("report", "prompt template: report or bge-en-icl", group="text")
+    template: str = _option("report", "prompt template, a key of TEMPLATES in ref/text/prompts.py", group="text")
     max_text_tokens: int = _option(512, "tokens of a text", least=1)
     max_prompt_tokens: int = _option(2048, "tokens of examples, instruction and query together", least=4)
     max_example_tokens: int = _option(256, "tokens of an in-context example's query, and of its response", least=1)
-    max_examples: int = _option(5, "in-context examples: each batch draws 0 to this many", least=0)
+    max_examples: int = _option(5, "in-context examples: each batch draws 0 to this many (preset small: none)", least=0)
     examples_per: Literal["batch", "query"] = _option(
         "batch", "draw in-context examples once per batch or for each query")
 

@@ -1,65 +1,25 @@
-"""Texts to vectors: equal texts once, results in their order, ids a window ahead, a bound on what the host holds."""
+"""Embedder: duplicates embedded once, order, windows, and a bound on the host's memory."""
 
-import threading
 import tracemalloc
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import SMALL
-from hypothesis import given
-from hypothesis import strategies as st
 
 from ref import embedder as module
-from ref.embedder import Embedder
-from ref.model.transformer import init_weights
-from ref.text.prompts import PromptEncoder
+from ref.embedder import Embedder, check_vocab
+from ref.model.transformer import Mistral, init_weights
+from ref.text.prompts import InContextExample, PromptEncoder
 from ref.text.tokenizer import train_tokenizer
-from ref.utils.dedup import first_occurrence
-from ref.utils.prefetch import prefetch
-
-
-class OneHash(str):
-    """Texts that all have the same hash."""
-
-    __slots__ = ()
-
-    def __hash__(self) -> int:
-        return 7
-
-
-@given(st.lists(st.text("abc", max_size=3)))
-def test_equal_texts_are_found(texts):
-    assert first_occurrence(texts).tolist() == [texts.index(text) for text in texts]
-
-
-@given(st.lists(st.text("ab", max_size=2)))
-def test_texts_of_one_hash_are_told_apart(texts):
-    """A text may then stand for itself although it came before; never for another one."""
-    alike = [OneHash(text) for text in texts]
-    for n, first in enumerate(first_occurrence(alike)):
-        assert first <= n and texts[first] == texts[n]
-
-
-def test_what_is_made_ahead_comes_in_order_and_from_one_thread():
-    threads = set()
-
-    def make(item: int) -> int:
-        threads.add(threading.get_ident())
-        return item * item
-    assert list(prefetch(make, range(9))) == [n * n for n in range(9)]
-    assert len(threads) == 1 and threading.get_ident() not in threads
-
-
-def test_an_error_in_the_thread_reaches_the_caller():
-    with pytest.raises(ZeroDivisionError):
-        list(prefetch(lambda n: 1 // n, [1, 0, 1]))
 
 
 @pytest.fixture
 def small_embedder() -> Embedder:
-    words = train_tokenizer(["tea and cake", "cake and ale"] * 5, vocab_size=SMALL.vocab_size, lowercase=True)
-    return Embedder(init_weights(SMALL, seed=0), PromptEncoder(words), tokens_per_batch=64)
+    tokenizer = train_tokenizer(["tea and cake", "cake and ale"] * 5, vocab_size=SMALL.vocab_size, lowercase=True)
+    return Embedder(init_weights(Mistral(SMALL), seed=0), PromptEncoder(tokenizer), tokens_per_batch=64)
 
 
 def test_windows_change_nothing(small_embedder, monkeypatch):
@@ -72,9 +32,73 @@ def test_windows_change_nothing(small_embedder, monkeypatch):
         np.testing.assert_array_equal(whole[n], whole[texts.index(text)])
 
 
-def test_beyond_the_vectors_32_bytes_a_text_and_two_windows(small_embedder, monkeypatch):
-    """200,000 short texts, a third of them repeated; the model is replaced, since it is not what is measured."""
-    monkeypatch.setattr(module, "embed", lambda model, packed, **_: torch.ones(len(packed.lengths), SMALL.width))
+def test_instruction_and_examples_change_the_vectors(small_embedder, small_model):
+    """The shared prefix is used; a passage has none."""
+    small_embedder.model = small_model(sliding_window=None)
+    texts = ["tea and ale", "cake"]
+    example = InContextExample("tea", "ale and cake")
+    kinds = [small_embedder.encode(texts), small_embedder.encode(texts, instruction="cake"),
+             small_embedder.encode(texts, instruction="cake", examples=[example])]
+    assert all(vectors.shape == (2, small_embedder.embedding_dim) for vectors in kinds)
+    np.testing.assert_allclose(np.linalg.norm(np.concatenate(kinds), axis=1), 1, atol=1e-6)
+    for n in range(3):
+        assert np.abs(kinds[n] - kinds[n - 1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("texts", ["tea", [3], ["tea", None]])
+def test_texts_must_be_strings(texts, small_embedder):
+    with pytest.raises(ValueError, match=r"texts must be a sequence of str \(got "):
+        small_embedder.encode(texts)
+
+
+def test_no_texts(small_embedder):
+    assert small_embedder.encode([]).shape == (0, SMALL.hidden_size)
+    assert small_embedder.encode([], instruction="cake").shape == (0, SMALL.hidden_size)
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_progress_counts_distinct_texts(progress, small_embedder, monkeypatch):
+    bars = []
+
+    def progress_bar(**options):
+        bars.append([options, 0, "open"])
+        return SimpleNamespace(update=lambda count: bars[0].__setitem__(1, bars[0][1] + count),
+                               close=lambda: bars[0].__setitem__(2, "closed"))
+    monkeypatch.setattr(module, "progress_bar", progress_bar)
+    small_embedder.encode(["tea", "ale", "tea"], progress=progress)
+    assert bars == [[{"desc": "encoding", "total": 2, "unit": "text", "enabled": progress}, 2, "closed"]]
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows(small_embedder):
+    model = Mistral(replace(SMALL, vocab_size=9))
+    with pytest.raises(ValueError, match=r"the tokenizer must have at most 9 tokens.* \(got \d+\)"):
+        check_vocab(model, small_embedder.prompt_encoder.tokenizer)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"dtype": "float16"}, r"dtype must be bfloat16 or float32 \(got 'float16'\)"),
+    ({"device": "tpu"}, r"--device must be cpu or cuda \(got 'tpu'\)"),
+    ({"template": "e5"}, r"template must be one of report, bge-en-icl \(got 'e5'\)"),
+    ({"max_text_tokens": 0}, r"max_text_tokens must be a number of tokens >= 1 \(got 0\)")])
+def test_bad_options(options, message, tiny_checkpoint, small_embedder):
+    folder = tiny_checkpoint()
+    small_embedder.prompt_encoder.tokenizer.save(folder)
+    with pytest.raises(ValueError, match=message):
+        Embedder.from_pretrained(folder, **{"device": "cpu", **options})
+
+
+def test_from_pretrained(tiny_checkpoint, small_embedder):
+    folder = tiny_checkpoint()
+    small_embedder.prompt_encoder.tokenizer.save(folder)
+    embedder = Embedder.from_pretrained(folder, device="cpu", max_text_tokens=7)
+    assert embedder.prompt_encoder.max_text_tokens == 7 and embedder.precision == "torch.float32 cpu"
+    assert (embedder.backend, embedder.device.type, embedder.model.training) == ("chunked", "cpu", False)
+    assert Embedder.from_pretrained(folder, device="cpu", dtype="bfloat16").precision == "torch.bfloat16 cpu"
+
+
+def test_memory_besides_the_vectors_is_32_bytes_a_text_and_two_windows(small_embedder, monkeypatch):
+    """200,000 short texts, a third of them duplicates; without the model, which is not measured."""
+    monkeypatch.setattr(module, "embed", lambda model, packed, **_: torch.ones(len(packed.lengths), SMALL.hidden_size))
     monkeypatch.setattr(module, "TEXTS_PER_WINDOW", 2000)
     texts = [f"tea {n % 130_000}" for n in range(200_000)]
     tracemalloc.start()
@@ -85,9 +109,8 @@ def test_beyond_the_vectors_32_bytes_a_text_and_two_windows(small_embedder, monk
     assert vectors.nbytes < peak <= vectors.nbytes + 32 * len(texts) + two_windows
 
 
-def test_control_a_list_of_ids_a_text_would_be_seen(small_embedder, monkeypatch):
-    """The bound bites: with all texts in one window it does not hold."""
-    monkeypatch.setattr(module, "embed", lambda model, packed, **_: torch.ones(len(packed.lengths), SMALL.width))
+def test_control_token_ids_of_all_texts_at_once_exceed_the_bound(small_embedder, monkeypatch):
+    monkeypatch.setattr(module, "embed", lambda model, packed, **_: torch.ones(len(packed.lengths), SMALL.hidden_size))
     monkeypatch.setattr(module, "TEXTS_PER_WINDOW", 10**9)
     texts = [f"tea {n}" for n in range(20_000)]
     tracemalloc.start()

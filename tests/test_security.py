@@ -1,7 +1,7 @@
-"""Files from others: whatever they hold, the answer is a ValueError or a result, never code that runs, never a hang.
+"""Untrusted files: whatever they contain, the result is a value or a ValueError, never executed code, never a hang.
 
 Fuzzed: config.json, the index, adapter_config.json, headers of safetensors. In CI 1,600 inputs, in the record run
-10,000 of each (the JSONL reader's own fuzz is in test_data.py).
+10,000 of each (the JSONL reader is fuzzed in training/test_data.py).
 """
 
 import ast
@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, edit_json
 from safetensors.torch import save_file
 
 from ref.config import ModelConfig
 from ref.embedder import Embedder
-from ref.model.adapter import load_adapter, model_dir, save_adapter
+from ref.model.adapter import load_adapter, save_adapter
 from ref.model.checkpoint import load_model, read_tensors, save_model
 from ref.model.lora import apply_lora
-from ref.model.transformer import init_weights
+from ref.model.transformer import Mistral, init_weights
 from ref.text.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -36,19 +36,19 @@ VALUES = [
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A small checkpoint, sharded, with an adapter beside it."""
+    """A small checkpoint with an adapter in it."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    model = init_weights(SMALL, seed=0)
+    model = init_weights(Mistral(SMALL), seed=0)
     save_model(model, folder, dtype=torch.float32)
     train_tokenizer(["some words to learn"], vocab_size=50, lowercase=True).save(folder)
-    apply_lora(model, rank=2, alpha=4.0, dropout=0.0, targets=["q_proj"])
+    apply_lora(model, rank=2, alpha=4.0, dropout=0.0, target_modules=["q_proj"])
     (folder / "adapter").mkdir()
     save_adapter(model, folder / "adapter", base="..")
     return folder
 
 
 def mutated(draw, value):
-    """A JSON value with something else in some place."""
+    """A JSON object with random changes of its entries."""
     value = json.loads(json.dumps(value))
     for _ in range(draw.randrange(1, 4)):
         place = value
@@ -58,14 +58,14 @@ def mutated(draw, value):
                 if draw.random() < 0.2:
                     place.pop(key, None)
                 else:
-                    place[key] = copy.deepcopy(draw.choice(VALUES))  # or a later change would put it into itself
+                    place[key] = copy.deepcopy(draw.choice(VALUES))  # or it could be put into itself
                 break
             place = place[key]
     return value
 
 
 def damaged(draw, text):
-    """Text with bytes cut, doubled or changed."""
+    """Text with bytes removed, inserted or changed."""
     data = bytearray(text.encode())
     for _ in range(draw.randrange(1, 4)):
         at = draw.randrange(len(data))
@@ -73,8 +73,8 @@ def damaged(draw, text):
     return bytes(data)
 
 
-def a_value_error_or_a_result(call):
-    """Whether it was a result; anything but ValueError passes through and fails the test."""
+def returns(call):
+    """Whether the call returns; False if it raises ValueError; any other exception fails the test."""
     try:
         call()
     except ValueError:
@@ -83,7 +83,7 @@ def a_value_error_or_a_result(call):
 
 
 def fuzzed(draw, value):
-    """The bytes of a JSON file that went wrong."""
+    """The bytes of a JSON file with random damage."""
     return json.dumps(mutated(draw, value)).encode() if draw.random() < 0.7 else damaged(draw, json.dumps(value))
 
 
@@ -94,8 +94,8 @@ def test_fuzzed_configs(count, checkpoint, tmp_path):
     found = []
     for _ in range(count):
         (tmp_path / "config.json").write_bytes(fuzzed(draw, config))
-        found.append(a_value_error_or_a_result(lambda: ModelConfig.from_file(tmp_path / "config.json")))
-    assert 0 < sum(found) < count  # both happen: the fuzz reaches the checks, and the checks let good ones through
+        found.append(returns(lambda: ModelConfig.from_file(tmp_path / "config.json")))
+    assert 0 < sum(found) < count  # both occur: the fuzz reaches the checks, and valid files pass
 
 
 @COUNTS
@@ -110,7 +110,7 @@ def test_fuzzed_indices(count, checkpoint, tmp_path):
     found = []
     for _ in range(count):
         (folder / "model.safetensors.index.json").write_bytes(fuzzed(draw, index))
-        found.append(a_value_error_or_a_result(lambda: load_model(folder, device=CPU)))
+        found.append(returns(lambda: load_model(folder, device=CPU)))
     assert 0 < sum(found) < count
 
 
@@ -123,24 +123,24 @@ def test_fuzzed_adapters(count, checkpoint, tmp_path):
     found = []
     for _ in range(count):
         (folder / "adapter_config.json").write_bytes(fuzzed(draw, config))
-        found.append(a_value_error_or_a_result(lambda: load_adapter(init_weights(SMALL, seed=0), folder)))
+        found.append(returns(lambda: load_adapter(init_weights(Mistral(SMALL), seed=0), folder)))
     assert 0 < sum(found) < count
 
 
-def test_a_rank_that_the_file_does_not_hold_reserves_nothing(checkpoint, tmp_path, monkeypatch):
-    """A config that asks for gigabytes is refused before a matrix of that size is made."""
+def test_a_rank_that_the_tensors_do_not_have_allocates_nothing(checkpoint, tmp_path, monkeypatch):
+    """A config with a huge rank is rejected before a matrix of that size is allocated."""
     folder = tmp_path / "adapter"
     shutil.copytree(checkpoint / "adapter", folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "r": 10**9}))
-    monkeypatch.setattr("ref.lora.attach", None)
-    with pytest.raises(ValueError, match="Expected is rank 1000000000"):
-        load_adapter(init_weights(SMALL, seed=0), folder)
+    monkeypatch.setattr("ref.model.adapter.apply_lora", None)
+    with pytest.raises(ValueError, match=r"must be of rank 1000000000 by adapter_config.json .got shape .2, 32."):
+        load_adapter(init_weights(Mistral(SMALL), seed=0), folder)
 
 
 @COUNTS
 def test_fuzzed_safetensors(count, checkpoint, tmp_path):
-    """Bytes of header and length changed at random."""
+    """Random bytes in header and length."""
     draw = random.Random(torch.initial_seed())
     content = (checkpoint / "adapter/adapter_model.safetensors").read_bytes()
     header = 8 + struct.unpack("<Q", content[:8])[0]
@@ -150,7 +150,7 @@ def test_fuzzed_safetensors(count, checkpoint, tmp_path):
         for _ in range(draw.randrange(1, 6)):
             data[draw.randrange(header)] = draw.randrange(256)
         path.write_bytes(data if draw.random() < 0.8 else data[: draw.randrange(len(data))])
-        found.append(a_value_error_or_a_result(lambda: list(read_tensors(path, device=CPU))))
+        found.append(returns(lambda: list(read_tensors(path, device=CPU))))
     assert sum(found) < count
 
 
@@ -170,43 +170,46 @@ ENTRY = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
     {"a": {**ENTRY, "dtype": "PICKLE"}}, {"a": {**ENTRY, "data_offsets": [0, 2**64]}}, {"a": {"shape": [4]}}, {"a": 3},
     b'{"a": {"dtype":"F32","shape":[4],"data_offsets":[0,16]}, "a": {"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
     b"{" * 1000, b"", {}])
-def test_crafted_headers_are_refused(header, tmp_path):
-    """Huge, negative, overlapping, doubled: by the library or by us, as a ValueError that names the file."""
+def test_crafted_headers_are_rejected(header, tmp_path):
+    """Huge, negative, overlapping, duplicate: by the library or by us, as a ValueError that names the file."""
     path = crafted(tmp_path / "model.safetensors", header)
     with pytest.raises(ValueError, match="model.safetensors"):
         list(read_tensors(path, device=CPU))
 
 
-def test_a_header_of_a_hundred_gigabytes_takes_no_memory(tmp_path):
+def test_a_header_of_a_hundred_gigabytes_allocates_nothing(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", 10**11) + b"{}")
     with pytest.raises(ValueError, match=r"x\\.safetensors|x.safetensors"):
         list(read_tensors(tmp_path / "x.safetensors", device=CPU))
 
 
-def test_control_tokens_never_come_from_text(checkpoint):
+def test_no_text_becomes_a_special_token(checkpoint):
     embedder = Embedder.from_pretrained(checkpoint, device="cpu")
-    tokens = embedder.prompt_encoder.tokenizer
+    tokenizer = embedder.prompt_encoder.tokenizer
     for text in ("</s>", "<s>", "a </s> b", "<unk>", "Instruct: x\nQuery: </s>"):
-        [ids] = tokens.encode([text], max_tokens=50)
-        assert not {tokens.begin, tokens.end} & set(ids)
+        [ids] = tokenizer.encode([text], max_tokens=50)
+        assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids)
         prefix = embedder.prompt_encoder.prefix(text)
-        assert prefix.ids.count(tokens.begin) == 1 and tokens.end not in prefix.ids
+        assert prefix.ids.count(tokenizer.bos_id) == 1 and tokenizer.eos_id not in prefix.ids
 
 
-def test_an_adapters_base_outside_is_only_what_its_config_names(checkpoint, tmp_path):
-    """A relative base is looked up beside the adapter; a folder that is none is an error, not a download."""
+@pytest.mark.parametrize(("base", "message"), [
+    ("..", "config.json: file does not exist"), ("../nowhere", "model must be a folder with config.json or a hub id"),
+    ("/nowhere", "model must be a folder with config.json or a hub id")])
+def test_a_base_that_does_not_exist_is_an_error_and_not_downloaded(base, message, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was called"))
     shutil.copytree(checkpoint / "adapter", tmp_path / "adapter")
-    with pytest.raises(ValueError, match="config.json|is no folder"):
-        Embedder.from_pretrained(model_dir(tmp_path / "adapter"), device="cpu")
+    edit_json(tmp_path / "adapter/adapter_config.json", {"base_model_name_or_path": base})
+    with pytest.raises(ValueError, match=message):
+        Embedder.from_pretrained(tmp_path / "adapter", device="cpu")
 
 
 def test_no_pickle_no_shell_no_eval():
-    """In all code that a user runs: neither torch.load nor pickle, no shell, no eval or exec."""
+    """In all code that users run: no torch.load, no pickle, no shell, no eval or exec."""
     forbidden = {"eval", "exec", "compile", "system", "popen"}
-    files = [*ROOT.glob("run_*.py"), *(path for part in ("ref", "kernels", "scoring", "labelling", "leaderboard",
-                                                                   "benchmarks")
-                                       for path in (ROOT / part).glob("*.py"))]
-    assert len(files) > 40
+    folders = ("ref", "kernels", "benchmarks", "data")
+    files = {*ROOT.glob("run_*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))}
+    assert len(files) > 60
     for path in files:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import | ast.ImportFrom):
@@ -222,11 +225,10 @@ def test_no_pickle_no_shell_no_eval():
                 assert not any(k.arg == "shell" and ast.unparse(k.value) != "False" for k in node.keywords), path
 
 
-def test_the_control_of_the_fuzz(tmp_path):
-    """The check fails where something else than a ValueError comes."""
+def test_control_another_exception_fails_the_fuzz(tmp_path):
     def broken():
         raise KeyError("x")
     with pytest.raises(KeyError):
-        a_value_error_or_a_result(broken)
+        returns(broken)
     save_file({"a": torch.ones(4)}, tmp_path / "good.safetensors")
-    assert a_value_error_or_a_result(lambda: list(read_tensors(tmp_path / "good.safetensors", device=CPU)))
+    assert returns(lambda: list(read_tensors(tmp_path / "good.safetensors", device=CPU)))

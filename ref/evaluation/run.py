@@ -21,7 +21,7 @@ from ref.evaluation.encoder import MtebEncoder, instruction_for, read_instructio
 from ref.evaluation.few_shot import FewShotExamples, load_examples
 from ref.evaluation.model_identity import PLAN_FILE, default_output, model_identity
 from ref.evaluation.plan import TaskPlan
-from ref.evaluation.report.results import Report, TaskResult
+from ref.evaluation.report.run_results import Report, TaskResult
 from ref.evaluation.report.write import write_report
 from ref.evaluation.results import TaskScore, score_task
 from ref.evaluation.retrieval import TextEmbedder

@@ -3,7 +3,7 @@
     forward     for each chunk of passages   cosine = Q P^T, s = cosine / temperature
                                              A_i: running maximum and sum of exp over the columns that are not masked
                                              C_i: the same over the candidate columns; s_pos and sum y s are added up
-                                             saved: two log-sum-exps per query
+                                             saved, besides the inputs: two log-sum-exps per query
     backward    for each chunk again         s, then with a_i, b_i the gradients of the two terms of query i
                                              g = a (exp(s - lse_A) - onehot) + b (exp(s - lse_C) - y)
                                              dQ += g P / temperature          dP = g^T Q / temperature

@@ -19,6 +19,9 @@ needed, - above the threshold):
     absolute       -     -     -     -     x       threshold 0.70: there is only one negative
     none           x     x     .     .     .
 
+These filters run before training, on the teacher's scores. In training, in-batch passages have a threshold of their own
+(ref/loss/contrastive.py: false_negative_mask).
+
 s is a bounded score (a cosine, or a reranker's logit through a sigmoid) from one model for positives and candidates. Of
 several positives the lowest determines the threshold. For a negative s(q,p), r s(q,p) would be above it; therefore the
 threshold is s - (1 - r) |s|, which is r s for s >= 0 and (2 - r) s for s < 0.

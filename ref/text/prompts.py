@@ -8,7 +8,8 @@ begins with, which stands for the space after the colon. So the ids equal those 
 keys and values serve every query. Only the text is truncated: to its own limit, and to what the prefix leaves.
 In-context examples that do not fit are dropped whole, the last first, and counted.
 
-A passage has no instruction: `<s>` text `</s>`. A new template is one more entry of TEMPLATES.
+A passage has no instruction, except in symmetric tasks (ref/task_types.py): `<s>` text `</s>`. A new template is one
+more entry of TEMPLATES.
 Source: arXiv 2506.07438 (the template); arXiv 2409.15700 and its trainer (in-context examples, the second template).
 """
 
@@ -27,7 +28,9 @@ LIMITS = ("max_text_tokens", "max_prompt_tokens", "max_example_tokens")
 
 @dataclass(frozen=True)
 class Template:
-    """The strings of a prompt. `query` ends with {text}; `suffix` follows the text of a query."""
+    """The strings of a prompt, for str.format: {instruction} in both, {text} ends `query`, {query} and {response} in
+    `example`. `suffix` follows the text of a query.
+    """
 
     query: str
     example: str
@@ -75,7 +78,7 @@ class PromptEncoder:
     max_example_tokens: int = 256  # an example's query, and its response
 
     def prefix(self, instruction: str | None, examples: Sequence[InContextExample] = ()) -> PromptPrefix:
-        """The ids in front of a text; without an instruction (a passage) only `<s>`.
+        """The ids in front of a text; without an instruction only `<s>`.
 
         Raises ValueError if the instruction leaves no room for a single token of text.
         """

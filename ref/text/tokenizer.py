@@ -1,8 +1,8 @@
 """Tokenizer wrapper: special tokens written in a user's text are encoded as plain characters.
 
 Reads tokenizer.json with the `tokenizers` library. Special tokens are inserted by id, never by text: every added token
-of the file is marked special and, inside a text, encoded as the characters it is written with, so that `</s>` in a
-user's text is four characters.
+of the file is marked special and, inside a text, encoded as the characters it is written with: `</s>` in a user's text
+gives the ids of pieces such as `▁</`, `s` and `>`, never the id of the end token.
 
 For random initialisation `train_tokenizer` learns a byte-pair vocabulary from the training texts, in the form of
 Mistral's: a space becomes the word-start mark, and each text begins with one.

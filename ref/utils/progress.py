@@ -20,6 +20,9 @@ class LineProgress(tqdm):
                 file.flush()
         return print_status
 
+    def moveto(self, n: int) -> None:
+        """No cursor movement: a bar inside another one prints lines too."""
+
     def close(self) -> None:
         if not getattr(self, "disable", True):
             self.disable = True
@@ -35,6 +38,6 @@ def progress_bar(
     if not terminal:
         share = "{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}" if total else "{n_fmt} [{elapsed}"
         options = {"bar_format": "{desc}: " + share + ", {rate_fmt}{postfix}]", "delay": LINE_INTERVAL_S,
-                   "mininterval": LINE_INTERVAL_S, **options}
+                   "mininterval": LINE_INTERVAL_S, "miniters": 1, **options}
     return (tqdm if terminal else LineProgress)(
         iterable, desc=desc, total=total, unit=unit, file=sys.stdout, leave=False, disable=not enabled, **options)

@@ -1,4 +1,4 @@
-"""The measuring itself: what is wrong is not timed, memory is seen, the commands run to their end in small."""
+"""The measurement itself: wrong results are not timed, peak memory is measured, the commands run at small shapes."""
 
 import json
 import os
@@ -10,22 +10,34 @@ import pytest
 import torch
 
 from benchmarks import loss, mining
-from benchmarks.measure import Result, agree, difference, measure, peak_bytes, report
+from benchmarks.measure import Result, check_errors, measure, peak_bytes, relative_error, write_result
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 
 
 @linux
-def test_the_loss_on_a_cpu_needs_a_quarter_of_eagers_memory():
-    """At the shape of B7; what both must return, the gradients, counts in."""
-    inputs = loss.case(1024, 256, device=CPU, dtype=torch.float32)
+def test_the_loss_on_a_cpu_needs_a_quarter_of_the_memory_of_eager_code():
+    """Both terms at the shape of B7, the gradients included, which both must return."""
+    inputs = loss.random_inputs(1024, 256, device=CPU, dtype=torch.float32)
     peak = {}
-    for path in (loss.ours, loss.eager):
-        loss.gradients(path, *inputs)
-        peak[path] = peak_bytes(lambda path=path: loss.gradients(path, *inputs), CPU)
+    for variant in (loss.ours, loss.eager):
+        loss.gradients(variant, *inputs)
+        peak[variant] = peak_bytes(lambda variant=variant: loss.gradients(variant, *inputs), CPU)
     assert 0 < peak[loss.ours] <= peak[loss.eager] / 4
+
+
+@pytest.mark.parametrize("mean", [loss.both_terms, loss.contrastive_term])
+def test_the_eager_peer_computes_the_loss_of_training(mean):
+    inputs = loss.random_inputs(40, 16, device=CPU, dtype=torch.float64)
+    truth = loss.gradients(lambda *given: mean(loss.eager_loss(*given)), *inputs)
+    for variant in (loss.ours, loss.eager):
+        found = loss.gradients(lambda *given, variant=variant: variant(*given, mean=mean), *inputs)
+        assert max(relative_error(a, b) for a, b in zip(found, truth, strict=True)) < 1e-5  # eager casts to fp32
+    masked_Q = loss.eager_loss(*inputs).num_masked_Q
+    assert masked_Q.min() > 0
+    assert loss.eager_loss(*inputs[:2], loss.without_mask(inputs[2])).num_masked_Q.max() == 0
 
 
 @linux
@@ -38,43 +50,44 @@ def test_peak_memory_is_what_a_call_holds_at_once():
 
 def test_a_wrong_result_is_not_timed():
     exact = torch.ones(4)
-    agree({"right": difference(exact * (1 + 1e-7), exact)}, 1e-5)
+    check_errors({"right": relative_error(exact * (1 + 1e-7), exact)}, 1e-5)
     for wrong in (exact + 1e-3, exact * torch.nan):
-        with pytest.raises(RuntimeError, match="differs"):
-            agree({"wrong": difference(wrong, exact)}, 1e-5)
+        with pytest.raises(RuntimeError, match="wrong: error must be <= 1e-05"):
+            check_errors({"wrong": relative_error(wrong, exact)}, 1e-5)
 
 
-def test_contestants_are_called_in_turn_and_a_missing_one_says_why():
+def test_calls_are_timed_in_turn_and_a_missing_one_has_a_reason():
     order = []
-    found = measure({"a": lambda: order.append("a"), "b": "not installed", "c": lambda: order.append("c")},
-                    device=CPU, rounds=3)
+    timings = measure({"a": lambda: order.append("a"), "b": "not installed", "c": lambda: order.append("c")},
+                      device=CPU, rounds=3)
     assert order == list("aacc") + list("ac") * 3
-    assert found["b"].missing == "not installed" and len(found["a"].seconds) == 3
+    assert timings["b"].missing == "not installed" and len(timings["a"].seconds) == 3
 
 
-def test_warm_calls_are_made_once_a_round_and_their_memory_is_not_reported(tmp_path):
+def test_warmed_up_calls_run_once_per_round_and_their_memory_is_not_reported(tmp_path):
     order = []
-    found = measure({name: lambda name=name: order.append(name) for name in "ab"}, device=CPU, rounds=2, warm=True)
+    timings = measure({name: lambda name=name: order.append(name) for name in "ab"}, device=CPU, rounds=2,
+                      warmed_up=True)
     assert order == list("abab")
-    assert "MB" not in report(Result("B0", {}, found, {}, {}), tmp_path)
-    assert json.loads((tmp_path / "B0.json").read_text())["contestants"]["a"]["peak_bytes"] is None
+    assert "MB" not in write_result(Result("B0", {}, timings, {}, {}), tmp_path)
+    assert json.loads((tmp_path / "B0.json").read_text())["timings"]["a"]["peak_bytes"] is None
 
 
-@pytest.mark.parametrize("wrong", ["ours_mined", "by_query"])
-def test_mined_negatives_that_brute_force_does_not_find_are_not_reported(wrong, monkeypatch):
+@pytest.mark.parametrize("wrong", ["our_negatives", "negatives_by_query"])
+def test_negatives_that_differ_from_brute_force_are_not_reported(wrong, monkeypatch):
     pytest.importorskip("sentence_transformers")
-    stub = mining.Stub(*mining.case(20, 300, 16, CPU), CPU)
-    assert mining.mined_side_by_side(stub)[1] > 0
-    miner = getattr(mining, wrong)
+    model = mining.StubModel(*mining.random_vectors(20, 300, 16, CPU), CPU)
+    assert mining.measure_mining(model)[1] > 0
+    function = getattr(mining, wrong)
     monkeypatch.setattr(mining, wrong, lambda *given: {
-        query: negatives[::-1] for query, negatives in miner(*given).items()})
-    with pytest.raises(RuntimeError, match="differ from brute force"):
-        mining.mined_side_by_side(stub)
+        query: negatives[::-1] for query, negatives in function(*given).items()})
+    with pytest.raises(RuntimeError, match="must equal those of brute force"):
+        mining.measure_mining(model)
 
 
 @pytest.mark.parametrize(("arguments", "written"), [(["B7", "--quick"], ["B7"]), (["gpu", "B7", "B8"], ["B7", "B8"])])
-def test_the_command_in_small(arguments, written):
-    """On a GPU the second one is the real thing: there it is left out."""
+def test_the_command_at_small_shapes(arguments, written):
+    """Without a GPU: with one, the second command would be the real measurement."""
     if torch.cuda.is_available():
         pytest.skip("dry runs are for machines without a GPU")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -83,10 +96,11 @@ def test_the_command_in_small(arguments, written):
     assert call.returncode == 0, call.stdout[-1000:] + call.stderr[-2000:]
     for name in written:
         result = json.loads((ROOT / f"benchmarks/results/dry-run/{name}.json").read_text())
-        assert result["contestants"]["ours"]["rounds"] >= 5 and not result["targets"]
+        assert result["timings"]["ours"]["rounds"] >= 5 and not result["targets"]
 
 
-def test_an_unknown_benchmark_is_named():
-    call = subprocess.run([sys.executable, "-m", "benchmarks", "B99"], cwd=ROOT, capture_output=True, text=True,
+@pytest.mark.parametrize("arguments", [["B99"], ["gpu", "B99"]])
+def test_an_unknown_benchmark_is_named(arguments):
+    call = subprocess.run([sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT, capture_output=True, text=True,
                           timeout=120, check=False)
-    assert call.returncode == 2 and "B99" in call.stderr
+    assert call.returncode == 2 and "(got 'B99')" in call.stderr

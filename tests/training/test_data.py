@@ -282,7 +282,7 @@ def test_known_positives_and_same_texts_are_numbered(tmp_path):
                            line(query="q1", pos=["b "], neg=["q0", "x"]), line(query="q2", pos=["c"], neg=["d", "e"])])
     batch = data.batch(np.arange(3), epoch=0, step=0)
     number = dict(zip(map(normalize_whitespace, batch.passages), batch.candidates.text_id_P.tolist(), strict=True))
-    assert len(set(batch.candidates.text_id_P.tolist())) == len(number)  # equal numbers for equal texts, white space folded
+    assert len(set(batch.candidates.text_id_P.tolist())) == len(number)  # equal ids for equal texts
     known = [{n for n in row if n >= 0} for row in batch.candidates.known_positive_id_QX.tolist()]
     right = (["q0", "a", "b"], ["q1", "b"], ["q2", "c"])
     assert known == [{number[text] for text in texts if text in number} for texts in right]

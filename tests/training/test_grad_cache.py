@@ -194,7 +194,8 @@ def test_vectors_keep_the_order_of_the_texts(small_model):
 
 def test_an_empty_group_is_left_out(small_model):
     model = small_model(sliding_window=None)
-    cache = GradientCache(model, [PromptedTexts(PREFIX, []), PromptedTexts([], [[1, 5, 2], [1, 2]])], mini_batch_tokens=2)
+    parts = [PromptedTexts(PREFIX, []), PromptedTexts([], [[1, 5, 2], [1, 2]])]
+    cache = GradientCache(model, parts, mini_batch_tokens=2)
     loss(cache.embeddings()).backward()
     cache.backward()
     assert gradients(model)

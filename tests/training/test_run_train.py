@@ -175,7 +175,8 @@ def test_metrics_are_complete(whole):
     assert [row["step"] for row in rows] == list(range(STEPS))
     for row in rows:
         assert {"loss", "contrastive_loss", "soft_label_loss", "learning_rate", "grad_norm", "tokens_per_s",
-                "padding_efficiency", "examples_per_prompt", "num_masked", "label_entropy", "epoch", "task", "tokens", "elapsed_s"} <= set(row)
+                "padding_efficiency", "examples_per_prompt", "num_masked", "label_entropy",
+                "epoch", "task", "tokens", "elapsed_s"} <= set(row)
         assert all(math.isfinite(value) for value in row.values() if not isinstance(value, str))
         assert row["loss"] == pytest.approx(row["contrastive_loss"] + row["soft_label_loss"], rel=1e-5)
         assert row["soft_label_loss"] >= row["label_entropy"] > 0
@@ -382,7 +383,8 @@ def test_what_a_message_advises_may_be_given_with_resume(place, whole, capsys):
     with ctrl_c_at(2):
         assert place.train("less") == 130
     folder = place.folder / "less"
-    less = ["--mini-batch-tokens", "64", "--gradient-checkpointing", "--save-steps", "1", "--save-total-limit", "9", "--distributed-timeout", "5"]
+    less = ["--mini-batch-tokens", "64", "--gradient-checkpointing", "--save-steps", "1", "--save-total-limit", "9",
+            "--distributed-timeout", "5"]
     assert run_train.main(["--resume", "--output", str(folder), *less]) == 0
     assert facts(folder)["options"]["mini_batch_tokens"] == 64 and len(list((folder / "state").glob("0*"))) > 2
     for one, other in zip(rows_of(folder), rows_of(whole), strict=True):
@@ -431,7 +433,8 @@ def test_a_damaged_state_names_the_one_before_it(place, capsys):
 def test_why_prompts_have_no_examples(place, options, words, capsys):
     name = f"why{len(options)}{options[:1]}"
     assert place.train(name, *options) == 0
-    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("in-context examples per prompt"))
+    lines_out = capsys.readouterr().out.splitlines()
+    said = next(line for line in lines_out if line.startswith("in-context examples per prompt"))
     assert re.search(words, said), said
 
 
@@ -862,7 +865,8 @@ def test_out_of_memory_on_a_gpu_names_what_helps(place, monkeypatch, capsys):
     monkeypatch.setattr(Trainer, "step", step)
     assert place.train("memory") == 3
     error = capsys.readouterr().err
-    assert "--mini-batch-tokens" in error and "--gradient-checkpointing" in error and "20 GiB" in error and "more\n" not in error
+    assert all(part in error for part in ("--mini-batch-tokens", "--gradient-checkpointing", "20 GiB"))
+    assert "more\n" not in error
 
 
 def test_gradient_checkpointing_gives_the_same_weights(place, whole):

@@ -12,7 +12,7 @@ import numpy as np
 
 from ref.evaluation.report.charts import Chart, bar_chart, difference_chart
 from ref.evaluation.report.leaderboard import BENCHMARK, Comparison, ScoreTable, read_public_scores
-from ref.evaluation.report.results import Analysis, Report
+from ref.evaluation.report.run_results import Analysis, Report
 
 NUM_NEIGHBOURS = 3  # models above and below, in the table of ranks
 NO_VALUE = "–"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from ref.evaluation.report.content import Charts, KeyFigures, Section, Table, Text
 from ref.evaluation.report.escaping import escape_markdown
 from ref.evaluation.report.leaderboard import BENCHMARK
-from ref.evaluation.report.results import Report
+from ref.evaluation.report.run_results import Report
 
 
 def render_markdown(report: Report, sections: Sequence[Section]) -> str:

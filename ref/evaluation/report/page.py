@@ -10,7 +10,7 @@ from ref.evaluation.report.charts import Chart
 from ref.evaluation.report.content import Charts, KeyFigures, Section, Table, Text
 from ref.evaluation.report.escaping import escape_html
 from ref.evaluation.report.leaderboard import BENCHMARK
-from ref.evaluation.report.results import Report
+from ref.evaluation.report.run_results import Report
 
 # The policy forbids scripts and network access in case a text is not escaped.
 HEAD = """<!doctype html>

@@ -9,7 +9,7 @@ from ref.evaluation.report.content import report_sections
 from ref.evaluation.report.leaderboard import ScoreTable
 from ref.evaluation.report.markdown import render_markdown
 from ref.evaluation.report.page import render_html
-from ref.evaluation.report.results import COMPARED_MODELS, REFERENCE_MODEL, Report, TaskResult
+from ref.evaluation.report.run_results import COMPARED_MODELS, REFERENCE_MODEL, Report, TaskResult
 from ref.utils.files import atomic_write
 
 __all__ = ["COMPARED_MODELS", "REFERENCE_MODEL", "Report", "TaskResult", "write_report"]

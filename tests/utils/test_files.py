@@ -1,0 +1,162 @@
+"""JSON and JSONL readers, type checks, atomic writes, hashes."""
+
+import os
+
+import pytest
+
+from ref.utils.files import (
+    MAX_TEXT_CHARS,
+    atomic_write,
+    check_text,
+    check_type,
+    hash_file,
+    hash_files,
+    read_json,
+    read_jsonl,
+    remove_path,
+    write_json,
+)
+
+BROKEN = [
+    (b"", "invalid JSON (Expecting value, column 1)"), (b"[1]", "must be a JSON object (got list)"),
+    (b"null", "must be a JSON object (got NoneType)"), (b"\xff{}", "not UTF-8 (byte 0)"),
+    (b'{"a": 1,}', "invalid JSON ("), (b"[" * 100_000, "invalid JSON (maximum recursion depth"),
+    (b'{"a": ' + b"9" * 5000 + b"}", "invalid JSON (Exceeds"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BROKEN)
+def test_broken_json_names_the_file(content, message, tmp_path):
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{path}: ") as caught:
+        read_json(path)
+    assert str(caught.value).startswith(f"{path}: {message}")
+
+
+def test_a_syntax_error_names_the_line_of_a_json_file(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('{"a": 1,\n "b" 2}')
+    with pytest.raises(ValueError, match=rf"^{path}: invalid JSON \(Expecting ':' delimiter, line 2 column 6\)$"):
+        read_json(path)
+
+
+@pytest.mark.parametrize("read", [read_json, lambda path: list(read_jsonl(path))])
+def test_a_missing_file_and_a_folder(read, tmp_path):
+    with pytest.raises(ValueError, match=f"^{tmp_path / 'no'}: file does not exist$"):
+        read(tmp_path / "no")
+    with pytest.raises(ValueError, match=f"^{tmp_path}: cannot be read .Is a directory.$"):
+        read(tmp_path)
+
+
+def test_lines_with_place_offset_and_bytes(tmp_path):
+    """Blank lines are skipped and counted; other line ends and a missing last one are fine."""
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"a": 1}\n\n  \n{"a": "\xc3\xa9"}\r\n{"a": 3}')
+    lines = list(read_jsonl(path))
+    assert [line.value["a"] for line in lines] == [1, "é", 3]
+    assert [line.where for line in lines] == [f"{path}:{n}" for n in (1, 4, 5)]
+    content = path.read_bytes()
+    assert all(content[line.offset :].startswith(line.raw) for line in lines)
+
+
+@pytest.mark.parametrize("line", ["{", "3", '{"a": 1} {"b": 2}', '["a"]'])
+def test_a_broken_line_names_file_and_line(line, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(f'{{"a": 1}}\n\n{line}\n{{"a": 2}}\n')
+    lines = read_jsonl(path)
+    assert next(lines).value == {"a": 1}
+    with pytest.raises(ValueError, match=f"^{path}:3: "):
+        next(lines)
+
+
+@pytest.mark.parametrize(("value", "kind", "good"), [
+    (3, int, True), (True, int, False), (3.0, int, False), (3, (int, float), True), (True, bool, True),
+    ("3", int, False), (None, str, False), ([], list, True)])
+def test_check_type(value, kind, good):
+    if good:
+        assert check_type(value, kind, "x.json: 'a'", "a thing") is value
+    else:
+        with pytest.raises(ValueError, match=r"^x\.json: 'a' must be a thing \(got ") as caught:
+            check_type(value, kind, "x.json: 'a'", "a thing")
+        assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(("value", "message"), [
+    (3, "'a' must be a non-empty string (got 3)"), ("", "'a' must be a non-empty string (got '')"),
+    (" \n", "'a' must be a non-empty string (got ' \\n')"), ("x\ud800", "'a' has an unpaired surrogate at character 1"),
+    ("x" * (MAX_TEXT_CHARS + 1), "'a' must have at most 1,000,000 characters (got 1,000,001)")])
+def test_check_text(value, message):
+    assert check_text(" a text ", "'a'") == " a text "
+    with pytest.raises(ValueError, match="^'a' ") as caught:
+        check_text(value, "'a'")
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("old", ["nothing", "file", "folder"])
+@pytest.mark.parametrize("new", ["file", "folder"])
+def test_atomic_write_replaces_what_is_there(old, new, tmp_path):
+    path = tmp_path / "target"
+    if old == "folder":
+        path.mkdir()
+        (path / "old").touch()
+    elif old == "file":
+        path.write_text("old")
+
+    def write(draft):
+        assert draft.parent == path.parent and not draft.exists()
+        if new == "file":
+            draft.write_text("new")
+        else:
+            draft.mkdir()
+            (draft / "new").touch()
+    if (old, new) == ("file", "folder"):
+        with pytest.raises(OSError, match="Not a directory"):  # os.replace: never needed
+            atomic_write(path, write)
+        return
+    atomic_write(path, write)
+    assert os.listdir(tmp_path) == ["target"]
+    assert path.read_text() == "new" if new == "file" else os.listdir(path) == ["new"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_draft(tmp_path):
+    path = tmp_path / "target"
+    path.write_text("old")
+
+    def write(draft):
+        draft.write_text("half")
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        atomic_write(path, write)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["target"]
+
+
+def test_write_json_can_be_read(tmp_path):
+    write_json(tmp_path / "x.json", {"a": "é", "b": [1]})
+    assert read_json(tmp_path / "x.json") == {"a": "é", "b": [1]} and "é" in (tmp_path / "x.json").read_text()
+
+
+def test_remove_path(tmp_path):
+    """A link is removed, not what it points to; nothing is no error."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/file").touch()
+    (tmp_path / "link").symlink_to("folder")
+    for name in ("link", "nothing"):
+        remove_path(tmp_path / name)
+    assert os.listdir(tmp_path) == ["folder"] and (tmp_path / "folder/file").exists()
+    remove_path(tmp_path / "folder")
+    assert not os.listdir(tmp_path)
+
+
+def test_hashes_depend_on_names_and_contents(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    first = hash_files(tmp_path, [tmp_path / "b", tmp_path / "a"])
+    assert first == hash_files(tmp_path, [tmp_path / "a", tmp_path / "b"])
+    assert hash_file(tmp_path / "a") == "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"
+    (tmp_path / "b").rename(tmp_path / "c")
+    assert hash_files(tmp_path, [tmp_path / "a", tmp_path / "c"]) != first
+    (tmp_path / "c").rename(tmp_path / "b")
+    assert hash_files(tmp_path, [tmp_path / "a", tmp_path / "b"]) == first
+    (tmp_path / "b").write_text("a")
+    assert hash_files(tmp_path, [tmp_path / "a", tmp_path / "b"]) != first
