@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", metavar="FOLDER|HUB-ID", help="run, checkpoint folder or hub id (default: the newest run)")
     add("--data-dir", metavar="DIR", type=Path, help="folder of data sets (default: the sample data; with --tasks: the "
         "hub)")
-    add("--template", choices=("report", "bge-en-icl"), help="prompt template (default: the model's own, else report)")
+    add("--template", help="prompt template, a key of TEMPLATES in ref/text/prompts.py (default: the model's own)")
     add("--output", metavar="DIR", type=Path, help="result folder (default: RUN/mteb, or results/MODEL)")
     add("--instructions", metavar="FILE", type=Path, help='JSON {"task": "instruction"}, instead of mteb\'s')
     add("--runs", metavar="DIR", type=Path, default=Path("runs"), help="folder of runs (default: %(default)s)")

@@ -105,8 +105,8 @@ def set_up(arguments: list[str] | None) -> tuple[Trainer, Path, ModelSource]:
 
 
 def preset_values(config: TrainConfig) -> str:
-    """The values that presets set, as this run's preset has them."""
-    values = {name: getattr(TrainConfig(), name) for name in PRESETS["small"]} | PRESETS[config.preset or "report"]
+    """The options that presets change, with this run's values."""
+    values = {name: getattr(TrainConfig(), name) for name in PRESETS["small"]} | PRESETS[config.preset or "paper"]
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 

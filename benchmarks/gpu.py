@@ -130,7 +130,7 @@ def run_training(cuda: bool) -> dict[str, Any]:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         code = run_train.main([
-            "--data", str(data), "--model", str(checkpoint), "--preset", "report", "--lora-rank", "32", "--steps", "4",
+            "--data", str(data), "--model", str(checkpoint), "--preset", "paper", "--lora-rank", "32", "--steps", "4",
             "--batch-size", str(queries), "--max-text-tokens", "96", "--max-examples", "0", "--output", str(output)])
         if code:
             return {"error": f"run_train.py failed with exit code {code}"}

@@ -116,7 +116,7 @@ def our_negatives(model: StubModel, queries: list[str], passages: list[str]) -> 
         lambda first: passage[first : first + size], range(0, len(passages), size), model.device))
     positive_Q = (query_QD * positive_QD).sum(1).tolist()
     found, text = {}, passages.__getitem__
-    for n, (scores, rows) in enumerate(zip(python_rows(search.score_QL), python_rows(search.rank_QL), strict=True)):
+    for n, (scores, rows) in enumerate(zip(python_rows(search.score_QL), python_rows(search.id_order_QL), strict=True)):
         positive = Candidate(passages[n], passages[n], positive_Q[n])
         candidates = map(Candidate, map(text, rows), map(text, rows), scores)
         negatives = []

@@ -58,7 +58,8 @@ def _page_text(walk: "Walk") -> Iterator[str]:
     first, second, _ = walk.rows
     yield "## 1. Two lines of training data"
     yield ""
-    yield f"Two lines of `soft_labels.jsonl`, shortened to two and one negatives. {_link(SoftLabelDataset)} reads them."
+    yield ("Two lines of `soft_labels.jsonl`; query 0 keeps two negatives, query 1 one. "
+           f"{_link(SoftLabelDataset)} reads them.")
     yield ""
     yield from _table(["", "query 0", "query 1"], [
         ["`prompt`", first["prompt"], second["prompt"]], ["`query`", first["query"], second["query"]],
@@ -83,8 +84,8 @@ def _page_prompt(walk: "Walk") -> Iterator[str]:
     yield (f"The batch has one in-context example, drawn from another line of the task: query “{example.query}”, "
            f"response “{example.response}”. {_link(PromptEncoder.prefix)} puts it and the instruction in front of "
            "each query, up to and including `Query:`. These are the same ids for both queries: the shared prefix. "
-           "Passages have no instruction. The vocabulary was learned from the sample data: it ignores case and has "
-           "no line break, which becomes `<unk>`.")
+           "Passages have no instruction. The vocabulary was learned from the sample world: it ignores case and has "
+           "no token for a line break, so each becomes `<unk>`.")
     yield ""
     yield "```"
     yield _decoded(walk, walk.groups[0].prefix)
@@ -93,7 +94,7 @@ def _page_prompt(walk: "Walk") -> Iterator[str]:
     yield "## 3. Input ids"
     yield ""
     yield (f"{_link(Tokenizer.encode)} turns each text into ids, truncated to `--max-text-tokens`; `<s>` and `</s>` "
-           "are added by id.")
+           "are added as ids.")
     yield ""
     texts = [("shared prefix", walk.groups[0].prefix), *(
         (f"query {n}", ids) for n, ids in enumerate(walk.groups[0].texts)), *(
@@ -124,8 +125,8 @@ def _page_model(walk: "Walk") -> Iterator[str]:
     yield "## 5. Attention mask"
     yield ""
     yield (f"{_link(attention_mask)}: each token attends to the shared prefix and to the earlier tokens of its own "
-           "text, within the sliding window, which is longer than these texts. In the last layer only the last token "
-           "of each text is a query position.")
+           "text, within the sliding window, which is longer than these texts. In the last layer attention is computed "
+           "only for each text's last token.")
     yield ""
     yield "![attention mask of the packed queries behind the shared prefix](walkthrough/mask.svg)"
     yield ""
@@ -180,12 +181,12 @@ def _page_terms(walk: "Walk") -> Iterator[str]:
     yield ""
     yield ("dL/ds = a (softmax over A − one-hot) + b (softmax over C − y) with a = b = 1/2, the second part for "
            f"candidates only ({_link(TorchChunkOps.gradient)}). A negative value means that a larger score lowers the "
-           "loss. Each row sums to zero, and a masked passage gets none.")
+           "loss. Each row sums to zero, and a masked passage has gradient zero.")
     yield ""
     yield "![gradient of each score](walkthrough/gradient.svg)"
     yield ""
-    yield ("For query 0 the soft-label term dominates. The model prefers the positive alone, while the teacher gives "
-           "passage 1, a positive that nobody marked, the same score: the gradient lowers the score of the positive "
+    yield ("For query 0 the soft-label term dominates. The model scores only the positive highly. The teacher gives "
+           "passage 1 the same score: it is an unlabelled positive. The gradient lowers the score of the positive "
            "and raises that of passage 1. The contrastive term alone would treat passage 1 as wrong.")
     yield ""
     yield ("From here the gradient flows to the embeddings (dq = sum of dL/ds · p / temperature), and mini-batch by "
@@ -213,9 +214,9 @@ def _page_mining(walk: "Walk") -> Iterator[str]:
     yield ""
     yield (f"Hard negatives are selected before training. For query 0, {_link(filter_candidates)} compares the "
            "teacher's score of each candidate with a threshold relative to the lowest-scored positive "
-           f"({min(row['pos_scores'])}), here asked for two negatives. “{candidates[0].text}” scores almost as high "
-           "as the positives: it is probably a positive that nobody marked. The sample world keeps it among the "
-           "negatives on purpose, as noise.")
+           f"({min(row['pos_scores'])}), and keeps those below it (num_negatives = 2 here). "
+           f"“{candidates[0].text}” has the same score as the positives: it is probably an unlabelled positive. "
+           "The sample world keeps it among the negatives on purpose, as noise.")
     yield ""
     limits = {rule: threshold(rule, value, row["pos_scores"]) for rule, value in RULES.items()}
     decisions = {rule: [decision for _, decision in filter_candidates(
@@ -225,4 +226,4 @@ def _page_mining(walk: "Walk") -> Iterator[str]:
                                                for rule in RULES)], [
         [candidate.text, candidate.score, *(decisions[rule][n] for rule in RULES)]
         for n, candidate in enumerate(candidates)])
-    yield f"The report's filter is `percentage` with 0.95 ({_link(threshold)})."
+    yield f"The paper's filter is `percentage` with 0.95 ({_link(threshold)})."

@@ -11,7 +11,7 @@ What the columns of one row i contribute (P passages; pos and c are its candidat
     s_pos                                     +
     sum y s                                   y     y   y
 
-The matrix products are the library's, over chunks of passages whose scores stay in the cache (ref/loss/chunked.py).
+The matrix products are cuBLAS's, over chunks of passages whose scores stay in the cache (ref/loss/chunked.py).
 Between two products one kernel here adds a chunk of scores to the row's statistics (`_update`), another turns it into
 the gradient (`_gradient`). One program owns one row of the chunk, so nothing is written twice: there are no atomics,
 and two runs agree bit for bit. The false-negative mask is evaluated where it is used: a cosine above the row's
@@ -36,7 +36,7 @@ from torch import Tensor
 from ref.loss.chunked import LossState, chunked_loss
 from ref.loss.contrastive import LossRows, LossTargets
 
-ROW_WARPS = 4  # that share a row of a chunk; 4 and 8 measured equal on an H200, 2026-11-26, B7
+ROW_WARPS = 4  # per row of a chunk; 4 and 8 were equally fast on an H200 (2026-11-26, B7 in benchmarks/RECORDS.md)
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def _gradient(
     cosine_ptr,  # (Q, count) fp32
     column_ptr, label_ptr, text_ptr, known_ptr, threshold_ptr,  # as in _update
     batch_lse_ptr, candidate_lse_ptr,  # (Q,) saved by forward
-    a_ptr, b_ptr,  # (Q,) gradients of the two terms
+    grad_contrastive_ptr, grad_soft_label_ptr,  # (Q,) a and b: upstream gradients of the two terms
     out_ptr,  # (Q, count) out: gradient of the cosines, in the dtype of the vectors
     count, first, candidates, knowns, temperature,
     CANDIDATES: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -121,19 +121,19 @@ def _gradient(
     o_p, o_c = tl.arange(0, BLOCK_P), tl.arange(0, CANDIDATES)
     o_row = i_q.to(tl.int64) * count
     inverse = 1.0 / temperature
-    a, b = tl.load(a_ptr + i_q), tl.load(b_ptr + i_q)
+    grad_contrastive, grad_soft_label = tl.load(grad_contrastive_ptr + i_q), tl.load(grad_soft_label_ptr + i_q)
     b_cosine = tl.load(cosine_ptr + o_row + o_p, mask=o_p < count, other=0.0)
     b_column = tl.load(column_ptr + i_q * candidates + o_c, mask=o_c < candidates, other=-1) - first
     b_masked, holds_candidate = _masked(b_cosine, i_q, o_p, first, count, b_column, column_ptr, text_ptr, known_ptr,
                                         threshold_ptr, candidates, knowns)
-    b_g = tl.where(b_masked, 0.0, tl.exp(b_cosine * inverse - tl.load(batch_lse_ptr + i_q))) * a
+    b_g = tl.where(b_masked, 0.0, tl.exp(b_cosine * inverse - tl.load(batch_lse_ptr + i_q))) * grad_contrastive
     if holds_candidate:
         candidate_lse = tl.load(candidate_lse_ptr + i_q)
         for c in range(candidates):
             column = tl.load(column_ptr + i_q * candidates + c) - first
             own = tl.load(cosine_ptr + o_row + column, mask=(column >= 0) & (column < count), other=0.0) * inverse
             label = tl.load(label_ptr + i_q * candidates + c).to(b_g.dtype)
-            g = b * (tl.exp(own - candidate_lse) - label) - tl.where(c == 0, a, 0.0)
+            g = grad_soft_label * (tl.exp(own - candidate_lse) - label) - tl.where(c == 0, grad_contrastive, 0.0)
             b_g += tl.where(o_p == column, g, 0.0)
     tl.store(out_ptr + o_row + o_p, (b_g * inverse).to(out_ptr.dtype.element_ty), mask=o_p < count)
 
@@ -183,8 +183,8 @@ def triton_loss(
 def check(query_QD: Tensor, passage_PD: Tensor, targets: LossTargets, *, values: bool) -> None:
     """Raise ValueError for tensors that the kernels would read wrongly.
 
-    Shapes, dtypes and devices are always checked and cost no synchronisation. Numbers are checked where they lie on the
-    host; on a GPU that would wait for it, so only with `values`: ref/training/data.py builds them correctly.
+    Shapes, dtypes and devices are always checked and cost no synchronisation. Values are checked for tensors on
+    a CPU; on a GPU, where reading them synchronises, only with `values`. ref/training/data.py builds them correctly.
     """
     index, floats = targets.candidates, (torch.bfloat16, torch.float16, torch.float32, torch.float64)
     if query_QD.ndim != 2 or query_QD.dtype not in floats:
@@ -205,10 +205,10 @@ def check(query_QD: Tensor, passage_PD: Tensor, targets: LossTargets, *, values:
                          f"(got {tuple(ids[0].shape)} {ids[0].dtype} and {tuple(ids[1].shape)} {ids[1].dtype})")
     wide = (torch.float32, torch.float64)
     if targets.threshold_Q.shape != shape[:1] or targets.threshold_Q.dtype not in wide:
-        raise ValueError(f"thresholds must be ({shape[0]},) float32 (got {tuple(targets.threshold_Q.shape)} "
+        raise ValueError(f"thresholds must be ({shape[0]},) float32 or float64 (got {tuple(targets.threshold_Q.shape)} "
                          f"{targets.threshold_Q.dtype})")
     if targets.label_QC.dtype not in wide:
-        raise ValueError(f"labels must be float32 (got {targets.label_QC.dtype})")
+        raise ValueError(f"labels must be float32 or float64 (got {targets.label_QC.dtype})")
     if not 0 < targets.temperature < float("inf"):
         raise ValueError(f"temperature must be a finite number > 0 (got {targets.temperature})")
     devices = {x.device for x in (query_QD, passage_PD, targets.label_QC, targets.threshold_Q, *vars(index).values())}

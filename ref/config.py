@@ -29,7 +29,7 @@ class ModelConfig:
     intermediate_size: int = 14336
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    sliding_window: int | None = 4096  # keys that a query attends to, its own included; None: all before it
+    sliding_window: int | None = 4096  # tokens that a token attends to, itself included; None: no window
     dtype: str = "bfloat16"  # of the stored tensors
 
     @classmethod
@@ -79,7 +79,7 @@ class ModelConfig:
         }
 
 
-# The built-in model `tiny`: trains in seconds on a CPU and has every mechanism of the large one.
+# The built-in model `tiny`: has every mechanism of the large one and trains in a minute on a CPU.
 TINY = ModelConfig(vocab_size=4096, hidden_size=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32,
                    intermediate_size=352)
 
@@ -122,8 +122,8 @@ def _stored_dtype(values: dict[str, Any], path: Path) -> str:
 # ---- training ----------------------------------------------------------------------------------------------
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # The report and its closest lineage: the defaults of TrainConfig.
-    "report": {},
+    # The paper and its closest lineage: the defaults of TrainConfig.
+    "paper": {},
     # For randomly initialised models of about a million parameters; how it was chosen: benchmarks/RECORDS.md.
     "small": {
         "batch_size": 64, "batch_size_symmetric": 64, "num_negatives": 4, "in_batch_negatives": "all",
@@ -146,7 +146,7 @@ class TrainConfig:
     data: list[str] = _option(["data/soft_labels.jsonl"], "JSONL files with soft labels", group="input")
     model: str | None = _option(None, "tiny, a folder, a hub id, or a config.json for random initialisation "
                                 "(default: Mistral-7B-v0.1 on a GPU, else tiny)")
-    preset: str | None = _option(None, "report or small (default: small for random initialisation, else report)")
+    preset: str | None = _option(None, "paper or small (default: small for random initialisation, else paper)")
     instruction: str | None = _option(None, "task instruction for lines without a prompt")
     eval_data: str | None = _option(None, "folder of retrieval sets, scored before and after training "
                                     "(default: held_out/ beside the first data file, if it exists)")
@@ -163,7 +163,7 @@ class TrainConfig:
     lowercase: bool = _option(True, "the vocabulary trained for random initialisation ignores case")
     merge: bool = _option(False, "also write the merged model, for sentence-transformers and transformers")
 
-    template: str = _option("report", "prompt template, a key of TEMPLATES in ref/text/prompts.py", group="text")
+    template: str = _option("paper", "prompt template, a key of TEMPLATES in ref/text/prompts.py", group="text")
     max_text_tokens: int = _option(512, "tokens of a text", least=1)
     max_prompt_tokens: int = _option(2048, "tokens of examples, instruction and query together", least=4)
     max_example_tokens: int = _option(256, "tokens of an in-context example's query, and of its response", least=1)

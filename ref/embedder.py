@@ -56,7 +56,7 @@ class Embedder:
         """Load a run folder of run_train.py, a checkpoint or adapter folder, or a hub id.
 
         Template and token limits come from the model's embedder.json, for a known hub id from
-        ref/model/known_models.py, else they are the report's. `dtype`: bfloat16 or float32 (default: bfloat16 on cuda,
+        ref/model/known_models.py, else they are the paper's. `dtype`: bfloat16 or float32 (default: bfloat16 on cuda,
         float32 on a CPU). Adapters are merged. Raises ValueError that names file and tensor for anything malformed.
         """
         where = resolve_device(device)

@@ -8,9 +8,9 @@
                                              g = a (exp(s - lse_A) - onehot) + b (exp(s - lse_C) - y)
                                              dQ += g P / temperature          dP = g^T Q / temperature
 
-The second part of g is zero outside the candidate columns. The products are the library's. What happens to a chunk of
-cosines between them is a `ChunkOps`: in torch here, on CUDA two Triton kernels (kernels/soft_contrastive.py). Memory
-besides inputs and gradients is a few chunks and dQ in fp32.
+The second part of g is zero outside the candidate columns. The products are those of cuBLAS or MKL. What happens to a
+chunk of cosines between them is a `ChunkOps`: in torch here, on CUDA two Triton kernels (kernels/soft_contrastive.py).
+Memory besides inputs and gradients is a few chunks and dQ in fp32.
 
 The running maximum is needed: with a constant shift of 1 / temperature, exp underflows where all scores of a query are
 near -1 / temperature and the temperature is below 0.023.
@@ -35,11 +35,12 @@ class OnlineSoftmax:
     maximum_Q: Tensor
     sum_Q: Tensor
 
-    def update(self, score_QP: Tensor) -> None:
-        """Add columns; -inf columns count for nothing. Overwrites `score_QP`."""
-        maximum_Q = torch.maximum(self.maximum_Q, score_QP.amax(1))
+    def update(self, cosine_QP: Tensor, temperature: float) -> None:
+        """Add the columns of some cosines; -inf adds nothing. Overwrites `cosine_QP`."""
+        maximum_Q = torch.maximum(self.maximum_Q, cosine_QP.amax(1) / temperature)
         shift_Q = maximum_Q.masked_fill(maximum_Q == -torch.inf, 0.0)  # no column so far
-        self.sum_Q.mul_((self.maximum_Q - shift_Q).exp_()).add_(score_QP.sub_(shift_Q[:, None]).exp_().sum(1))
+        added_Q = scaled_sub_(cosine_QP, temperature, shift_Q).exp_().sum(1)
+        self.sum_Q.mul_((self.maximum_Q - shift_Q).exp_()).add_(added_Q)
         self.maximum_Q = maximum_Q
 
     def log_sum_exp(self) -> Tensor:
@@ -66,7 +67,10 @@ class LossState:
 
 
 class ChunkOps(Protocol):
-    """What happens to a chunk of cosines (Q, columns), whose first column is passage `first`. It may be overwritten."""
+    """What happens to a chunk of cosines (Q, columns), whose column 0 is passage `first` of the batch.
+
+    Implementations may overwrite `cosine`.
+    """
 
     def update(self, cosine: Tensor, first: int, state: LossState) -> None:
         """Add the chunk to the state."""
@@ -84,28 +88,33 @@ class TorchChunkOps:
     targets: LossTargets
 
     def update(self, cosine: Tensor, first: int, state: LossState) -> None:
+        temperature = self.targets.temperature
         masked = false_negative_mask(cosine, self.targets, first)
-        score = cosine.div_(self.targets.temperature)
-        column_QC, inside_QC = columns_in_chunk(self.targets.candidates.candidate_idx_QC, first, score.shape[1])
-        score_QC = score.gather(1, column_QC)
-        state.positive_Q += score_QC[:, 0] * inside_QC[:, 0]
-        state.label_score_Q += (self.targets.label_QC * score_QC * inside_QC).sum(1)
+        column_QC, inside_QC = columns_in_chunk(self.targets.candidates.candidate_idx_QC, first, cosine.shape[1])
+        cosine_QC = cosine.gather(1, column_QC)
+        state.positive_Q += cosine_QC[:, 0] * inside_QC[:, 0] / temperature
+        state.label_score_Q += (self.targets.label_QC * cosine_QC * inside_QC).sum(1) / temperature
         state.num_masked_Q += masked.sum(1)
-        state.candidates.update(score_QC.masked_fill_(~inside_QC, -torch.inf))
-        state.batch.update(score.masked_fill_(masked, -torch.inf))
+        state.candidates.update(cosine_QC.masked_fill_(~inside_QC, -torch.inf), temperature)
+        state.batch.update(cosine.masked_fill_(masked, -torch.inf), temperature)
 
     def gradient(
         self, cosine: Tensor, first: int, lse_batch_Q: Tensor, lse_candidates_Q: Tensor, a_Q: Tensor, b_Q: Tensor,
     ) -> Tensor:
+        temperature = self.targets.temperature
         masked = false_negative_mask(cosine, self.targets, first)
-        score = cosine.div_(self.targets.temperature)
-        column_QC, inside_QC = columns_in_chunk(self.targets.candidates.candidate_idx_QC, first, score.shape[1])
-        score_QC = score.gather(1, column_QC).masked_fill_(~inside_QC, -torch.inf)  # exp of another column may overflow
-        grad_QC = ((score_QC - lse_candidates_Q[:, None]).exp_() - self.targets.label_QC) * b_Q[:, None]
+        column_QC, inside_QC = columns_in_chunk(self.targets.candidates.candidate_idx_QC, first, cosine.shape[1])
+        cosine_QC = cosine.gather(1, column_QC).masked_fill_(~inside_QC, -torch.inf)  # others may overflow in exp
+        grad_QC = (scaled_sub_(cosine_QC, temperature, lse_candidates_Q).exp_() - self.targets.label_QC) * b_Q[:, None]
         grad_QC[:, 0] -= a_Q
-        probability = score.sub_(lse_batch_Q[:, None]).exp_().masked_fill_(masked, 0.0)
-        gradient = probability.mul_(a_Q[:, None]).scatter_add_(1, column_QC, (grad_QC * inside_QC).to(score.dtype))
-        return gradient.div_(self.targets.temperature)
+        probability = scaled_sub_(cosine, temperature, lse_batch_Q).exp_().masked_fill_(masked, 0.0)
+        gradient = probability.mul_((a_Q / temperature)[:, None])
+        return gradient.scatter_add_(1, column_QC, (grad_QC * inside_QC / temperature).to(gradient.dtype))
+
+
+def scaled_sub_(cosine: Tensor, temperature: float, shift_Q: Tensor) -> Tensor:
+    """cosine / temperature - shift in place, in one pass."""
+    return torch.add(-shift_Q[:, None], cosine, alpha=1 / temperature, out=cosine)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -113,7 +122,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(ctx: Any, query_QD: Tensor, passage_PD: Tensor, ops: ChunkOps) -> tuple[Tensor, Tensor, Tensor]:
         state = LossState.empty(query_QD)
         for chunk in passage_chunks(passage_PD):
-            ops.update(product(query_QD, passage_PD[chunk].T), chunk.start, state)
+            ops.update(matmul_fp32(query_QD, passage_PD[chunk].T), chunk.start, state)
         lse_batch_Q, lse_candidates_Q = state.batch.log_sum_exp(), state.candidates.log_sum_exp()
         ctx.save_for_backward(query_QD, passage_PD, lse_batch_Q, lse_candidates_Q)
         ctx.ops = ops
@@ -127,21 +136,21 @@ class _ChunkedLoss(torch.autograd.Function):
         query_grad = torch.zeros_like(query_QD, dtype=lse_batch_Q.dtype) if needs_query else None
         passage_grad = torch.empty_like(passage_PD) if needs_passage else None
         for chunk in passage_chunks(passage_PD):
-            cosine = product(query_QD, passage_PD[chunk].T)
+            cosine = matmul_fp32(query_QD, passage_PD[chunk].T)
             gradient = ctx.ops.gradient(cosine, chunk.start, lse_batch_Q, lse_candidates_Q, a_Q, b_Q)
             gradient = gradient.to(passage_PD.dtype)
             if query_grad is not None:
-                add_product(query_grad, gradient, passage_PD[chunk])
+                addmm_fp32_(query_grad, gradient, passage_PD[chunk])
             if passage_grad is not None:
                 torch.mm(gradient.T, query_QD, out=passage_grad[chunk])
-            del cosine, gradient  # before the next chunk, and the last cast, allocate theirs
+            del cosine, gradient  # the next chunk and the last cast need their memory
         return None if query_grad is None else query_grad.to(query_QD.dtype), passage_grad, None
 
 
 def chunked_loss(
     query_QD: Tensor, passage_PD: Tensor, targets: LossTargets, ops: ChunkOps | None = None,
 ) -> LossRows:
-    """The terms of each query, equal to `eager_loss`, with its gradient. `ops`: by default in torch."""
+    """The terms of each query; values and gradients equal `eager_loss`. `ops`: by default TorchChunkOps."""
     return LossRows(*_ChunkedLoss.apply(query_QD, passage_PD, ops or TorchChunkOps(targets)))
 
 
@@ -151,14 +160,14 @@ def passage_chunks(passage_PD: Tensor) -> list[slice]:
     return [slice(first, first + size) for first in range(0, len(passage_PD), size)]
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
+def matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
     """left @ right with an fp32 result; on CUDA bf16 factors need no cast."""
     if left.dtype.itemsize < 4 and left.device.type == "cuda":
         return torch.mm(left, right, out_dtype=torch.float32)
     return at_least_fp32(left) @ at_least_fp32(right)
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def addmm_fp32_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right in place, `total` fp32 (or the factors' fp64): no second matrix of its size."""
     if left.dtype.itemsize < 4 and left.device.type == "cuda":
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)

@@ -36,7 +36,7 @@ class LossRows(NamedTuple):
     """The terms of each query."""
 
     contrastive_Q: Tensor  # fp32
-    soft_label_Q: Tensor  # fp32; the log-sum-exp alone for a query without labels, which the weights then ignore
+    soft_label_Q: Tensor  # fp32; training_loss gives queries without labels weight 0, whose value is no loss
     num_masked_Q: Tensor  # int64: columns masked as false negatives
 
 
@@ -60,7 +60,7 @@ class LossTargets:
 
 
 def eager_loss(query_QD: Tensor, passage_PD: Tensor, targets: LossTargets) -> LossRows:
-    """Both terms of each query from the whole score matrix. Inputs of any float type, computed in fp32 (fp64: fp64)."""
+    """Both terms of each query from the whole score matrix, in fp32 for inputs of any float type, in fp64 for fp64."""
     cosine_QP = at_least_fp32(query_QD) @ at_least_fp32(passage_PD).T
     masked_QP = false_negative_mask(cosine_QP.detach(), targets)
     score_QP = cosine_QP / targets.temperature
@@ -109,19 +109,26 @@ def false_negative_threshold(
 
 
 def false_negative_mask(cosine_QP: Tensor, targets: LossTargets, first: int = 0) -> Tensor:
-    """True where a column is excluded from the denominator, (Q, P) bool; `first`: the passage of the first column."""
+    """True where a column is excluded from the denominator, (Q, P) bool.
+
+    `first`: index in the batch of the passage in column 0, if the columns are a chunk of the passages.
+    """
     index, count = targets.candidates, cosine_QP.shape[1]
     text_id_P = index.text_id_P[first : first + count].int()  # half the memory traffic of int64
     masked = cosine_QP > targets.threshold_Q[:, None]
     for known_positive_id_Q in index.known_positive_id_QX.T.int():
         masked |= text_id_P == known_positive_id_Q[:, None]
-    local_QC, inside_QC = columns_in_chunk(index.candidate_idx_QC, first, count)
-    spare = torch.cat((masked, masked[:, :1]), dim=1)  # candidates outside these columns write to a spare one
-    return spare.scatter_(1, local_QC.where(inside_QC, count), False)[:, :count]
+    column_QC, inside_QC = columns_in_chunk(index.candidate_idx_QC, first, count)
+    query, place = inside_QC.nonzero(as_tuple=True)
+    masked[query, column_QC[query, place]] = False  # candidates are never masked
+    return masked
 
 
 def columns_in_chunk(candidate_idx_QC: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """Candidate columns relative to `first`, 0 where outside the `count` columns from there; and which are inside."""
+    """For each candidate its column in the chunk (0 if it is outside) and whether it is inside, (Q, C) each.
+
+    The chunk is the `count` passages from `first` on.
+    """
     inside_QC = (candidate_idx_QC >= first) & (candidate_idx_QC < first + count)
     return (candidate_idx_QC - first).where(inside_QC, 0), inside_QC
 

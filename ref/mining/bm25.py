@@ -1,6 +1,6 @@
 """Lexical search with BM25: the bm25s library's Lucene variant, k1 1.5, b 0.75, English stop words, optional stemming.
 
-The index holds 8 bytes for each distinct word of each passage. Ties are broken by the rank of the passage's id.
+The index holds 8 bytes for each distinct word of each passage. Ties are broken by the order of the passages' ids.
 """
 
 from collections.abc import Iterable
@@ -48,10 +48,10 @@ class BM25Index:
         loaded.tokenise, loaded.index = _tokeniser(stemmer), bm25s.BM25.load(str(folder))
         return loaded
 
-    def search(self, queries: list[str], k: int, rank: np.ndarray) -> np.ndarray:
+    def search(self, queries: list[str], k: int, id_order: np.ndarray) -> np.ndarray:
         """Rows of the k best passages that share a word with each query, (queries, k) int32, -1 where there are fewer.
 
-        `rank` is each passage's position in the order of ids.
+        `id_order` is each passage's position in the order of ids.
         """
         found = np.full((len(queries), k), -1, np.int32)
         for hits, words in zip(found, self.tokenise(queries, return_ids=False), strict=True):
@@ -59,19 +59,19 @@ class BM25Index:
             if known:
                 score = self.index.get_scores(known)
                 sharing = np.flatnonzero(score > 0)
-                best = sharing[top_k(score[sharing], k, rank[sharing])]
+                best = sharing[top_k(score[sharing], k, id_order[sharing])]
                 hits[: len(best)] = best
         return found
 
 
-def top_k(score: np.ndarray, k: int, rank: np.ndarray) -> np.ndarray:
-    """Indices of the k largest scores in descending order, ties by `rank`; all if there are fewer."""
+def top_k(score: np.ndarray, k: int, id_order: np.ndarray) -> np.ndarray:
+    """Indices of the k largest scores in descending order, ties by `id_order`; all if there are fewer."""
     if k < len(score):
         cutoff = np.partition(score, len(score) - k)[len(score) - k]
         indices = np.flatnonzero(score >= cutoff)
     else:
         indices = np.arange(len(score))
-    return indices[np.lexsort((rank[indices], -score[indices]))][:k]
+    return indices[np.lexsort((id_order[indices], -score[indices]))][:k]
 
 
 def _hash_index(folder: Path) -> str:

@@ -2,8 +2,8 @@
 
     block 1    q . p   ->  top k            block 2    q . p  ->  top k, merged with the k best so far            …
 
-The score matrix never exists as a whole. Ties are broken by rank, the position of a passage's id in sorted order: the
-result equals a full sort by (score descending, rank ascending), for any block sizes and any number of processes.
+The score matrix never exists as a whole. Ties are broken by the order of the passages' ids: the
+result equals a full sort by (score descending, id ascending), for any block sizes and any number of processes.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -15,44 +15,44 @@ from torch import Tensor
 
 from ref.utils.prefetch import Item, prefetch
 
-MAX_SCORES = {"cpu": 2**22, "cuda": 2**29}  # computed together, fp32: 17 MB and 2 GB, by measurement
-MAX_RANK = 2**31 - 1
+MAX_SCORES = {"cpu": 2**22, "cuda": 2**29}  # scores computed at once, fp32: the fastest sizes measured
+MAX_ID_ORDER = 2**31 - 1
 
 
 class DenseTopK:
-    """The k best passages of each query so far: `score_QL` (fp32) and `rank_QL` (int32), the best first."""
+    """The k best passages of each query so far: `score_QL` (fp32) and `id_order_QL` (int32), the best first."""
 
     def __init__(self, query_QD: Tensor, k: int) -> None:
         self.query_QD, self.k = query_QD, k
         self.score_QL = torch.empty(len(query_QD), 0, device=query_QD.device)
-        self.rank_QL = torch.empty(len(query_QD), 0, dtype=torch.int32, device=query_QD.device)
+        self.id_order_QL = torch.empty(len(query_QD), 0, dtype=torch.int32, device=query_QD.device)
 
-    def add(self, passage_PD: Tensor, rank_P: Tensor) -> None:
-        """Search a block of passages; `rank_P` (int32) is different for each passage and below MAX_RANK."""
+    def add(self, passage_PD: Tensor, id_order_P: Tensor) -> None:
+        """Search a block of passages; `id_order_P` (int32) is different for each passage and below MAX_ID_ORDER."""
         max_queries = max(1, MAX_SCORES[passage_PD.device.type] // len(passage_PD))
-        found = [top_k(dot_products(query_QD, passage_PD), rank_P, self.k)
+        found = [top_k(dot_products(query_QD, passage_PD), id_order_P, self.k)
                  for query_QD in self.query_QD.split(max_queries)]
-        score_QL, rank_QL = (torch.cat(parts) for parts in zip(*found, strict=True))
-        self.merge(score_QL, rank_QL)
+        score_QL, id_order_QL = (torch.cat(parts) for parts in zip(*found, strict=True))
+        self.merge(score_QL, id_order_QL)
 
-    def merge(self, score_QL: Tensor, rank_QL: Tensor) -> None:
+    def merge(self, score_QL: Tensor, id_order_QL: Tensor) -> None:
         """Add the passages that a search of other blocks has found for the same queries."""
-        score_QL, rank_QL = torch.cat((self.score_QL, score_QL), 1), torch.cat((self.rank_QL, rank_QL), 1)
-        rank_QL, order_QL = rank_QL.sort(dim=1)
+        score_QL, id_order_QL = torch.cat((self.score_QL, score_QL), 1), torch.cat((self.id_order_QL, id_order_QL), 1)
+        id_order_QL, order_QL = id_order_QL.sort(dim=1)
         score_QL, by_score_QL = score_QL.gather(1, order_QL).sort(dim=1, descending=True, stable=True)
-        self.score_QL, self.rank_QL = score_QL[:, : self.k], rank_QL.gather(1, by_score_QL[:, : self.k])
+        self.score_QL, self.id_order_QL = score_QL[:, : self.k], id_order_QL.gather(1, by_score_QL[:, : self.k])
 
 
-def top_k(score_QP: Tensor, rank_P: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def top_k(score_QP: Tensor, id_order_P: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Scores and ranks of the k best passages of each query, in no order; all passages if there are fewer."""
-    score_QL, column_QL = score_QP.topk(min(k + 1, len(rank_P)), dim=1)
-    if len(rank_P) > k and (tied_Q := score_QL[:, k - 1] == score_QL[:, k]).any():
+    score_QL, column_QL = score_QP.topk(min(k + 1, len(id_order_P)), dim=1)
+    if len(id_order_P) > k and (tied_Q := score_QL[:, k - 1] == score_QL[:, k]).any():
         # topk chose arbitrarily between equal scores at the cut-off: choose the smaller ranks instead
         tied_QP, cutoff_Q = score_QP[tied_Q], score_QL[tied_Q, k][:, None]
-        key_QP = rank_P.where(tied_QP == cutoff_Q, MAX_RANK).masked_fill(tied_QP > cutoff_Q, -1)
+        key_QP = id_order_P.where(tied_QP == cutoff_Q, MAX_ID_ORDER).masked_fill(tied_QP > cutoff_Q, -1)
         column_QL[tied_Q, :k] = key_QP.topk(k, dim=1, largest=False).indices
         score_QL[tied_Q, :k] = tied_QP.gather(1, column_QL[tied_Q, :k])
-    return score_QL[:, :k] + 0.0, rank_P[column_QL[:, :k]]  # + 0.0 makes -0.0 equal to 0.0 in CUDA's sort
+    return score_QL[:, :k] + 0.0, id_order_P[column_QL[:, :k]]  # + 0.0 makes -0.0 equal to 0.0 in CUDA's sort
 
 
 def dot_products(query_QD: Tensor, passage_PD: Tensor) -> Tensor:

@@ -166,7 +166,7 @@ class LabellingPipeline:
         queries = [self.pairs[row].query for row in rows]
         key = hash_key("bm25", self.corpus.sha256, self.config.stemmer, self.top_k, *queries)
         return self.cache.block("bm25", key, lambda: {
-            "row": self.bm25_index.search(queries, self.top_k, self.corpus.rank)})["row"]
+            "row": self.bm25_index.search(queries, self.top_k, self.corpus.id_order)})["row"]
 
     def dense_block(self, rows: range) -> np.ndarray:
         """Rows of the passages nearest to a block of queries, (queries, top k), from the cache."""
@@ -186,10 +186,10 @@ class LabellingPipeline:
                 best = DenseTopK(query_QD.to(self.device), self.top_k)
                 for block, passage_PD in zip(mine, on_device(self.passage_vectors, mine, self.device), strict=True):
                     rows = self.passage_blocks[block]
-                    best.add(passage_PD, torch.from_numpy(self.corpus.rank[rows.start : rows.stop]).to(self.device))
+                    best.add(passage_PD, torch.from_numpy(self.corpus.id_order[rows.start : rows.stop]).to(self.device))
                     bar.update()
                 self._merge_processes(best, blocks)
-                row_QL = self._row_by_rank[best.rank_QL.cpu().numpy()]
+                row_QL = self._row_by_id_order[best.id_order_QL.cpu().numpy()]
                 for rows in self.distributed.shard(blocks):
                     first = rows.start - blocks[0].start
                     self._write_dense(rows, row_QL[first : first + len(rows)])
@@ -201,13 +201,13 @@ class LabellingPipeline:
             return
         keys = [hash_key("part", *map(self._dense_key, blocks), rank, self.distributed.world_size)
                 for rank in range(self.distributed.world_size)]
-        found = {"score": best.score_QL.cpu().numpy(), "rank": best.rank_QL.cpu().numpy()}
+        found = {"score": best.score_QL.cpu().numpy(), "id_order": best.id_order_QL.cpu().numpy()}
         self.cache.block("part", keys[self.distributed.rank], lambda: found)
         self.distributed.barrier()
         for key in set(keys) - {keys[self.distributed.rank]}:
             part = self.cache.read(self.cache.path("part", key))
             assert part is not None
-            best.merge(*(torch.from_numpy(part[name]).to(self.device) for name in ("score", "rank")))
+            best.merge(*(torch.from_numpy(part[name]).to(self.device) for name in ("score", "id_order")))
 
     def _write_dense(self, rows: range, found: np.ndarray) -> None:
         self.cache.block("dense", self._dense_key(rows), lambda: {"row": found})
@@ -216,8 +216,8 @@ class LabellingPipeline:
         return hash_key("dense", self.retriever.key, self.corpus.sha256, self.top_k, self._query_key(rows))
 
     @cached_property
-    def _row_by_rank(self) -> np.ndarray:
-        return self.corpus.rank.argsort().astype(np.int32)
+    def _row_by_id_order(self) -> np.ndarray:
+        return self.corpus.id_order.argsort().astype(np.int32)
 
     def fuse(self, rows: range) -> np.ndarray:
         """Rows of the candidates of a block of queries, the best first, (queries, num_candidates); -1: none left."""
@@ -229,9 +229,9 @@ class LabellingPipeline:
         candidates = np.full((len(rows), self.config.num_candidates), -1, np.int32)
         for n, row_of_candidate in enumerate(candidates):
             # ranks of the ids as strings: they sort as the ids do, which breaks ties
-            ranked = [[f"{self.corpus.rank[row]:010}" for row in found[n] if row >= 0] for found in lists]
+            ranked = [[f"{self.corpus.id_order[row]:010}" for row in found[n] if row >= 0] for found in lists]
             best = reciprocal_rank_fusion(ranked)[: self.config.num_candidates]
-            row_of_candidate[: len(best)] = [self._row_by_rank[int(rank)] for rank, _ in best]
+            row_of_candidate[: len(best)] = [self._row_by_id_order[int(order)] for order, _ in best]
         return candidates
 
     # ---- score ---------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ negative. So each query has a threshold, computed from the score of its positive
 a positive that nobody has marked (a false negative) and is rejected. The best of the others are the hard negatives.
 
     rule          NV-Retriever's name    n is a negative of (q, p) if      published value
-    percentage    TopK-PercPos           s(q,n) < r s(q,p)                 r = 0.95 (the report's rule)
+    percentage    TopK-PercPos           s(q,n) < r s(q,p)                 r = 0.95 (the paper's rule)
     margin        TopK-MarginPos         s(q,n) < s(q,p) - m               m = 0.05
     absolute      TopK-Abs               s(q,n) < c                        c = 0.7
     none          Naive Top-K            always
@@ -23,7 +23,7 @@ These filters run before training, on the teacher's scores. In training, in-batc
 (ref/loss/contrastive.py: false_negative_mask).
 
 s is a bounded score (a cosine, or a reranker's logit through a sigmoid) from one model for positives and candidates. Of
-several positives the lowest determines the threshold. For a negative s(q,p), r s(q,p) would be above it; therefore the
+several positives the lowest determines the threshold. If s = s(q,p) < 0, then r s > s; therefore the
 threshold is s - (1 - r) |s|, which is r s for s >= 0 and (2 - r) s for s < 0.
 
 Source: arXiv 2506.07438, mining (its sentence states the inequality the wrong way round and would select the false
@@ -66,9 +66,9 @@ def filter_candidates(
 ) -> Iterator[tuple[Candidate, Decision]]:
     """Yield each candidate with the decision about it; `candidates` are sorted by score, the highest first.
 
-    Rejected for any score: the ids of the positives, and texts equal to the query, a positive or a selected negative
-    (up to white space). `other_positives`, known from other lines with the same query, are rejected too, but do not
-    determine the threshold.
+    Always rejected: passages with the id of a positive, or with a text equal to the query, a positive or a selected
+    negative (up to white space). `other_positives`, from other lines with the same query, are rejected as well, but do
+    not determine the threshold.
     """
     limit = threshold(rule, value, [positive.score for positive in positives])
     known = (*positives, *other_positives)

@@ -7,7 +7,7 @@
               BEIR            a folder with queries.jsonl and qrels/SPLIT.tsv
               FlagEmbedding   {"query": "…", "pos": ["the text itself"]}            where the corpus has no ids
 
-The index takes 24 bytes of memory per passage (offset, hash of id or text, rank of the id), some 220 while the ids are
+The index takes 24 bytes of memory per passage (offset, hash of id or text, order of the id), some 220 while the ids are
 sorted, and 20 per pair. Texts stay in the files.
 """
 
@@ -62,8 +62,8 @@ class Corpus:
         self.sha256 = hash_file(self.path)
         self.file = self.path.open("rb")
         self.offset = np.array(offsets, np.int64)
-        self.rank = np.empty(len(ids), np.int32)  # position in the order of ids, which breaks ties
-        self.rank[np.array(sorted(range(len(ids)), key=ids.__getitem__), np.int32)] = np.arange(len(ids))
+        self.id_order = np.empty(len(ids), np.int32)  # position in the order of ids, which breaks ties
+        self.id_order[np.array(sorted(range(len(ids)), key=ids.__getitem__), np.int32)] = np.arange(len(ids))
         self.row_by_key, self.keys = _sorted_keys(keys)
         if self.has_ids:
             self._check_unique()

@@ -2,7 +2,9 @@
 
 Query position i attends to key position j if
 
-    both are tokens of one text, or j is in the shared prefix;     0 <= i - j < W     (W keys, the query's own included)
+    (i and j belong to the same text, or j is in the shared prefix)    and    0 <= i - j < W
+
+that is, to W keys, its own included.
 
 For W = 3 and one text behind a prefix of two tokens (rows are queries, columns are keys):
 
@@ -13,7 +15,7 @@ For W = 3 and one text behind a prefix of two tokens (rows are queries, columns 
         i=4   . .     x x x
 
 On a CPU, consecutive texts of equal length form a batch without padding, and scaled_dot_product_attention runs once for
-each such group. On CUDA FlexAttention takes the rule itself (flex.py). Tests hold both equal.
+each such group. On CUDA, FlexAttention evaluates the rule itself (flex.py). Tests check that both agree.
 
 N counts the query positions: all T tokens, or in the last layer only the B last tokens.
 Source: Mistral 7B, arXiv 2310.06825, section 2; grouped queries: arXiv 2305.13245.
@@ -34,7 +36,7 @@ KeyValue = tuple[Tensor, Tensor]  # of one layer, keys rotated: (T, G, K) of a p
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """The mask of one packed batch, built once per forward pass and used by all layers."""
+    """The mask of one packed batch, built once per forward pass and shared by the layers (the last has its own)."""
 
     batch: PackedBatch
     sliding_window: int | None  # keys that a query attends to, its own included; None: all before it

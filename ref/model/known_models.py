@@ -20,12 +20,12 @@ class KnownModel(NamedTuple):
 
 
 KNOWN_MODELS = {
-    "annamodels/LGAI-Embedding-Preview": KnownModel("report", 32003, 512),  # stored in fp32
-    "intfloat/e5-mistral-7b-instruct": KnownModel("report", 32000, 512),
-    "Linq-AI-Research/Linq-Embed-Mistral": KnownModel("report", 32000, 512),
-    "Salesforce/SFR-Embedding-Mistral": KnownModel("report", 32000, 512),
+    "annamodels/LGAI-Embedding-Preview": KnownModel("paper", 32003, 512),  # stored in fp32
+    "intfloat/e5-mistral-7b-instruct": KnownModel("paper", 32000, 512),
+    "Linq-AI-Research/Linq-Embed-Mistral": KnownModel("paper", 32000, 512),
+    "Salesforce/SFR-Embedding-Mistral": KnownModel("paper", 32000, 512),
     "BAAI/bge-en-icl": KnownModel("bge-en-icl", 32003, 512),  # stored in fp32
-    "mistralai/Mistral-7B-v0.1": KnownModel("report", 32000, 512),
+    "mistralai/Mistral-7B-v0.1": KnownModel("paper", 32000, 512),
 }
 
 

@@ -150,7 +150,7 @@ class Mistral(nn.Module):
         return self._run(last, x_TD, rotary, last_mask, prefix[-1] if prefix else None)
 
     def prefix_key_values(self, batch: PackedBatch) -> list[KeyValue]:
-        """Keys and values of one text (the shared prefix) in each layer; of the last layer nothing else is computed."""
+        """Keys and values of one text (the shared prefix) in each layer; the last layer computes only these."""
         x_TD = self.embed_tokens(batch.input_ids_T)
         rotary = self._rotary(batch)
         mask = attention_mask(batch, self.config.sliding_window)
@@ -181,8 +181,9 @@ class Mistral(nn.Module):
 def init_weights(model: Mistral, *, seed: int) -> Mistral:
     """Random initialisation in place: embeddings of standard deviation 0.02, matrices of 1/sqrt(inputs), norms at one.
 
-    0.02 for all matrices suits models a few thousand wide; at hidden size 128 it starts with flat attention. The scale
-    of the embeddings, which are normalised before use, sets only how fast AdamW changes their direction.
+    The usual 0.02 for all matrices is not used: it suits hidden sizes of a few thousand, but at 128 it would make the
+    initial attention nearly uniform. The embeddings are normalised before use, so their scale changes only their
+    effective learning rate.
     """
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():

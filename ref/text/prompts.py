@@ -3,10 +3,11 @@ r"""Prompts: the template, instruction and in-context examples in front of a tex
     <s>Instruct: …\nQuery: q1\nResponse: p1\n\nInstruct: …\nQuery: the text …</s>
     `----------- prefix, the same ids for all queries -----------'
 
-The prefix ends with `Query:` and is encoded as one string. The text follows with the word-start mark that its encoding
-begins with, which stands for the space after the colon. So the ids equal those of the whole string, and the prefix's
-keys and values serve every query. Only the text is truncated: to its own limit, and to what the prefix leaves.
-In-context examples that do not fit are dropped whole, the last first, and counted.
+The prefix is encoded as one string up to `Query:`, without the space that follows. When the text is encoded by itself,
+its first token starts with the word-start mark (▁), which stands for that space. So the ids of prefix and text equal
+those of the whole string, and the prefix's keys and values serve every query. A text is truncated to --max-text-tokens
+and to what the prefix leaves, an example's query and response to --max-example-tokens. Examples that do not fit are
+removed completely, starting with the last one, and counted.
 
 A passage has no instruction, except in symmetric tasks (ref/task_types.py): `<s>` text `</s>`. A new template is one
 more entry of TEMPLATES.
@@ -28,8 +29,10 @@ LIMITS = ("max_text_tokens", "max_prompt_tokens", "max_example_tokens")
 
 @dataclass(frozen=True)
 class Template:
-    """The strings of a prompt, for str.format: {instruction} in both, {text} ends `query`, {query} and {response} in
-    `example`. `suffix` follows the text of a query.
+    """The strings of a prompt, for str.format.
+
+    `query` contains {instruction} and ends with {text}; `suffix` follows the text. `example` contains {instruction},
+    {query} and {response}.
     """
 
     query: str
@@ -40,7 +43,7 @@ class Template:
 
 
 TEMPLATES = {
-    "report": Template(
+    "paper": Template(
         query="Instruct: {instruction}\nQuery: {text}",
         example="Instruct: {instruction}\nQuery: {query}\nResponse: {response}"),
     "bge-en-icl": Template(
@@ -69,10 +72,10 @@ class PromptPrefix:
 
 @dataclass(frozen=True)
 class PromptEncoder:
-    """Encodes instruction, in-context examples and texts. Limits are in tokens; `<s>` and `</s>` are no text tokens."""
+    """Encodes instruction, in-context examples and texts. `<s>` and `</s>` do not count as text tokens."""
 
     tokenizer: Tokenizer
-    template: Template = TEMPLATES["report"]
+    template: Template = TEMPLATES["paper"]
     max_text_tokens: int = 512
     max_prompt_tokens: int = 2048  # prefix, text, suffix and </s> together
     max_example_tokens: int = 256  # an example's query, and its response
@@ -100,7 +103,7 @@ class PromptEncoder:
         return [[*text, *prefix.suffix, self.tokenizer.eos_id] for text in ids]
 
     def _prefix_ids(self, instruction: str, examples: Sequence[InContextExample]) -> tuple[int, ...]:
-        """`<s>`, then the text between two markers encoded as one string each."""
+        """`<s>`, then the pieces between markers, each encoded as one string."""
         limit = self.max_example_tokens
         blocks = [self._fill(self.template.example, {
             "instruction": instruction,
@@ -170,7 +173,7 @@ def load_prompt_encoder(folder: Path, tokenizer: Tokenizer, **given: str | int) 
     path = folder / PROMPT_FILE
     settings = {**(read_json(path) if path.exists() else {}), **given}
     where = {key: key if key in given else f"{path}: {key!r}" for key in settings}
-    template = get_template(settings.pop("template", "report"), where.get("template", "template"))
+    template = get_template(settings.pop("template", "paper"), where.get("template", "template"))
     for key, value in settings.items():
         if key not in LIMITS:
             raise ValueError(f"{where[key]} is unknown (only template, {', '.join(LIMITS)})")

@@ -11,7 +11,7 @@ from ref.config import PRESETS, TrainConfig
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options that were given; those not given are absent. `train_config` adds preset and defaults."""
     parser = argparse.ArgumentParser(
-        description="Train an LLM text embedder from soft labels. The defaults below are those of --preset report; "
+        description="Train an LLM text embedder from soft labels. The defaults below are those of --preset paper; "
         "--preset small, the default for random initialisation, changes some (docs/training.md).",
         argument_default=argparse.SUPPRESS)
     group: Any = parser
@@ -24,7 +24,10 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def train_config(given: argparse.Namespace, *, random_init: bool) -> TrainConfig:
     """Defaults, overridden by the preset, overridden by the given options."""
-    name = getattr(given, "preset", None) or ("small" if random_init else "report")
+    ends = [flag for flag in ("epochs", "steps", "minutes") if getattr(given, flag, None) is not None]
+    if len(ends) > 1 and not getattr(given, "resume", False):
+        raise ValueError(f"{' and '.join(f'--{flag}' for flag in ends)} exclude each other; give one")
+    name = getattr(given, "preset", None) or ("small" if random_init else "paper")
     if name not in PRESETS:
         raise ValueError(f"--preset must be one of {', '.join(PRESETS)} (got {name!r})")
     return TrainConfig(**{**PRESETS[name], "train": "all" if random_init else "lora", **vars(given), "preset": name})

@@ -6,7 +6,8 @@ One JSON object per line (FlagEmbedding's schema):
     prompt       the task's instruction        pos_scores, neg_scores   teacher scores, one per text, or null
     type         see ref/task_types.py         task           name of the task (default: the file's name)
 
-A first pass validates every line and keeps 14 bytes of it (offset, file, task), so files may be larger than memory.
+A first pass validates every line and keeps only its offset, file and task in memory (14 bytes): files may be larger
+than memory.
 Lines of one task name, instruction and type form a Task, and every batch is drawn from one. Each draw depends only on
 the seed, the epoch and the line or step: a run can start at any step and sees the same batches.
 Source: arXiv 2506.07438 (one task per batch); arXiv 2409.15700 (types, 7 negatives, in-context examples).
@@ -271,7 +272,7 @@ def _candidate_index(columns: list[list[int]], batch: list[TrainingExample], pas
     """Candidate columns and a text id for each distinct text."""
     ids: dict[str, int] = {}
     text_id_P = [ids.setdefault(normalize_whitespace(text), len(ids)) for text in passages]
-    known: dict[str, dict[str, None]] = {}  # by query, which may be on several lines: its own text, its positives
+    known: dict[str, dict[str, None]] = {}  # query -> its own text and its positives, of all its lines
     for example in batch:
         texts = map(normalize_whitespace, (example.query, *example.positives))
         known.setdefault(normalize_whitespace(example.query), {}).update(dict.fromkeys(texts))

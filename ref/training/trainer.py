@@ -43,7 +43,7 @@ class Shard(NamedTuple):
 
     queries: slice
     passages: slice
-    passages_by_rank: list[int]
+    num_passages_by_rank: list[int]
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Trainer:
     def step(self, prepared: PreparedBatch, *, stop: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         """Accumulate the gradient of the whole batch's loss in the parameters; returns metrics on device and host.
 
-        `stop`: this rank was asked to stop; the metric of that name counts such ranks.
+        `stop`: whether this rank received Ctrl-C; the metric `stop` is the number of such ranks.
         """
         cache = GradientCache(self.model, prepared.groups, mini_batch_tokens=self.config.mini_batch_tokens,
                               backend=self.backend)
@@ -138,7 +138,7 @@ class Trainer:
         rows, index = shard.queries, batch.candidates
         query_QD, own_passage_PD = embeddings.split(
             [rows.stop - rows.start, shard.passages.stop - shard.passages.start])
-        passage_PD = self.distributed.all_gather(own_passage_PD, shard.passages_by_rank)
+        passage_PD = self.distributed.all_gather(own_passage_PD, shard.num_passages_by_rank)
         candidates = CandidateIndex(*(to_device(x, self.device) for x in (
             index.candidate_idx_QC[rows], index.text_id_P, index.known_positive_id_QX[rows])))
         num_labelled = int((~batch.teacher_QC.isnan()).any(1).sum())
@@ -214,7 +214,7 @@ def train(trainer: Trainer, folder: Path) -> bool:
         for prepared in prefetch(prepare, batch_schedule(trainer.data, first_step)):
             step = prepared.step
             done = stopwatch.elapsed_s / (60 * config.minutes) if config.minutes else step / total
-            # all ranks end after the same step: the one whose summed metrics say so
+            # all ranks stop at the same step: the first whose all-reduced metric `stop` is above 0
             ended = done >= 1 or (stop.requested if distributed.world_size == 1 else log.stop_requested)
             if ended or (step > first_step and step % config.save_steps == 0):
                 log.flush()  # a loss that is not finite is noticed here and not saved

@@ -98,7 +98,7 @@ class Distributed:
     def collective(self, call: Callable[..., Any], *arguments: Any) -> None:
         """Call a collective operation; if it fails, RankFailure names the ranks without heartbeat.
 
-        A rank that notices late may also report ranks that failed as a consequence: the first report is right.
+        A rank that notices late may also name ranks that failed as a consequence: the first message is right.
         """
         try:
             call(*arguments)

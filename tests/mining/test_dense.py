@@ -12,17 +12,17 @@ from ref.mining.dense import DenseTopK, on_device, top_k
 FLOATS = st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45])
 
 
-def by_sorting(score_P, rank_P, k):
+def by_sorting(score_P, id_order_P, k):
     """Scores and ranks of the k best passages of one query, by a full sort."""
-    order = sorted(range(len(rank_P)), key=lambda j: (-score_P[j].item(), rank_P[j].item()))[:k]
-    return score_P[order].tolist(), rank_P[order].tolist()
+    order = sorted(range(len(id_order_P)), key=lambda j: (-score_P[j].item(), id_order_P[j].item()))[:k]
+    return score_P[order].tolist(), id_order_P[order].tolist()
 
 
-def search(query_QD, passage_PD, rank_P, k, block):
+def search(query_QD, passage_PD, id_order_P, k, block):
     """Dense search with blocks of `block` passages."""
     best = DenseTopK(query_QD, k)
     for start in range(0, len(passage_PD), block):
-        best.add(passage_PD[start : start + block], rank_P[start : start + block])
+        best.add(passage_PD[start : start + block], id_order_P[start : start + block])
     return best
 
 
@@ -30,15 +30,15 @@ def search(query_QD, passage_PD, rank_P, k, block):
 def test_results_are_sorted_by_score_then_rank(hits, k, split, data):
     """Given as two parts to merge, as scores of one block, and as dot products."""
     score_P = torch.tensor(hits)
-    rank_P = torch.tensor(data.draw(st.permutations(range(len(hits)))), dtype=torch.int32)
-    expected = by_sorting(score_P, rank_P, k)
+    id_order_P = torch.tensor(data.draw(st.permutations(range(len(hits)))), dtype=torch.int32)
+    expected = by_sorting(score_P, id_order_P, k)
     merged, scored = DenseTopK(torch.zeros(1, 1), k), DenseTopK(torch.zeros(1, 1), k)
     for part in (slice(split), slice(split, None)):
-        merged.merge(score_P[None, part], rank_P[None, part])
-    scored.merge(*top_k(score_P[None], rank_P, k))
-    searched = search(torch.ones(1, 1), score_P[:, None], rank_P, k, block=7)
+        merged.merge(score_P[None, part], id_order_P[None, part])
+    scored.merge(*top_k(score_P[None], id_order_P, k))
+    searched = search(torch.ones(1, 1), score_P[:, None], id_order_P, k, block=7)
     for best in (merged, scored, searched):
-        assert (best.score_QL[0].tolist(), best.rank_QL[0].tolist()) == expected
+        assert (best.score_QL[0].tolist(), best.id_order_QL[0].tolist()) == expected
 
 
 @pytest.mark.parametrize("columns", [16, 48, 112, 640, 643])
@@ -46,21 +46,21 @@ def test_results_are_sorted_by_score_then_rank(hits, k, split, data):
 @pytest.mark.parametrize("levels", [1, 3, 50, 10**6, "in some rows"])
 def test_ties_at_the_cut_off_go_to_the_smaller_ranks(columns, k, levels):
     """Few levels of scores: ties everywhere, at the cut-off too."""
-    score_QP, rank_P = torch.rand(17, columns), torch.randperm(columns).int()
+    score_QP, id_order_P = torch.rand(17, columns), torch.randperm(columns).int()
     score_QP = torch.where(torch.arange(17)[:, None] % 5 == 0, 0.5, score_QP) if levels == "in some rows" else (
         levels * score_QP).floor()
     best = DenseTopK(torch.zeros(17, 1), k)
-    best.merge(*top_k(score_QP, rank_P, k))
-    for score_P, score_L, rank_L in zip(score_QP, best.score_QL, best.rank_QL, strict=True):
-        assert (score_L.tolist(), rank_L.tolist()) == by_sorting(score_P, rank_P, k)
+    best.merge(*top_k(score_QP, id_order_P, k))
+    for score_P, score_L, id_order_L in zip(score_QP, best.score_QL, best.id_order_QL, strict=True):
+        assert (score_L.tolist(), id_order_L.tolist()) == by_sorting(score_P, id_order_P, k)
 
 
 def test_negative_zero_ties_with_zero():
     score_P = torch.tensor([0.0, -0.0]).repeat(20)
-    rank_P = torch.randperm(40).int()
+    id_order_P = torch.randperm(40).int()
     best = DenseTopK(torch.zeros(1, 1), 10)
-    best.merge(*top_k(score_P[None], rank_P, 10))
-    assert best.rank_QL[0].tolist() == list(range(10))
+    best.merge(*top_k(score_P[None], id_order_P, 10))
+    assert best.id_order_QL[0].tolist() == list(range(10))
 
 
 @pytest.mark.parametrize("descending", [False, True])
@@ -69,7 +69,7 @@ def test_each_block_is_better_or_worse_than_all_before(descending):
     query_QD, order = torch.ones(4, 1), torch.arange(600.0)
     passage_PD = (order.flip(0) if descending else order)[:, None]
     best = search(query_QD, passage_PD, torch.arange(600).int(), 5, block=200)
-    assert best.rank_QL.tolist() == [[0, 1, 2, 3, 4] if descending else [599, 598, 597, 596, 595]] * 4
+    assert best.id_order_QL.tolist() == [[0, 1, 2, 3, 4] if descending else [599, 598, 597, 596, 595]] * 4
 
 
 @pytest.mark.parametrize("negative", [False, True])
@@ -85,38 +85,38 @@ def test_blocks_and_shards_equal_brute_force_with_ties(block, max_scores, negati
     passage_PD[600:, 0], query_QD[::5, 0] = 3, 2
     if negative:
         query_QD, passage_PD = query_QD.abs(), -passage_PD.abs() - 1
-    rank_P = torch.randperm(1000).int()
-    best = search(query_QD, passage_PD, rank_P, 12, block)
+    id_order_P = torch.randperm(1000).int()
+    best = search(query_QD, passage_PD, id_order_P, 12, block)
     shards = [DenseTopK(query_QD, 12) for _ in range(3)]
     for n, start in enumerate(range(0, 1000, block)):
-        shards[n % 3].add(passage_PD[start : start + block], rank_P[start : start + block])
+        shards[n % 3].add(passage_PD[start : start + block], id_order_P[start : start + block])
     for other in shards[1:]:
-        shards[0].merge(other.score_QL, other.rank_QL)
+        shards[0].merge(other.score_QL, other.id_order_QL)
     for row, score_P in enumerate(query_QD @ passage_PD.T):
-        expected = by_sorting(score_P, rank_P, 12)
+        expected = by_sorting(score_P, id_order_P, 12)
         for found in (best, shards[0]):
-            assert (found.score_QL[row].tolist(), found.rank_QL[row].tolist()) == expected
+            assert (found.score_QL[row].tolist(), found.id_order_QL[row].tolist()) == expected
 
 
 def test_bfloat16_vectors_have_fp32_scores():
     """The scores equal those of the same values in fp32; in bfloat16 many would be equal."""
     query_QD, passage_PD = (torch.randn(count, 16).bfloat16() for count in (5, 300))
-    rank_P = torch.randperm(300).int()
-    best, wide = (search(q, p, rank_P, 20, 100) for q, p in (
+    id_order_P = torch.randperm(300).int()
+    best, wide = (search(q, p, id_order_P, 20, 100) for q, p in (
         (query_QD, passage_PD), (query_QD.float(), passage_PD.float())))
-    assert torch.equal(best.score_QL, wide.score_QL) and torch.equal(best.rank_QL, wide.rank_QL)
+    assert torch.equal(best.score_QL, wide.score_QL) and torch.equal(best.id_order_QL, wide.id_order_QL)
 
 
 def test_fewer_passages_than_k_are_all_found():
     best = search(torch.randn(3, 4), torch.randn(10, 4), torch.randperm(10).int(), 50, block=4)
-    assert best.rank_QL.sort(dim=1).values.tolist() == [list(range(10))] * 3
+    assert best.id_order_QL.sort(dim=1).values.tolist() == [list(range(10))] * 3
 
 
 def test_without_the_choice_by_rank_ties_would_be_noticed():
     """Control: torch.topk's own choice between equal scores is another."""
-    score_QP, rank_P = torch.zeros(1, 640), torch.arange(639, -1, -1).int()
-    assert sorted(top_k(score_QP, rank_P, 5)[1][0].tolist()) == [0, 1, 2, 3, 4]
-    assert sorted(rank_P[score_QP.topk(5).indices[0]].tolist()) != [0, 1, 2, 3, 4]
+    score_QP, id_order_P = torch.zeros(1, 640), torch.arange(639, -1, -1).int()
+    assert sorted(top_k(score_QP, id_order_P, 5)[1][0].tolist()) == [0, 1, 2, 3, 4]
+    assert sorted(id_order_P[score_QP.topk(5).indices[0]].tolist()) != [0, 1, 2, 3, 4]
 
 
 def test_blocks_on_a_cpu_are_read_as_they_are_used_and_cuda_is_not_touched(monkeypatch):

@@ -221,7 +221,7 @@ def test_dense_search_equals_that_on_the_cpu(largest, hidden_size, dtype, monkey
         best = DenseTopK(query.to(device), 20)
         for start in range(0, 5000, 1024):
             best.add(passage[start : start + 1024].to(device), rank[start : start + 1024].to(device))
-        found.append((best.score_QL.cpu(), best.rank_QL.cpu()))
+        found.append((best.score_QL.cpu(), best.id_order_QL.cpu()))
     assert all(torch.equal(ours, truth) for ours, truth in zip(*found, strict=True))
 
 

@@ -328,6 +328,7 @@ def test_merging_does_not_touch_what_the_held_out_score_is_of(place, monkeypatch
 
 @pytest.mark.parametrize(("options", "message"), [
     (["--steps", 2, "--minutes", 1], "--steps and --minutes exclude each other"),
+    (["--steps", 2, "--epochs", 1], "--epochs and --steps exclude each other"),
     (["--seed", 2**31], "--seed must be a finite number >= 0 and < 2147483648 (got 2147483648)"),
 ])
 def test_options_that_cannot_be_are_refused(place, capsys, options, message):
@@ -448,8 +449,8 @@ def test_why_prompts_have_no_examples(place, options, words, capsys):
     (["--model", "nowhere"], r"must be a folder with config.json or a hub id OWNER/NAME .got 'nowhere'"),
     (["--model", "none.json"], r"none\.json: file does not exist"),
     (["--model", "own/er/name"], r"must be a folder with config.json or a hub id"),
-    (["--preset", "huge"], r"--preset must be one of report, small .got 'huge'"),
-    (["--template", "mine"], r"--template must be one of report, bge-en-icl .got 'mine'"),
+    (["--preset", "huge"], r"--preset must be one of paper, small .got 'huge'"),
+    (["--template", "mine"], r"--template must be one of paper, bge-en-icl .got 'mine'"),
     (["--learning-rate", "-1"], r"--learning-rate must be a finite number > 0 .got -1"),
     (["--learning-rate", "nan"], r"--learning-rate must be .*got nan"),
     (["--contrastive-weight", "0", "--soft-label-weight", "0"], r"both 0"),
@@ -699,7 +700,7 @@ def test_template_and_lengths_travel_with_the_model(place):
     assert (embedder.prompt_encoder.max_text_tokens, embedder.prompt_encoder.template.suffix) == (7, "\n<response>")
     exported = json.loads((place.folder / "travel/model/config_sentence_transformers.json").read_text())
     assert exported["prompts"] == {}  # a prompt that lacks the suffix would be another one
-    given = Embedder.from_pretrained(place.folder / "travel", template="report", max_text_tokens=9)
+    given = Embedder.from_pretrained(place.folder / "travel", template="paper", max_text_tokens=9)
     assert (given.prompt_encoder.max_text_tokens, given.prompt_encoder.template.suffix) == (9, "")
 
 
@@ -707,7 +708,7 @@ def test_template_and_lengths_travel_with_the_model(place):
     ("settings", "message"),
     [
         ({"template": "mine"}, "'template' must be one of .*got 'mine'"),
-        ({"template": ["report"]}, "template"),
+        ({"template": ["paper"]}, "template"),
         ({"max_text_tokens": 0}, "max_text_tokens'? must be a number of tokens >= 1 .got 0"),
         ({"max_text_tokens": "9"}, "'max_text_tokens' must be .*got '9'"),
         ({"other": 1}, "'other' is unknown"),
