@@ -104,7 +104,8 @@ class TorchChunkOps:
         temperature = self.targets.temperature
         masked = false_negative_mask(cosine, self.targets, first)
         column_QC, inside_QC = columns_in_chunk(self.targets.candidates.candidate_idx_QC, first, cosine.shape[1])
-        cosine_QC = cosine.gather(1, column_QC).masked_fill_(~inside_QC, -torch.inf)  # others may overflow in exp
+        # a candidate outside the chunk has gathered column 0, whose exp may overflow
+        cosine_QC = cosine.gather(1, column_QC).masked_fill_(~inside_QC, -torch.inf)
         grad_QC = (scaled_sub_(cosine_QC, temperature, lse_candidates_Q).exp_() - self.targets.label_QC) * b_Q[:, None]
         grad_QC[:, 0] -= a_Q
         probability = scaled_sub_(cosine, temperature, lse_batch_Q).exp_().masked_fill_(masked, 0.0)
@@ -113,8 +114,8 @@ class TorchChunkOps:
 
 
 def scaled_sub_(cosine: Tensor, temperature: float, shift_Q: Tensor) -> Tensor:
-    """cosine / temperature - shift in place, in one pass."""
-    return torch.add(-shift_Q[:, None], cosine, alpha=1 / temperature, out=cosine)
+    """cosine / temperature - shift in place; two passes, since a fused product would round differently than the shift."""
+    return cosine.div_(temperature).sub_(shift_Q[:, None])
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -36,7 +36,7 @@ class LossRows(NamedTuple):
     """The terms of each query."""
 
     contrastive_Q: Tensor  # fp32
-    soft_label_Q: Tensor  # fp32; training_loss gives queries without labels weight 0, whose value is no loss
+    soft_label_Q: Tensor  # fp32; meaningless for a query without labels, which training_loss gives weight 0
     num_masked_Q: Tensor  # int64: columns masked as false negatives
 
 

@@ -182,8 +182,8 @@ def init_weights(model: Mistral, *, seed: int) -> Mistral:
     """Random initialisation in place: embeddings of standard deviation 0.02, matrices of 1/sqrt(inputs), norms at one.
 
     The usual 0.02 for all matrices is not used: it suits hidden sizes of a few thousand, but at 128 it would make the
-    initial attention nearly uniform. The embeddings are normalised before use, so their scale changes only their
-    effective learning rate.
+    initial attention nearly uniform. Each block normalises the token embeddings, so their scale matters only relative
+    to the block outputs added to them, and for their effective learning rate.
     """
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():

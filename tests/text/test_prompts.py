@@ -247,8 +247,8 @@ def test_without_a_file_the_reports_settings_and_given_ones_override(tmp_path):
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"template": "e5"}, "'template' must be one of report, bge-en-icl (got 'e5')"),
-    ({"template": 3}, "'template' must be one of report, bge-en-icl (got 3)"),
+    ({"template": "e5"}, "'template' must be one of paper, bge-en-icl (got 'e5')"),
+    ({"template": 3}, "'template' must be one of paper, bge-en-icl (got 3)"),
     ({"max_text_tokens": "9"}, "'max_text_tokens' must be a number of tokens >= 1 (got '9')"),
     ({"max_example_tokens": 0}, "'max_example_tokens' must be a number of tokens >= 1 (got 0)"),
     ({"max_tokens": 9}, "'max_tokens' is unknown"),
@@ -262,7 +262,7 @@ def test_a_bad_file_is_an_error_that_names_it(tmp_path, settings, message):
 
 
 def test_a_given_setting_is_named_without_a_file(tmp_path):
-    with pytest.raises(ValueError, match="^template must be one of report, bge-en-icl .got 'e5'"):
+    with pytest.raises(ValueError, match="^template must be one of paper, bge-en-icl .got 'e5'"):
         load_prompt_encoder(tmp_path, mistral(), template="e5")
     with pytest.raises(ValueError, match="^--template must be one of"):
         get_template("e5", "--template")
