@@ -114,7 +114,7 @@ class TorchChunkOps:
 
 
 def scaled_sub_(cosine: Tensor, temperature: float, shift_Q: Tensor) -> Tensor:
-    """cosine / temperature - shift in place; two passes, since a fused product would round differently than the shift."""
+    """cosine / temperature - shift in place: two passes, because one fused pass rounds the product differently."""
     return cosine.div_(temperature).sub_(shift_Q[:, None])
 
 
