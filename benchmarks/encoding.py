@@ -95,7 +95,8 @@ class Setting:
     def ids(self, texts: list[str]) -> list[list[int]]:
         """Token ids with `<s>` and `</s>`."""
         tokenizer = self.tokenizer
-        return [[tokenizer.bos_id, *ids, tokenizer.eos_id] for ids in tokenizer.encode(texts, max_tokens=4096)]
+        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        return [[*bos, *ids, tokenizer.eos_id] for ids in tokenizer.encode(texts, max_tokens=4096)]
 
 
 def cosine_error(left: Tensor, right: Tensor) -> float:

@@ -18,8 +18,12 @@ MISTRAL = "mistralai/Mistral-7B-v0.1"
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The fields of config.json that the forward pass needs; the defaults are Mistral-7B-v0.1."""
+    """The fields of config.json that the forward pass needs; the defaults are Mistral-7B-v0.1.
 
+    Llama has the same forward pass without a sliding window, if it has no biases and default RoPE.
+    """
+
+    model_type: str = "mistral"  # or "llama"
     vocab_size: int = 32000
     hidden_size: int = 4096
     num_layers: int = 32
@@ -31,15 +35,18 @@ class ModelConfig:
     rope_theta: float = 10000.0
     sliding_window: int | None = 4096  # tokens that a token attends to, itself included; None: no window
     dtype: str = "bfloat16"  # of the stored tensors
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
 
     @classmethod
     def from_file(cls, path: Path) -> "ModelConfig":
         """Read a transformers config.json in either form (rope_theta, torch_dtype; or rope_parameters, dtype).
 
-        Raises ValueError for another architecture, scaled RoPE, a quantised checkpoint, or a missing or invalid field.
+        Raises ValueError for another architecture, biases, scaled RoPE, a quantised checkpoint, or a missing or invalid
+        field.
         """
         values = read_json(path)
-        _check_architecture(values, path)
+        model_type = _model_type(values, path)
 
         def integer(name: str, default: int | None = None) -> int:
             value: Any = default if values.get(name) is None else values[name]
@@ -48,17 +55,20 @@ class ModelConfig:
             return int(value)
 
         num_heads, hidden_size = integer("num_attention_heads"), integer("hidden_size")
-        window = values.get("sliding_window", 4096)  # an absent field has transformers' default; null is no window
+        kv_default = 8 if model_type == "mistral" and "num_key_value_heads" not in values else num_heads
+        # an absent field has transformers' default, null means no window; Llama has none
+        window = values.get("sliding_window", 4096) if model_type == "mistral" else None
         config = cls(
+            model_type=model_type,
             vocab_size=integer("vocab_size"), hidden_size=hidden_size, num_layers=integer("num_hidden_layers"),
-            num_heads=num_heads,
-            num_kv_heads=integer("num_key_value_heads", num_heads if "num_key_value_heads" in values else 8),
+            num_heads=num_heads, num_kv_heads=integer("num_key_value_heads", kv_default),
             head_dim=integer("head_dim", max(1, hidden_size // num_heads)),
             intermediate_size=integer("intermediate_size"),
             norm_eps=_positive(values.get("rms_norm_eps", 1e-6), f"{path}: 'rms_norm_eps'"),
             rope_theta=_rope_theta(values, path),
             sliding_window=None if window is None else integer("sliding_window", 4096),
             dtype=_stored_dtype(values, path),
+            bos_token_id=_token_id(values, "bos_token_id", path), eos_token_id=_token_id(values, "eos_token_id", path),
         )
         if config.num_heads % config.num_kv_heads:
             raise ValueError(f"{path}: 'num_attention_heads' must be a multiple of 'num_key_value_heads' "
@@ -68,31 +78,49 @@ class ModelConfig:
         return config
 
     def to_json(self) -> dict[str, Any]:
-        """The same as a config.json that transformers 4 and 5 read, class MistralModel."""
-        return {
-            "architectures": ["MistralModel"], "model_type": "mistral", "hidden_act": "silu",
-            "vocab_size": self.vocab_size, "hidden_size": self.hidden_size, "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads, "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim, "intermediate_size": self.intermediate_size, "rms_norm_eps": self.norm_eps,
-            "rope_theta": self.rope_theta, "sliding_window": self.sliding_window, "torch_dtype": self.dtype,
-            "max_position_embeddings": 32768, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
+        """The same as a config.json that transformers 4 and 5 read, class MistralModel or LlamaModel."""
+        values = {
+            "architectures": [f"{self.model_type.capitalize()}Model"], "model_type": self.model_type,
+            "hidden_act": "silu", "vocab_size": self.vocab_size, "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.num_layers, "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads, "head_dim": self.head_dim,
+            "intermediate_size": self.intermediate_size, "rms_norm_eps": self.norm_eps, "rope_theta": self.rope_theta,
+            "torch_dtype": self.dtype, "max_position_embeddings": 32768, "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_id, "tie_word_embeddings": False,
         }
+        return {**values, **({"sliding_window": self.sliding_window} if self.model_type == "mistral" else {})}
 
+
+# What the forward pass computes: for each field of config.json its only supported value.
+PLAIN_TRANSFORMER = {"hidden_act": "silu", "quantization_config": None, "attention_bias": False, "mlp_bias": False,
+                     "partial_rotary_factor": 1.0}
 
 # The built-in model `tiny`: has every mechanism of the large one and trains in a minute on a CPU.
 TINY = ModelConfig(vocab_size=4096, hidden_size=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32,
                    intermediate_size=352)
 
 
-def _check_architecture(values: dict[str, Any], path: Path) -> None:
-    names = check_type(values.get("architectures") or ["MistralModel"], list, f"{path}: 'architectures'", "a list")
+def _model_type(values: dict[str, Any], path: Path) -> str:
+    """mistral or llama. Raises ValueError for any other architecture and for options that change the forward pass."""
+    names = check_type(values.get("architectures") or [], list, f"{path}: 'architectures'", "a list")
+    model_type = values.get("model_type") or ("llama" if names and str(names[0]).startswith("Llama") else "mistral")
+    if model_type not in ("mistral", "llama"):
+        raise ValueError(f"{path}: model_type {model_type!r:.80} is not supported (only 'mistral', 'llama')")
+    classes = [f"{model_type.capitalize()}{kind}" for kind in ("Model", "ForCausalLM")]
     for name in names:
-        if name not in ("MistralModel", "MistralForCausalLM"):
-            raise ValueError(f"{path}: architecture {name!r:.80} is not supported (only MistralModel, "
-                             "MistralForCausalLM)")
-    for key, supported in (("model_type", "mistral"), ("hidden_act", "silu"), ("quantization_config", None)):
+        if name not in classes:
+            raise ValueError(f"{path}: architecture {name!r:.80} is not supported (only {', '.join(classes)})")
+    for key, supported in PLAIN_TRANSFORMER.items():
         if values.get(key, supported) != supported:
             raise ValueError(f"{path}: {key} {values[key]!r:.80} is not supported (only {supported!r})")
+    return str(model_type)
+
+
+def _token_id(values: dict[str, Any], name: str, path: Path) -> int | None:
+    """A token id, the first of a list, or None."""
+    value = values.get(name)
+    value = value[0] if isinstance(value, list) and value else value
+    return None if value is None else int(check_type(value, int, f"{path}: {name!r}", "a token id"))
 
 
 def _positive(value: Any, what: str) -> float:

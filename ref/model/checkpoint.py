@@ -4,8 +4,8 @@ The model is built on the meta device and each tensor goes from the file to its 
 model the host holds at most one shard. Only JSON and safetensors are read: a pickle can execute code.
 
     name in the file                     name in the model
-    layers.0.mlp.up_proj.weight          the same            MistralModel
-    model.layers.0.mlp.up_proj.weight    without "model."    MistralForCausalLM
+    layers.0.mlp.up_proj.weight          the same            MistralModel, LlamaModel
+    model.layers.0.mlp.up_proj.weight    without "model."    MistralForCausalLM, LlamaForCausalLM
     lm_head.weight                       skipped             an embedder predicts no tokens
 """
 
@@ -26,7 +26,8 @@ from ref.utils.files import read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-SMALL_FILES = ["config.json", "tokenizer.json", "embedder.json", INDEX, ADAPTER_CONFIG, ADAPTER_WEIGHTS]
+SMALL_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "embedder.json",
+               INDEX, ADAPTER_CONFIG, ADAPTER_WEIGHTS]
 
 
 def resolve_checkpoint(name: str) -> Path:
@@ -146,7 +147,7 @@ def _check_tensor(path: Path, stored: str, tensor: Tensor, shape: tuple[int, ...
     if seen:
         raise ValueError(f"{path}: tensor {stored} is stored twice")
     if shape is None:
-        raise ValueError(f"{path}: tensor {stored} is not part of a plain MistralModel")
+        raise ValueError(f"{path}: tensor {stored} is not part of a plain Mistral or Llama model")
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{path}: tensor {stored} must have shape {shape} by config.json (got {tuple(tensor.shape)})")
     if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
@@ -155,7 +156,7 @@ def _check_tensor(path: Path, stored: str, tensor: Tensor, shape: tuple[int, ...
 
 
 def save_model(model: Mistral, folder: Path, *, dtype: torch.dtype, shard_bytes: int = 5 * 10**9) -> None:
-    """Write config.json and the weights as transformers' MistralModel reads them; adapters must be merged before.
+    """Write config.json and the weights as transformers' MistralModel or LlamaModel reads them; adapters are merged.
 
     The index or single file of an older checkpoint in that folder is removed: it would be read instead.
     """

@@ -2,6 +2,7 @@
 
     h = x + Attention(RMSNorm(x))          y = h + SwiGLU(RMSNorm(h))          32 times
 
+Llama without biases and with default RoPE (SmolLM2, TinyLlama, Llama 2) has the same forward pass, without a window.
 Module attributes are named as the checkpoint's tensors, so that loading is one strict load_state_dict. Two computations
 an embedder does not need are skipped:
 

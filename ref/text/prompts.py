@@ -63,11 +63,12 @@ class InContextExample:
 
 @dataclass(frozen=True)
 class PromptPrefix:
-    """Ids from `<s>` to the beginning of the text, the suffix's ids after it, and how many examples fitted."""
+    """Ids from BOS to the beginning of the text, the suffix's ids after it, and how many examples fitted."""
 
     ids: tuple[int, ...]
     suffix: tuple[int, ...] = ()
     num_examples: int = 0
+    before_text: str = ""  # the space between prefix and text, which a byte-level vocabulary encodes with the text
 
 
 @dataclass(frozen=True)
@@ -86,20 +87,24 @@ class PromptEncoder:
         Raises ValueError if the instruction leaves no room for a single token of text.
         """
         if instruction is None:
-            return PromptPrefix((self.tokenizer.bos_id,))
+            return PromptPrefix(self._bos())
         suffix = self._suffix()
         for count in range(len(examples), -1, -1):
             ids = self._prefix_ids(instruction, examples[:count])
             room = self.max_prompt_tokens - len(ids) - len(suffix) - 1
             if room >= (self.max_text_tokens if count else 1):
-                return PromptPrefix(ids, suffix, count)
+                return PromptPrefix(ids, suffix, count, self._space)
         raise ValueError(f"instruction {instruction!r:.60} has {len(ids)} tokens and leaves no room for a text in "
                          f"max_prompt_tokens {self.max_prompt_tokens}")
 
     def encode(self, texts: Sequence[str], prefix: PromptPrefix) -> list[list[int]]:
         """Ids of each text behind the prefix, truncated to what fits, followed by suffix and `</s>`."""
         room = self.max_prompt_tokens - len(prefix.ids) - len(prefix.suffix) - 1
+        if prefix.before_text and not self.tokenizer.has_word_start:
+            texts = [prefix.before_text + text for text in texts]
         ids = self.tokenizer.encode(texts, max_tokens=min(self.max_text_tokens, room))
+        if prefix.before_text and self.tokenizer.has_word_start:  # an empty text has no word-start mark to replace it
+            ids = [found or self.tokenizer.encode_continuation(prefix.before_text) for found in ids]
         return [[*text, *prefix.suffix, self.tokenizer.eos_id] for text in ids]
 
     def _prefix_ids(self, instruction: str, examples: Sequence[InContextExample]) -> tuple[int, ...]:
@@ -111,7 +116,17 @@ class PromptEncoder:
             "response": self.tokenizer.truncate(e.response, max_tokens=limit)}) for e in examples]
         before_text = self.template.query.removesuffix("{text}").removesuffix(" ")
         blocks.append(self._fill(before_text, {"instruction": instruction}))
-        return (self.tokenizer.bos_id, *self._ids(_join(blocks, self.template.separator)))
+        return (*self._bos(), *self._ids(_join(blocks, self.template.separator)))
+
+    @property
+    def _space(self) -> str:
+        """The space in front of {text} in the template, if there is one."""
+        before_text = self.template.query.removesuffix("{text}")
+        return before_text[len(before_text.removesuffix(" ")) :]
+
+    def _bos(self) -> tuple[int, ...]:
+        """BOS as a tuple, empty if the tokenizer has none."""
+        return () if self.tokenizer.bos_id is None else (self.tokenizer.bos_id,)
 
     def _ids(self, parts: Sequence[tuple[bool, str]]) -> list[int]:
         """Ids of (is a marker, text) parts, one after the other."""

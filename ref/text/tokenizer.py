@@ -4,14 +4,24 @@ Reads tokenizer.json with the `tokenizers` library. Special tokens are inserted 
 of the file is marked special and, inside a text, encoded as the characters it is written with: `</s>` in a user's text
 gives the ids of pieces such as `▁</`, `s` and `>`, never the id of the end token.
 
+Begin and end token (BOS, EOS) are the checkpoint's own, from tokenizer_config.json, special_tokens_map.json or the
+ids of config.json. Every text ends with EOS, which is pooled. BOS precedes a text only if the checkpoint's own
+tokenizer puts it there:
+
+    Mistral, Llama 2, Tekken           <s> text </s>              SentencePiece or byte-level
+    SmolLM2 (instruct)                 text <|im_end|>            byte-level, no BOS
+
+A SentencePiece vocabulary begins each text with a word-start mark, which stands for the space before it. A byte-level
+vocabulary does not: behind a prompt, a text is encoded with its leading space (ref/text/prompts.py).
+
 For random initialisation `train_tokenizer` learns a byte-pair vocabulary from the training texts, in the form of
-Mistral's: a space becomes the word-start mark, and each text begins with one.
-Source: arXiv 1508.07909 (byte-pair encoding), arXiv 1808.06226 (the word-start mark).
+Mistral's. Source: arXiv 1508.07909 (byte-pair encoding), arXiv 1808.06226 (the word-start mark).
 """
 
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -19,32 +29,37 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from ref.utils.files import read_json
 
 BOS, EOS, UNK = "<s>", "</s>", "<unk>"
-LONGEST_TOKEN_CHARS = 32  # a text is truncated to this many characters per token asked for, before it is encoded
+LONGEST_TOKEN_CHARS = 32  # of a vocabulary that is trained here
 TEXTS_AT_A_TIME = 1000  # the library needs some hundred bytes per token of the texts it encodes together
 
 
 class Tokenizer:
-    """tokenizer.json with `<s>` and `</s>`."""
+    """tokenizer.json with the checkpoint's begin and end tokens."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, *, bos: str | None = BOS, eos: str = EOS) -> None:
+        """`bos`: the token in front of each text, or None. Raises ValueError if a token is not in the vocabulary."""
         self.library = tokenizer
         self.library.no_truncation()
         self.library.no_padding()
         self.library.encode_special_tokens = True
-        bos_id, eos_id = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
-        if bos_id is None or eos_id is None:
-            raise ValueError(f"the vocabulary must contain {BOS} and {EOS} (a Mistral tokenizer)")
-        self.bos_id, self.eos_id = bos_id, eos_id
+        self.bos, self.eos = bos, eos
+        self.bos_id = None if bos is None else self._known_id(bos)
+        self.eos_id = self._known_id(eos)
+        # a text is truncated to this many characters per token asked for, before it is encoded
+        self.longest_token_chars = max(map(len, tokenizer.get_vocab()))
+        self.has_word_start = self.library.encode("a", add_special_tokens=False).tokens[:1] != ["a"]
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer":
-        """Read folder/tokenizer.json; raises ValueError if it is missing, malformed or without `<s>` and `</s>`."""
+        """Read folder/tokenizer.json; raises ValueError if it is missing, malformed or without an end token."""
         path = folder / "tokenizer.json"
         layout = read_json(path)
         try:
             for token in layout.get("added_tokens") or []:
                 token["special"] = True
-            return cls(tokenizers.Tokenizer.from_str(json.dumps(layout)))
+            library = tokenizers.Tokenizer.from_str(json.dumps(layout))
+            bos, eos = special_tokens(folder, library, layout)
+            return cls(library, bos=bos, eos=eos)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         except Exception as error:  # the library raises plain Exception
@@ -55,6 +70,12 @@ class Tokenizer:
         """Number of tokens, added tokens included."""
         return self.library.get_vocab_size()
 
+    def _known_id(self, token: str) -> int:
+        token_id = self.library.token_to_id(token)
+        if token_id is None:
+            raise ValueError(f"the vocabulary must contain {token!r:.80}")
+        return token_id
+
     def token_id(self, token: str) -> int | None:
         """The id of a token of the vocabulary; None if it is not in it."""
         return self.library.token_to_id(token)
@@ -63,7 +84,7 @@ class Tokenizer:
         """The first `max_tokens` ids of each text, without BOS and EOS; ValueError for an unpaired surrogate."""
         ids: list[list[int]] = []
         for start in range(0, len(texts), TEXTS_AT_A_TIME):
-            cut = [text[: max_tokens * LONGEST_TOKEN_CHARS] for text in texts[start : start + TEXTS_AT_A_TIME]]
+            cut = [text[: max_tokens * self.longest_token_chars] for text in texts[start : start + TEXTS_AT_A_TIME]]
             try:
                 encoded = self.library.encode_batch_fast(cut, add_special_tokens=False)
             except TypeError:
@@ -74,32 +95,58 @@ class Tokenizer:
     def truncate(self, text: str, *, max_tokens: int) -> str:
         """The characters that the first `max_tokens` ids of a text represent."""
         try:
-            encoded = self.library.encode(text[: max_tokens * LONGEST_TOKEN_CHARS], add_special_tokens=False)
+            encoded = self.library.encode(text[: max_tokens * self.longest_token_chars], add_special_tokens=False)
         except TypeError:
             raise _surrogate_error([text]) from None
         return text if len(encoded) <= max_tokens else text[: encoded.offsets[max_tokens - 1][1]]
 
     def encode_continuation(self, text: str) -> list[int]:
         """Ids of a text that follows other text, so without a word-start mark at its beginning."""
+        if not self.has_word_start:
+            return self.encode([text], max_tokens=2**16)[0]
         head, whole = self.encode([".", "." + text], max_tokens=2**16)  # a full stop merges with nothing after it
         return whole[len(head):]
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json, with a post-processor that adds `<s>` and `</s>`, and tokenizer_config.json.
+        """Write tokenizer.json, with a post-processor that adds BOS and EOS, and tokenizer_config.json.
 
         transformers 5 and sentence-transformers take them from the post-processor, and no longer from add_eos_token in
         tokenizer_config.json.
         """
         copy = tokenizers.Tokenizer.from_str(self.library.to_str())
+        first = "" if self.bos is None else f"{self.bos} "
         copy.post_processor = processors.TemplateProcessing(
-            single=f"{BOS} $A {EOS}", pair=f"{BOS} $A {EOS} {BOS} $B {EOS}",
-            special_tokens=[(BOS, self.bos_id), (EOS, self.eos_id)])
+            single=f"{first}$A {self.eos}", pair=f"{first}$A {self.eos} {first}$B {self.eos}",
+            special_tokens=[(token, copy.token_to_id(token)) for token in (self.bos, self.eos) if token is not None])
         copy.save(str(folder / "tokenizer.json"))
-        settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "unk_token": UNK,
-            "pad_token": EOS, "padding_side": "right", "clean_up_tokenization_spaces": False,
+        settings: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": self.bos, "eos_token": self.eos,
+            "unk_token": UNK if copy.token_to_id(UNK) is not None else None, "pad_token": self.eos,
+            "padding_side": "right", "clean_up_tokenization_spaces": False, "add_bos_token": self.bos is not None,
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+
+
+def special_tokens(folder: Path, library: tokenizers.Tokenizer, layout: dict[str, Any]) -> tuple[str | None, str]:
+    """BOS, if the checkpoint's tokenizer puts it in front of a text, and EOS. Raises ValueError without an EOS."""
+    files = [read_json(path) for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json")
+             if (path := folder / name).exists()]
+    add_bos = next((values["add_bos_token"] for values in files if isinstance(values.get("add_bos_token"), bool)), None)
+    found: dict[str, str | None] = {}
+    for kind, usual in (("bos", BOS), ("eos", EOS)):
+        named = [values.get(f"{kind}_token") for values in files]
+        named = [value.get("content") if isinstance(value, dict) else value for value in named]
+        ids = [values.get(f"{kind}_token_id") for values in files]
+        ids = [value[0] if isinstance(value, list) and value else value for value in ids]
+        by_id = [library.id_to_token(value) for value in ids if isinstance(value, int) and value >= 0]
+        usual_token = [usual] if library.token_to_id(usual) is not None else []
+        found[kind] = next((token for token in (*named, *by_id, *usual_token) if isinstance(token, str)), None)
+    bos, eos = found["bos"], found["eos"]
+    if eos is None:
+        raise ValueError(f"no end token: tokenizer_config.json must name 'eos_token', or the vocabulary contain {EOS}")
+    if add_bos is None:  # not declared: by the post-processor, or by Mistral's name for it
+        add_bos = bos == BOS or json.dumps(bos) in json.dumps(layout.get("post_processor") or {}, ensure_ascii=False)
+    return bos if add_bos else None, eos
 
 
 def _surrogate_error(texts: Sequence[str]) -> ValueError:
