@@ -95,7 +95,7 @@ class Embedder:
             raise ValueError(f"texts must be a sequence of str (got {texts!r:.60})")
         prefix = self.prompt_encoder.prefix(instruction, examples)
         shared = None
-        if len(prefix.ids) > 1:  # BOS alone costs less in each text than as a shared prefix
+        if prefix.is_shared:
             shared = self.model.prefix_key_values(pack_sequences([prefix.ids], device=self.device))
         in_each_text = () if shared else prefix.ids
         first = first_occurrence(texts)

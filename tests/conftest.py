@@ -220,6 +220,23 @@ def a_text(draw: random.Random, words: int = 8) -> str:
     return " ".join(draw.choices(WORDS, k=words))
 
 
+def draw_training_lines(words: Sequence[str], instructions: dict[str, str], count: int) -> list[dict[str, Any]]:
+    """Lines of the tasks in turn, made of a few words, the same at every call; a third have no teacher scores."""
+    draw = random.Random(5)
+
+    def text() -> str:
+        return " ".join(draw.choices(words, k=draw.randrange(3, 9)))
+    lines = []
+    for i in range(count):
+        task = list(instructions)[i % len(instructions)]
+        line = {"query": text(), "pos": [text(), text()], "neg": [text() for _ in range(3)],
+                "prompt": instructions[task], "task": task}
+        if i % 3:
+            line |= {"pos_scores": [0.9, 0.8], "neg_scores": [0.6, 0.3, 0.1]}
+        lines.append(line)
+    return lines
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one training step from random initialisation."""

@@ -70,6 +70,11 @@ class PromptPrefix:
     num_examples: int = 0
     before_text: str = ""  # the space between prefix and text, which a byte-level vocabulary encodes with the text
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether keys and values are computed once for all texts: BOS alone costs less in each text."""
+        return len(self.ids) > 1
+
 
 @dataclass(frozen=True)
 class PromptEncoder:

@@ -97,7 +97,7 @@ class Trainer:
 
     def _prompted(self, prefix: PromptPrefix, texts: list[str]) -> PromptedTexts:
         ids = self.prompt_encoder.encode(texts, prefix)
-        if len(prefix.ids) <= 1:  # BOS alone costs less in each text than as a shared prefix
+        if not prefix.is_shared:
             return PromptedTexts([], [[*prefix.ids, *text] for text in ids])
         return PromptedTexts(prefix.ids, ids)
 

@@ -9,7 +9,6 @@ import dataclasses
 import itertools
 import json
 import math
-import random
 import re
 import shutil
 import signal
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import draw_training_lines
 
 import run_train
 from ref import Embedder
@@ -60,20 +60,7 @@ TEXTS = [
 
 
 def lines(count: int = 32) -> list[dict[str, Any]]:
-    """Lines of two tasks, made of a few words; a third have no teacher scores."""
-    draw = random.Random(5)
-
-    def text() -> str:
-        return " ".join(draw.choices(WORDS, k=draw.randrange(3, 9)))
-    made = []
-    for i in range(count):
-        task = ("Jobs", "Towns")[i % 2]
-        row = {"query": text(), "pos": [text(), text()], "neg": [text() for _ in range(3)],
-               "prompt": INSTRUCTIONS[task], "task": task}
-        if i % 3:
-            row |= {"pos_scores": [0.9, 0.8], "neg_scores": [0.6, 0.3, 0.1]}
-        made.append(row)
-    return made
+    return draw_training_lines(WORDS, INSTRUCTIONS, count)
 
 
 def write_data(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, WORDS
+from conftest import SMALL, WORDS, draw_training_lines
 
 import run_train
 from ref.utils import distributed as module
@@ -32,20 +32,7 @@ INSTRUCTIONS = {"Boats": "Find a boat.", "Towers": "Find a tower with the same l
 
 
 def training_lines(count: int = 32) -> list[dict]:
-    """Lines of two tasks; a third have no teacher scores."""
-    draw = random.Random(5)
-
-    def text() -> str:
-        return " ".join(draw.choices(WORDS, k=draw.randrange(3, 9)))
-    lines = []
-    for i in range(count):
-        task = ("Boats", "Towers")[i % 2]
-        line = {"query": text(), "pos": [text(), text()], "neg": [text() for _ in range(3)],
-                "prompt": INSTRUCTIONS[task], "task": task}
-        if i % 3:
-            line |= {"pos_scores": [0.9, 0.8], "neg_scores": [0.6, 0.3, 0.1]}
-        lines.append(line)
-    return lines
+    return draw_training_lines(WORDS, INSTRUCTIONS, count)
 
 
 def write_lines(path: Path, lines: list[dict]) -> Path:
