@@ -25,6 +25,7 @@ from torch import Tensor
 
 Item = TypeVar("Item")
 HEARTBEAT_S = 1.0
+CLOSE_S = 5.0  # rank 0 waits no longer for ranks that still read the store
 
 
 class RankFailure(RuntimeError):  # noqa: N818
@@ -109,7 +110,19 @@ class Distributed:
         """Leave the process group."""
         if self.world_size > 1:
             self._stop_heartbeats()
+            self._leave_store()
             dist.destroy_process_group()
+
+    def _leave_store(self) -> None:
+        """Rank 0, which may hold the store, waits for the ranks that still read it, at most CLOSE_S."""
+        try:
+            self.store.set(f"closed/{self.rank}", "1")
+            end_s = time.monotonic() + CLOSE_S
+            closed = [f"closed/{rank}" for rank in range(self.world_size)]
+            while self.rank == 0 and not self.store.check(closed) and time.monotonic() < end_s:
+                time.sleep(0.005)
+        except RuntimeError:  # the process that holds the store has ended
+            return
 
     def _describe(self, ranks: list[int], why: str) -> str:
         failed = ", ".join(map(str, ranks)) or "unknown"

@@ -214,6 +214,21 @@ distributed.close()
 """
 
 
+def test_rank_0_does_not_end_while_another_rank_is_in_the_last_barrier(tmp_path):
+    script = tmp_path / "late.py"
+    script.write_text("""
+import time
+from ref.utils.distributed import Distributed
+ours = Distributed()
+read = ours._read
+if ours.rank == 1:
+    ours._read = lambda key: time.sleep(0.7) or read(key)
+ours.barrier()
+ours.close()
+""")
+    assert exit_codes(start(2, [script])) == [0, 0]
+
+
 def test_heartbeats_are_sent():
     processes = start(2, ["-c", HEARTBEATS], stdout=subprocess.PIPE, text=True)
     assert [process.communicate(timeout=HANG_S)[0] for process in processes] == ["together\n"] * 2
