@@ -22,6 +22,7 @@ from ref.mining.sources import Corpus, Pairs, corpus_from_pairs
 from ref.mining.statistics import plot_histogram
 from ref.mining.teachers import load_reranker, load_retriever
 from ref.utils.block_cache import BlockCache
+from ref.utils.device import Dtype
 from ref.utils.distributed import Distributed
 
 
@@ -48,6 +49,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--compare-rules", action="store_true", help="print what each rule would select; write no labels")
     add("--cache", type=Path, default=Path("label_cache"), help="folder of computed results (default: label_cache)")
     add("--device", help="cpu or cuda (default: cuda if available)")
+    add("--dtype", choices=get_args(Dtype), default="auto", help="precision of the teachers (default: auto, bfloat16 "
+        "where the processor is faster in it; sentence-transformers models as their library loads them)")
     given = parser.parse_args(arguments)
     for name in ("top_k", "num_candidates", "num_negatives"):
         if getattr(given, name) < 1:
@@ -80,8 +83,12 @@ def build_pipeline(given: argparse.Namespace, distributed: Distributed) -> Label
     corpus = Corpus(path)
     pairs = Pairs(given.pairs, corpus, split=given.split)
     print(f"{len(pairs):,} queries, {len(corpus):,} passages", flush=True)
-    retriever = load_retriever(given.retriever, given.device)
-    reranker = load_reranker(given.reranker, given.device) if given.reranker else None
+    retriever = load_retriever(given.retriever, given.device, given.dtype)
+    reranker = load_reranker(given.reranker, given.device, given.dtype) if given.reranker else None
+    if distributed.rank == 0:
+        print(f"retriever: {retriever.name}; {retriever.precision}", flush=True)
+        if reranker:
+            print(f"reranker: {reranker.name}; {reranker.precision}", flush=True)
     config = RetrievalConfig(given.retrieval, given.top_k, given.num_candidates, given.stemmer)
     return LabellingPipeline(corpus, pairs, retriever, reranker, config=config, cache=cache, distributed=distributed,
                              device=given.device, instruction=given.instruction)

@@ -23,6 +23,7 @@ from ref.evaluation.retrieval import evaluate_retrieval
 from ref.training.arguments import parse_args, train_config
 from ref.training.data import SoftLabelDataset
 from ref.training.export import remove_results, save_merged, save_result
+from ref.training.memory import auto_mini_batch_tokens
 from ref.training.metrics import plot_loss
 from ref.training.model_source import ModelSource, build_model, resolve_model
 from ref.training.run_dir import (
@@ -34,7 +35,7 @@ from ref.training.run_dir import (
     trainable_parameters,
 )
 from ref.training.trainer import Trainer, train
-from ref.utils.device import resolve_backend, resolve_device
+from ref.utils.device import Dtype, resolve_backend, resolve_device, resolve_dtype
 from ref.utils.distributed import Distributed, RankFailure
 from ref.utils.environment import utc_now
 from ref.utils.files import write_json
@@ -75,17 +76,17 @@ def set_up(arguments: list[str] | None) -> tuple[Trainer, Path, ModelSource]:
         given = resume_options(given)
     source = resolve_model(getattr(given, "model", None))
     log(f"model: {source.name} ({source.reason})")
-    config = train_config(given, random_init=source.config is not None)
+    config = train_config(given, source)
     distributed = Distributed(timeout=timedelta(seconds=config.distributed_timeout))
     if distributed.world_size > 1 and config.minutes is not None:
         raise ValueError("--minutes is not supported with several processes, whose clocks differ; give --steps or "
                          "--epochs")
     device = resolve_device(config.device)
-    config = dataclasses.replace(
-        config, dtype=config.dtype or ("bfloat16" if device.type == "cuda" else "float32"),
-        backend=resolve_backend(config.backend, device))
+    dtype, why = resolve_train_dtype(config, device)
+    config = dataclasses.replace(config, dtype=dtype, backend=resolve_backend(config.backend, device))
     log(f"preset: {config.preset} ({preset_values(config)}); options on the command line override it")
-    log(f"trainable: {config.train}; device: {device}, {config.dtype}; backend: {config.backend}")
+    log(f"trainable: {config.train}; device: {device}; backend: {config.backend}")
+    log(f"dtype: {dtype} ({why})")
     data = SoftLabelDataset([Path(path) for path in config.data], config)
     log(f"data: {len(data):,} lines, {len(data.tasks)} tasks, {data.num_with_labels:,} lines with soft labels, "
         f"{len(data) - data.num_with_labels:,} with the contrastive term only")
@@ -96,6 +97,10 @@ def set_up(arguments: list[str] | None) -> tuple[Trainer, Path, ModelSource]:
         remove_if_empty(folder)
         raise
     parameters = list(trainable_parameters(model).values())
+    if config.mini_batch_tokens == "auto":
+        tokens, why = auto_mini_batch_tokens(model, resolve_backend(config.backend, device))
+        config = dataclasses.replace(config, mini_batch_tokens=tokens)
+        log(f"mini-batches: {tokens:,} tokens ({why})")
     log(f"parameters: {sum(p.numel() for p in model.parameters()):,}, of which {sum(p.numel() for p in parameters):,} "
         f"are trainable; vocabulary: {prompt_encoder.tokenizer.vocab_size:,} tokens")
     optimiser = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
@@ -104,9 +109,17 @@ def set_up(arguments: list[str] | None) -> tuple[Trainer, Path, ModelSource]:
     return Trainer(config, data, model, prompt_encoder, optimiser, device, distributed), folder, source
 
 
+def resolve_train_dtype(config: TrainConfig, device: torch.device) -> tuple[Dtype, str]:
+    """The precision of the forward pass, and why."""
+    if config.dtype == "auto" and config.train == "all" and device.type == "cpu":
+        return "float32", "default on a CPU for --train all, whose weights are float32"
+    return resolve_dtype(config.dtype, device)
+
+
 def preset_values(config: TrainConfig) -> str:
     """The options that presets change, with this run's values."""
-    values = {name: getattr(TrainConfig(), name) for name in PRESETS["small"]} | PRESETS[config.preset or "paper"]
+    default, names = TrainConfig(), dict.fromkeys(name for preset in PRESETS.values() for name in preset)
+    values = {name: getattr(default, name) for name in names} | PRESETS[config.preset or "paper"]
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 

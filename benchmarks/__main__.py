@@ -3,6 +3,7 @@
     B1, B2, B3, B4, B10    encoding texts (encoding.py)          B5, B6    training steps (training.py)
     B7                     the loss (loss.py)                    B8        pooling (pooling.py)
     B9                     hard-negative mining (mining.py)
+    B11, B12               encoding and training a small LLM, on a CPU only (small_llm.py)
     claims                 the report's claims as paired experiments, with its own options (claims.py)
     gpu                    all parts that need an NVIDIA GPU (gpu.py); without one a dry run
 
@@ -25,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
         return claims.main(words[1:])
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="B1 to B10, or gpu and its parts (default: all benchmarks)")
+    parser.add_argument("names", nargs="*", help="B1 to B12, or gpu and its parts (default: all benchmarks)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda if available)")
     parser.add_argument("--quick", action="store_true", help="small shapes, to test the code: no valid measurement")
     given = parser.parse_args(arguments)
@@ -49,7 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cuda" if cuda else "cpu")
     folder = RESULTS / ("dry-run" if given.quick else device.type)
     # without a GPU the kernel of B8 is interpreted, which is not worth timing
-    for name in names or [name for name in known if cuda or name != "B8"]:
+    other_device = ("B11", "B12") if cuda else ("B8",)
+    for name in names or [name for name in known if name not in other_device]:
         print(write_result(gpu.BENCHMARKS[name](device, quick=given.quick), folder), flush=True)
     print(plot.draw(folder))
     return 0

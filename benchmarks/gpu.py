@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 import run_train
-from benchmarks import encoding, loss, mining, pooling, shapes, training
+from benchmarks import encoding, loss, mining, pooling, shapes, small_llm, training
 from benchmarks.measure import RESULTS, Result, write_result
 from ref.text.prompts import PromptEncoder
 from ref.training.export import export_model
@@ -41,7 +41,8 @@ INTERPRETED_TESTS = ("-k", "pool_of_a_zero_row or positive_alone or agree_bit_fo
 
 BENCHMARKS: dict[str, Callable[..., Result]] = {
     "B1": encoding.b1, "B2": encoding.b2, "B3": encoding.b3, "B4": encoding.b4, "B5": training.b5, "B6": training.b6,
-    "B7": loss.b7, "B8": pooling.b8, "B9": mining.b9, "B10": encoding.b10}
+    "B7": loss.b7, "B8": pooling.b8, "B9": mining.b9, "B10": encoding.b10,
+    "B11": small_llm.b11, "B12": small_llm.b12}
 
 
 def result_folder(cuda: bool) -> Path:

@@ -125,12 +125,10 @@ def _number(path: Path) -> int:
 def _ratios(result: dict[str, Any]) -> list[Ratio]:
     """One ratio per peer that was measured."""
     rows = {name: row for name, row in result.get("timings", {}).items() if "median_s" in row}
-    if "ours" not in rows:
-        return []
     targets = {name: float(target["wanted"].split()[1]) for name, target in result["targets"].items()}
 
     def own_s(peer: str) -> float:  # "PEER, mining" is compared with "ours, mining"
-        return float(rows.get(f"ours,{peer.partition(',')[2]}", rows["ours"])["median_s"])
+        return float((rows.get(f"ours,{peer.partition(',')[2]}") or rows["ours"])["median_s"])
 
     def target(peer: str) -> float | None:
         return next((value for name, value in targets.items() if name.startswith((f"{peer} / ours", "gain"))

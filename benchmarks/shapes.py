@@ -49,7 +49,7 @@ def random_model(config: ModelConfig, device: torch.device) -> Mistral:
         if weight.ndim == 2:
             state[name].normal_(std=0.02 if "embed" in name else weight.shape[1] ** -0.5, generator=generator)
     model.load_state_dict(state, assign=True)
-    return model.requires_grad_(False)
+    return model.requires_grad_(False).eval()
 
 
 def word_tokenizer(config: ModelConfig) -> Tokenizer:
@@ -63,15 +63,17 @@ def word_tokenizer(config: ModelConfig) -> Tokenizer:
 
 
 def transformers_model(ours: Mistral) -> Any:
-    """transformers' MistralModel on our weights (shared), attention by SDPA; a string if it is not installed."""
+    """transformers' model on our weights (shared), attention by SDPA; a string if it is not installed."""
     try:
         import transformers
     except ImportError:
         return "transformers is not installed"
-    config = transformers.MistralConfig(**{k: v for k, v in ours.config.to_json().items() if k != "torch_dtype"})
+    kind = ours.config.model_type.capitalize()  # Mistral or Llama
+    values = {k: v for k, v in ours.config.to_json().items() if k != "torch_dtype"}
+    config = getattr(transformers, f"{kind}Config")(**values)
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
-        model = transformers.MistralModel(config)
+        model = getattr(transformers, f"{kind}Model")(config)
     model.load_state_dict(ours.state_dict(), assign=True)
     device = ours.norm.weight.device
     model.rotary_emb = type(model.rotary_emb)(config).to(device)  # its buffers are not in the state

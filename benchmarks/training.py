@@ -44,7 +44,7 @@ def model_with_lora(s: Setting) -> Mistral:
     return model
 
 
-def peft_model(model: Mistral, base: Mistral, *, checkpointing: bool = False) -> Any:
+def peft_model(model: Mistral, base: Mistral, *, rank: int = RANK, checkpointing: bool = False) -> Any:
     """transformers with PEFT on the same base weights and A matrices; a string if it is not installed."""
     library = shapes.transformers_model(base)
     if isinstance(library, str):
@@ -53,7 +53,7 @@ def peft_model(model: Mistral, base: Mistral, *, checkpointing: bool = False) ->
         import peft
     except ImportError:
         return "peft is not installed"
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=TARGET_MODULES)
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=TARGET_MODULES)
     peer: Any = peft.get_peft_model(library, config)
     for name, layer in lora_layers(model).items():
         with torch.no_grad():

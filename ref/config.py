@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ref.utils.device import DTYPES, Backend
+from ref.utils.device import DTYPES, Backend, Dtype
 from ref.utils.files import check_type, read_json
 
 MISTRAL = "mistralai/Mistral-7B-v0.1"
@@ -76,6 +76,13 @@ class ModelConfig:
         if config.head_dim % 2:
             raise ValueError(f"{path}: 'head_dim' must be even (got {config.head_dim})")
         return config
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the transformer without a language-model head."""
+        heads = 2 * self.num_heads + 2 * self.num_kv_heads  # of q and o, k and v
+        layer = self.hidden_size * (heads * self.head_dim + 3 * self.intermediate_size + 2)
+        return self.hidden_size * (self.vocab_size + 1) + self.num_layers * layer
 
     def to_json(self) -> dict[str, Any]:
         """The same as a config.json that transformers 4 and 5 read, class MistralModel or LlamaModel."""
@@ -158,6 +165,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "temperature": 0.05, "teacher_temperature": 0.05, "learning_rate": 2e-3, "lr_scheduler": "cosine",
         "weight_decay": 0.3, "max_examples": 0, "max_text_tokens": 96, "epochs": 24, "mini_batch_tokens": 32768,
     },
+    # For pretrained models below a billion parameters, such as SmolLM2-135M; chosen on a held-out part of the training
+    # data: benchmarks/RECORDS.md.
+    "small-pretrained": {
+        "lora_rank": 16, "lora_alpha": 32.0, "batch_size": 64, "batch_size_symmetric": 64, "num_negatives": 3,
+        "in_batch_negatives": "all", "temperature": 0.05, "teacher_temperature": 0.05, "learning_rate": 1e-3,
+        "lr_scheduler": "cosine", "max_examples": 0, "max_text_tokens": 128,
+    },
 }
 
 
@@ -174,7 +188,8 @@ class TrainConfig:
     data: list[str] = _option(["data/soft_labels.jsonl"], "JSONL files with soft labels", group="input")
     model: str | None = _option(None, "tiny, a folder, a hub id, or a config.json for random initialisation "
                                 "(default: Mistral-7B-v0.1 on a GPU, else tiny)")
-    preset: str | None = _option(None, "paper or small (default: small for random initialisation, else paper)")
+    preset: str | None = _option(None, "paper, small or small-pretrained (default: small for random initialisation, "
+                                 "small-pretrained for a checkpoint below one billion parameters, else paper)")
     instruction: str | None = _option(None, "task instruction for lines without a prompt")
     eval_data: str | None = _option(None, "folder of retrieval sets, scored before and after training "
                                     "(default: held_out/ beside the first data file, if it exists)")
@@ -204,8 +219,8 @@ class TrainConfig:
     num_negatives: int = _option(7, "hard negatives per query, at most", least=0)
     in_batch_negatives: Literal["by-type", "all", "none"] = _option(
         "by-type", "tasks whose queries use the other passages of the batch as negatives")
-    mini_batch_tokens: int = _option(
-        16384, "tokens per forward and backward pass; about 3 MB each for the 7B model", least=1)
+    mini_batch_tokens: int | Literal["auto"] = _option(
+        "auto", "tokens per forward and backward pass; auto: as many as there is memory for", least=1)
     gradient_checkpointing: bool = _option(
         False, "keep only the inputs of blocks and recompute them in backward: a third more computation, for GPUs with "
         "little memory; lower --mini-batch-tokens first")
@@ -232,8 +247,8 @@ class TrainConfig:
     save_total_limit: int = _option(2, "saved states to keep", least=1)
     distributed_timeout: float = _option(600.0, "seconds that a rank waits for another", above=0)
     device: str | None = _option(None, "cpu or cuda (default: cuda if available)")
-    dtype: Literal["bfloat16", "float32"] | None = _option(
-        None, "precision of the forward pass (default: bfloat16 on cuda, float32 on cpu)")
+    dtype: Dtype = _option("auto", "precision of the forward pass; auto: bfloat16 on cuda and on a CPU that is faster "
+                           "in it, but float32 on a CPU for --train all")
     backend: Backend | None = _option(
         None, "implementation of pooling and loss (default: triton on cuda, chunked on cpu)")
 

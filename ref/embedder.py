@@ -27,7 +27,7 @@ from ref.model.transformer import Mistral
 from ref.text.prompts import InContextExample, PromptEncoder, load_prompt_encoder
 from ref.text.tokenizer import Tokenizer
 from ref.utils.dedup import first_occurrence, scatter_to_duplicates, unique_index
-from ref.utils.device import DTYPES, Backend, resolve_backend, resolve_device
+from ref.utils.device import DTYPES, Backend, resolve_backend, resolve_device, resolve_dtype
 from ref.utils.prefetch import AsyncCopies, prefetch
 from ref.utils.progress import progress_bar
 
@@ -50,19 +50,17 @@ class Embedder:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, *, device: str | None = None, dtype: str | None = None, template: str | None = None,
+        cls, name: str | Path, *, device: str | None = None, dtype: str = "auto", template: str | None = None,
         max_text_tokens: int | None = None, tokens_per_batch: int | None = None,
     ) -> "Embedder":
         """Load a run folder of run_train.py, a checkpoint or adapter folder, or a hub id.
 
         Template and token limits come from the model's embedder.json, for a known hub id from
-        ref/model/known_models.py, else they are the paper's. `dtype`: bfloat16 or float32 (default: bfloat16 on cuda,
-        float32 on a CPU). Adapters are merged. Raises ValueError that names file and tensor for anything malformed.
+        ref/model/known_models.py, else they are the paper's. `dtype`: auto, bfloat16 or float32 (device.py). Adapters
+        are merged. Raises ValueError that names file and tensor for anything malformed.
         """
         where = resolve_device(device)
-        if dtype not in (None, "bfloat16", "float32"):
-            raise ValueError(f"dtype must be bfloat16 or float32 (got {dtype!r:.60})")
-        precision = DTYPES[dtype or ("bfloat16" if where.type == "cuda" else "float32")]
+        precision = DTYPES[resolve_dtype(dtype, where)[0]]
         folder = resolve_checkpoint(str(name))
         model, tokenizer = load_model_and_tokenizer(folder, device=where, dtype=precision)
         check_known_vocab(str(name), model.config.vocab_size)

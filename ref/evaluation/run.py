@@ -27,6 +27,7 @@ from ref.evaluation.results import TaskScore, score_task
 from ref.evaluation.retrieval import TextEmbedder
 from ref.evaluation.tasks import TaskSelection, benchmark_tasks, is_official, select_tasks, task_folders
 from ref.utils.block_cache import BlockCache
+from ref.utils.device import resolve_device, resolve_dtype
 from ref.utils.distributed import Distributed
 from ref.utils.environment import environment_info, utc_now
 
@@ -48,6 +49,7 @@ class EvalConfig:
     embedding_cache: Path | None = None
     embedding_cache_gb: float = 50.0
     max_text_tokens: int | None = None
+    dtype: str = "auto"
 
 
 def silence_libraries() -> None:
@@ -70,8 +72,11 @@ def evaluate(config: EvalConfig) -> int:
     distributed = Distributed()
     few_shot = {} if distributed.rank else load_examples(
         selection.tasks, folders, count=config.examples, path=config.examples_file, seed=config.seed)
+    dtype, why = resolve_dtype(config.dtype, resolve_device())
+    if distributed.rank == 0:
+        print(f"dtype: {dtype} ({why})")
     embedder = Embedder.from_pretrained(
-        config.model, max_text_tokens=config.max_text_tokens, template=config.template)
+        config.model, dtype=dtype, max_text_tokens=config.max_text_tokens, template=config.template)
     sharded = DistributedEmbedder(embedder, distributed)
     if distributed.rank:
         sharded.worker_loop()

@@ -19,7 +19,7 @@ from ref.model.adapter import adapter_chain
 from ref.model.checkpoint import ADAPTER_CONFIG, resolve_checkpoint
 from ref.text.prompts import PROMPT_FILE
 from ref.utils.block_cache import model_hash
-from ref.utils.device import resolve_device
+from ref.utils.device import resolve_device, resolve_dtype
 from ref.utils.files import read_json
 
 OTHER_FORMATS = ["*.bin", "*.onnx", "onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot", "*.gguf"]
@@ -30,6 +30,7 @@ class Retriever(Protocol):
 
     name: str
     key: str  # a hash of all that the vectors depend on besides the texts
+    precision: str  # dtype, and why
 
     def encode_queries(self, texts: Sequence[str], instruction: str | None) -> np.ndarray: ...
 
@@ -41,6 +42,7 @@ class Reranker(Protocol):
 
     name: str
     key: str
+    precision: str
 
     def score_pairs(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray: ...
 
@@ -48,15 +50,16 @@ class Reranker(Protocol):
 class EmbedderRetriever:
     """A model of this project."""
 
-    def __init__(self, name: str, device: str | None) -> None:
+    def __init__(self, name: str, device: str | None, dtype: str) -> None:
         self.name, self.device = name, resolve_device(device)
-        precision = "bfloat16" if self.device.type == "cuda" else "float32"
-        self.key = " ".join([*map(model_hash, adapter_chain(resolve_checkpoint(name))), precision])
+        self.dtype, why = resolve_dtype(dtype, self.device)
+        self.precision = f"{self.dtype} ({why})"
+        self.key = " ".join([*map(model_hash, adapter_chain(resolve_checkpoint(name))), self.dtype])
 
     @cached_property
     def embedder(self) -> Embedder:
         """The model, loaded at the first use."""
-        return Embedder.from_pretrained(self.name, device=str(self.device))
+        return Embedder.from_pretrained(self.name, device=str(self.device), dtype=self.dtype)
 
     def encode_queries(self, texts: Sequence[str], instruction: str | None) -> np.ndarray:
         return self.embedder.encode(texts, instruction=instruction)
@@ -68,15 +71,17 @@ class EmbedderRetriever:
 class SentenceTransformerRetriever:
     """A sentence-transformers model."""
 
-    def __init__(self, name: str, device: str | None) -> None:
+    def __init__(self, name: str, device: str | None, dtype: str) -> None:
         _sentence_transformers()
         self.name, self.folder, self.device = name, _model_folder(name), resolve_device(device)
-        self.key = f"{model_hash(self.folder)} {self.device.type}"
+        self.options, self.precision = _library_dtype(dtype)
+        self.key = " ".join([model_hash(self.folder), self.device.type, *self.options.values()])
 
     @cached_property
     def model(self) -> Any:
         """The model, loaded at the first use."""
-        return _sentence_transformers().SentenceTransformer(str(self.folder), device=str(self.device))
+        return _sentence_transformers().SentenceTransformer(
+            str(self.folder), device=str(self.device), model_kwargs=self.options)
 
     def encode_queries(self, texts: Sequence[str], instruction: str | None) -> np.ndarray:
         return self._encode(self.model.encode_query, texts)
@@ -94,7 +99,7 @@ class SentenceTransformerRetriever:
 class CrossEncoderReranker:
     """A sentence-transformers CrossEncoder."""
 
-    def __init__(self, name: str, device: str | None) -> None:
+    def __init__(self, name: str, device: str | None, dtype: str) -> None:
         _sentence_transformers()
         self.name, self.folder, self.device = name, _model_folder(name), resolve_device(device)
         config = read_json(self.folder / "config.json")
@@ -105,30 +110,31 @@ class CrossEncoderReranker:
         num_labels = config.get("num_labels", len(config.get("id2label", ("one", "two"))))  # the library's default: two
         if num_labels != 1:
             raise ValueError(f"--reranker {name}: must have one output, the relevance of a passage (got {num_labels})")
-        self.key = f"{model_hash(self.folder)} {self.device.type}"
+        self.options, self.precision = _library_dtype(dtype)
+        self.key = " ".join([model_hash(self.folder), self.device.type, *self.options.values()])
 
     @cached_property
     def model(self) -> Any:
         """The model, loaded at the first use; the identity activation keeps raw logits."""
         return _sentence_transformers().CrossEncoder(
-            str(self.folder), device=str(self.device), activation_fn=torch.nn.Identity())
+            str(self.folder), device=str(self.device), activation_fn=torch.nn.Identity(), model_kwargs=self.options)
 
     def score_pairs(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         scores: np.ndarray = self.model.predict(list(pairs), convert_to_numpy=True, show_progress_bar=False)
         return scores.astype(np.float32)
 
 
-def load_retriever(name: str, device: str | None) -> Retriever:
+def load_retriever(name: str, device: str | None, dtype: str = "auto") -> Retriever:
     """A model of this project if the folder has its files, else one of sentence-transformers; ValueError if neither."""
     files = ("run.json", PROMPT_FILE, ADAPTER_CONFIG)
     if Path(name).is_dir() and any((Path(name) / file).exists() for file in files):
-        return EmbedderRetriever(name, device)
-    return SentenceTransformerRetriever(name, device)
+        return EmbedderRetriever(name, device, dtype)
+    return SentenceTransformerRetriever(name, device, dtype)
 
 
-def load_reranker(name: str, device: str | None) -> Reranker:
+def load_reranker(name: str, device: str | None, dtype: str = "auto") -> Reranker:
     """A CrossEncoder by hub id or folder."""
-    return CrossEncoderReranker(name, device)
+    return CrossEncoderReranker(name, device, dtype)
 
 
 def check_finite(output: np.ndarray, texts: Sequence[Any], model: str) -> np.ndarray:
@@ -137,6 +143,11 @@ def check_finite(output: np.ndarray, texts: Sequence[Any], model: str) -> np.nda
     if len(bad):
         raise ValueError(f"{model}: the output is not finite for {texts[bad[0]]!r:.120}")
     return output
+
+
+def _library_dtype(dtype: str) -> tuple[dict[str, str], str]:
+    """Options for a model that sentence-transformers loads, and what to print: `auto` leaves the choice to it."""
+    return ({}, "dtype of its library") if dtype == "auto" else ({"dtype": dtype}, f"{dtype} (as given)")
 
 
 def _sentence_transformers() -> Any:

@@ -14,8 +14,9 @@ For W = 3 and one text behind a prefix of two tokens (rows are queries, columns 
         i=3   . x     x x .
         i=4   . .     x x x
 
-On a CPU, consecutive texts of equal length form a batch without padding, and scaled_dot_product_attention runs once for
-each such group. On CUDA, FlexAttention evaluates the rule itself (flex.py). Tests check that both agree.
+On a CPU, consecutive texts of similar length form a bucket, padded on the right to its longest text (packing.py).
+`softmax_attention` or scaled_dot_product_attention runs once for each bucket. A causal query never looks right, so
+padding needs no mask of its own. On CUDA, FlexAttention evaluates the rule itself (flex.py). Tests hold all equal.
 
 N counts the query positions: all T tokens, or in the last layer only the B last tokens.
 Source: Mistral 7B, arXiv 2310.06825, section 2; grouped queries: arXiv 2305.13245.
@@ -31,6 +32,10 @@ from torch import Tensor
 from ref.model.flex import build_block_mask, flex_attention
 from ref.model.packing import PackedBatch
 
+# Up to this many scores of a head and text, softmax_attention's backward is faster on a CPU than that of
+# scaled_dot_product_attention, in bf16 6 to 2 times (40 to 128 tokens); beyond it keeps too much for backward.
+MAX_SCORES = 256**2
+
 KeyValue = tuple[Tensor, Tensor]  # of one layer, keys rotated: (T, G, K) of a packed batch, (S, G, K) of a prefix
 
 
@@ -41,6 +46,7 @@ class AttentionMask:
     batch: PackedBatch
     sliding_window: int | None  # keys that a query attends to, its own included; None: all before it
     query_rows: Tensor | None = None  # (B,) the query positions; None: all tokens
+    training: bool = False  # a backward pass may follow, as module.training says
     block_mask: Any = None  # FlexAttention's BlockMask, on CUDA
 
     def queries(self, x_TD: Tensor) -> Tensor:
@@ -49,13 +55,13 @@ class AttentionMask:
 
 
 def attention_mask(
-    batch: PackedBatch, sliding_window: int | None, *, last_token_only: bool = False,
+    batch: PackedBatch, sliding_window: int | None, *, last_token_only: bool = False, training: bool = False,
 ) -> AttentionMask:
     """Build the mask; with `last_token_only` the query positions are the last tokens of the texts."""
     rows = batch.last_token_B if last_token_only else None
     on_cuda = batch.input_ids_T.device.type == "cuda"
     return AttentionMask(
-        batch, sliding_window, rows, build_block_mask(batch, rows, sliding_window) if on_cuda else None)
+        batch, sliding_window, rows, training, build_block_mask(batch, rows, sliding_window) if on_cuda else None)
 
 
 def attention(
@@ -64,36 +70,67 @@ def attention(
     """softmax(q k^T / sqrt(K)) v over the keys that `mask` allows, (N, H, K). Queries and keys come rotated."""
     if mask.block_mask is not None:
         return flex_attention(q_NHK, k_TGK, v_TGK, mask.block_mask, prefix)
-    return sdpa_attention(q_NHK, k_TGK, v_TGK, mask, prefix)
+    return bucketed_attention(q_NHK, k_TGK, v_TGK, mask, prefix)
 
 
-def sdpa_attention(
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v where `allowed`: (B, H, queries, K) to (B, G, keys, K); the softmax in fp32 at least.
+
+    The H / G query heads of a group lie below each other, so that one product with the group's keys serves them all.
+    """
+    texts, heads, queries, head_dim = q.shape
+    groups = k.shape[1]
+    q = (q * head_dim**-0.5).reshape(texts * groups, -1, head_dim)
+    k, v = k.flatten(0, 1), v.flatten(0, 1)
+    scores = (q @ k.transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32)).view(texts, heads, queries, -1)
+    weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+    return (weights.to(v.dtype).view(texts * groups, heads // groups * queries, -1) @ v).view(
+        texts, heads, queries, head_dim)
+
+
+def bucketed_attention(
     q_NHK: Tensor, k_TGK: Tensor, v_TGK: Tensor, mask: AttentionMask, prefix: KeyValue | None = None,
 ) -> Tensor:
-    """`attention` as one scaled_dot_product_attention for each group of consecutive texts of equal length."""
-    groups = mask.batch.equal_length_groups()
-    q_groups = q_NHK.split([count * length if mask.query_rows is None else count for count, length in groups])
-    k_groups, v_groups = (x_TGK.split([count * length for count, length in groups]) for x_TGK in (k_TGK, v_TGK))
+    """`attention` once for each bucket of the batch."""
+    batch, last_token_only = mask.batch, mask.query_rows is not None
+    buckets = batch.length_buckets
+    rows = [len(lengths) * max(lengths) for lengths in buckets]
+    q_parts = q_NHK.split(list(map(len, buckets))) if last_token_only else _pad(q_NHK, batch).split(rows)
+    k_parts, v_parts = (_pad(x_TGK, batch).split(rows) for x_TGK in (k_TGK, v_TGK))
     outputs = []
-    for (count, _), *qkv in zip(groups, q_groups, k_groups, v_groups, strict=True):
-        q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in qkv)  # (texts, heads, tokens, K)
+    for lengths, *qkv in zip(buckets, q_parts, k_parts, v_parts, strict=True):
+        q, k, v = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in qkv)  # (texts, heads, tokens, K)
         if prefix is not None:
-            k, v = (torch.cat((p_SGK.transpose(0, 1).expand(count, -1, -1, -1), x), dim=2)
+            k, v = (torch.cat((p_SGK.transpose(0, 1).expand(len(lengths), -1, -1, -1), x), dim=2)
                     for p_SGK, x in zip(prefix, (k, v), strict=True))
-        outputs.append(_equal_length_attention(q, k, v, mask.sliding_window).transpose(1, 2).flatten(0, 1))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        position = torch.tensor(lengths)[:, None, None] - 1 if last_token_only else torch.arange(max(lengths))
+        output = _bucket_attention(q, k, v, batch.prefix_length + position, mask)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return output if last_token_only or batch.padded_row_T is None else output.index_select(0, batch.padded_row_T)
 
 
-def _equal_length_attention(q: Tensor, k: Tensor, v: Tensor, sliding_window: int | None) -> Tensor:
-    """Attention of (texts, H, queries, K) to (texts, G, keys, K), both ending at the same token."""
-    queries, keys = q.shape[2], k.shape[2]
-    if queries == 1:  # the last token attends to the last W keys: no mask is needed
-        start = max(0, keys - sliding_window) if sliding_window else 0
-        return F.scaled_dot_product_attention(q, k[:, :, start:], v[:, :, start:], enable_gqa=True)
-    if queries == keys and (sliding_window is None or sliding_window >= keys):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    distance = torch.arange(keys - queries, keys, device=q.device)[:, None] - torch.arange(keys, device=q.device)
+def _pad(x_TGK: Tensor, batch: PackedBatch) -> Tensor:
+    """The rows of a packed batch at their places in the padded buckets, zeros between them."""
+    if batch.padded_row_T is None:
+        return x_TGK
+    rows = sum(len(lengths) * max(lengths) for lengths in batch.length_buckets)
+    return x_TGK.new_zeros(rows, x_TGK[0].numel()).index_copy(0, batch.padded_row_T, x_TGK.flatten(1)).unflatten(
+        1, x_TGK.shape[1:])
+
+
+def _bucket_attention(q: Tensor, k: Tensor, v: Tensor, position: Tensor, mask: AttentionMask) -> Tensor:
+    """Attention of queries at `position`, (queries,) for all texts or (texts, 1, 1), to the keys 0, 1, 2, …
+
+    Training uses one form with and without gradient: rounding must be equal in both passes of gradient caching.
+    """
+    sliding_window = mask.sliding_window
+    distance = position[..., None] - torch.arange(k.shape[2])
     allowed = distance >= 0
     if sliding_window is not None:
         allowed &= distance < sliding_window  # exactly W keys: distances 0 to W - 1
+    if mask.training and q.shape[2] * k.shape[2] <= MAX_SCORES:
+        return softmax_attention(q, k, v, allowed)
+    if q.shape[2] == k.shape[2] and (sliding_window is None or sliding_window >= k.shape[2]):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=True)

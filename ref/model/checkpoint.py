@@ -30,17 +30,17 @@ SMALL_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "specia
                INDEX, ADAPTER_CONFIG, ADAPTER_WEIGHTS]
 
 
-def resolve_checkpoint(name: str) -> Path:
+def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
     """The folder of a checkpoint or adapter: a folder, the model in a run folder, or a hub id (downloaded).
 
-    Of a hub repository only the index, the files it names and the small files beside them are fetched. Raises
+    Of a hub repository only the index, the small files and, with `weights`, the files it names are fetched. Raises
     ValueError if `name` is none of these, if a run has no model yet, or with the reason why the hub refuses.
     """
     if name and Path(name).is_dir():
         return _model_in_run(Path(name))
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise ValueError(f"model must be a folder with config.json or a hub id OWNER/NAME (got {name!r})")
-    return _download(name)
+    return _download(name, weights=weights)
 
 
 def _model_in_run(folder: Path) -> Path:
@@ -53,13 +53,13 @@ def _model_in_run(folder: Path) -> Path:
     raise ValueError(f"{folder}: the run has no model yet; continue it: run_train.py --resume --output {folder}")
 
 
-def _download(repository: str) -> Path:
+def _download(repository: str, *, weights: bool) -> Path:
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
     try:
         folder = Path(snapshot_download(repository, allow_patterns=SMALL_FILES))
-        if (folder / ADAPTER_CONFIG).exists():
+        if (folder / ADAPTER_CONFIG).exists() or not weights:
             return folder
         return Path(snapshot_download(repository, allow_patterns=[*SMALL_FILES, *shards(folder, must_exist=False)]))
     except hub.GatedRepoError:

@@ -6,13 +6,12 @@
                                              last_token_B     2 4         (the tokens that are pooled)
 
 Batches are formed from texts sorted by token count, so that a batch holds texts of similar length: on a CPU attention
-then runs over few groups of equal length.
+then runs over few buckets.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 
 import numpy as np
 import torch
@@ -53,9 +52,28 @@ class PackedBatch:
         """Index of each text's last token in the stream, (B,) int64."""
         return to_device(self.cu_seqlens[1:] - 1, self.input_ids_T.device)
 
-    def equal_length_groups(self) -> list[tuple[int, int]]:
-        """(number of texts, tokens of each) for consecutive texts of equal length."""
-        return [(len(list(texts)), length) for length, texts in groupby(self.lengths)]
+    @cached_property
+    def length_buckets(self) -> list[list[int]]:
+        """Lengths of consecutive texts in buckets, of which the shortest has at least 3/4 of the longest's tokens.
+
+        Example: lengths (8, 7, 6, 5, 2) -> [[8, 7, 6], [5], [2]].
+        """
+        buckets: list[list[int]] = []
+        for length in self.lengths:
+            if not buckets or 4 * min(*buckets[-1], length) < 3 * max(*buckets[-1], length):
+                buckets.append([])
+            buckets[-1].append(length)
+        return buckets
+
+    @cached_property
+    def padded_row_T(self) -> Tensor | None:
+        """Row of each token when every text is padded to the longest of its bucket; None if all rows stay."""
+        if all(min(lengths) == max(lengths) for lengths in self.length_buckets):
+            return None
+        width_B = np.concatenate([np.full(len(lengths), max(lengths)) for lengths in self.length_buckets])
+        start_B = np.cumsum(width_B) - width_B
+        document_ids_T, position_ids_T = self.host_ids
+        return to_device(start_B[document_ids_T] + position_ids_T - self.prefix_length, self.input_ids_T.device)
 
 
 def pack_sequences(

@@ -15,6 +15,7 @@ Source: Mistral 7B, arXiv 2310.06825; RMSNorm, arXiv 1910.07467, equation 4; Swi
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -143,8 +144,9 @@ class Mistral(nn.Module):
         """
         x_TD = self.embed_tokens(batch.input_ids_T)
         rotary = self._rotary(batch)
-        mask = attention_mask(batch, self.config.sliding_window)
-        last_mask = mask if every_token else attention_mask(batch, self.config.sliding_window, last_token_only=True)
+        build_mask = partial(attention_mask, batch, self.config.sliding_window, training=self.training)
+        mask = build_mask()
+        last_mask = mask if every_token else build_mask(last_token_only=True)
         *all_but_last, last = self._blocks()
         for number, block in enumerate(all_but_last):
             x_TD = self._run(block, x_TD, rotary, mask, prefix[number] if prefix else None)
@@ -154,7 +156,7 @@ class Mistral(nn.Module):
         """Keys and values of one text (the shared prefix) in each layer; the last layer computes only these."""
         x_TD = self.embed_tokens(batch.input_ids_T)
         rotary = self._rotary(batch)
-        mask = attention_mask(batch, self.config.sliding_window)
+        mask = attention_mask(batch, self.config.sliding_window, training=self.training)
         *all_but_last, last = self._blocks()
         key_values = []
         for block in all_but_last:

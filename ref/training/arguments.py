@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from ref.config import PRESETS, TrainConfig
+from ref.training.model_source import ModelSource
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options that were given; those not given are absent. `train_config` adds preset and defaults."""
     parser = argparse.ArgumentParser(
         description="Train an LLM text embedder from soft labels. The defaults below are those of --preset paper; "
-        "--preset small, the default for random initialisation, changes some (docs/training.md).",
+        "--preset changes some (docs/training.md).",
         argument_default=argparse.SUPPRESS)
     group: Any = parser
     for item in dataclasses.fields(TrainConfig):
@@ -22,15 +23,16 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def train_config(given: argparse.Namespace, *, random_init: bool) -> TrainConfig:
+def train_config(given: argparse.Namespace, source: ModelSource) -> TrainConfig:
     """Defaults, overridden by the preset, overridden by the given options."""
     ends = [flag for flag in ("epochs", "steps", "minutes") if getattr(given, flag, None) is not None]
     if len(ends) > 1 and not getattr(given, "resume", False):
         raise ValueError(f"{' and '.join(f'--{flag}' for flag in ends)} exclude each other; give one")
-    name = getattr(given, "preset", None) or ("small" if random_init else "paper")
+    name = getattr(given, "preset", None) or source.default_preset()
     if name not in PRESETS:
         raise ValueError(f"--preset must be one of {', '.join(PRESETS)} (got {name!r})")
-    return TrainConfig(**{**PRESETS[name], "train": "all" if random_init else "lora", **vars(given), "preset": name})
+    train = "lora" if source.config is None else "all"
+    return TrainConfig(**{**PRESETS[name], "train": train, **vars(given), "preset": name})
 
 
 def _argument(item: "dataclasses.Field[Any]") -> dict[str, Any]:
@@ -47,12 +49,14 @@ def _argument(item: "dataclasses.Field[Any]") -> dict[str, Any]:
         return {**keywords, "choices": get_args(kinds[0])}
     if isinstance(kinds[0], str):
         return {**keywords, "choices": kinds}
-    return {**keywords, "type": _optional(kinds[0]) if type(None) in get_args(item.type) else kinds[0]}
+    words = {word: word for other in kinds[1:] for word in get_args(other)}
+    words |= {"none": None} if type(None) in get_args(item.type) else {}
+    return {**keywords, "type": _or_word(kinds[0], words) if words else kinds[0]}
 
 
-def _optional(kind: type) -> Any:
-    """A converter that also accepts the word "none"."""
+def _or_word(kind: type, words: dict[str, Any]) -> Any:
+    """A converter that also accepts some words."""
     def convert(text: str) -> Any:
-        return None if text == "none" else kind(text)
+        return words[text] if text in words else kind(text)
     convert.__name__ = kind.__name__
     return convert

@@ -8,13 +8,16 @@ import torch
 
 from ref.config import MISTRAL, TINY, ModelConfig, TrainConfig
 from ref.embedder import load_model_and_tokenizer
+from ref.model.adapter import adapter_chain
 from ref.model.checkpoint import resolve_checkpoint
 from ref.model.lora import apply_lora
 from ref.model.transformer import Mistral, init_weights
 from ref.text.prompts import PromptEncoder, get_template
 from ref.text.tokenizer import Tokenizer, train_tokenizer
 from ref.training.data import SoftLabelDataset
-from ref.utils.device import DTYPES
+from ref.utils.device import DTYPES, resolve_dtype
+
+SMALL = 10**9  # parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +27,14 @@ class ModelSource:
     name: str
     reason: str
     config: ModelConfig | None = None  # None: a checkpoint
+
+    def default_preset(self) -> str:
+        """small for random initialisation; for a checkpoint by its size, which config.json tells."""
+        if self.config is not None:
+            return "small"
+        folder = adapter_chain(resolve_checkpoint(self.name, weights=False))[-1]
+        config = ModelConfig.from_file(folder / "config.json")
+        return "small-pretrained" if config.num_parameters < SMALL else "paper"
 
 
 def resolve_model(name: str | None) -> ModelSource:
@@ -48,7 +59,7 @@ def build_model(
     Trainable parameters are fp32; a frozen base has the dtype of the forward pass.
     """
     template = get_template(config.template, "--template")
-    dtype = DTYPES[config.dtype or "float32"] if config.train == "lora" else torch.float32
+    dtype = DTYPES[resolve_dtype(config.dtype, device)[0]] if config.train == "lora" else torch.float32
     if source.config is None:
         model, tokenizer = load_model_and_tokenizer(resolve_checkpoint(source.name), device=device, dtype=dtype)
     else:

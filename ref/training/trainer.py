@@ -106,6 +106,7 @@ class Trainer:
 
         `stop`: whether this rank received Ctrl-C; the metric `stop` is the number of such ranks.
         """
+        assert self.config.mini_batch_tokens != "auto", "resolve it first (memory.py)"
         cache = GradientCache(self.model, prepared.groups, mini_batch_tokens=self.config.mini_batch_tokens,
                               backend=self.backend)
         mixed = self.config.train == "all" and self.config.dtype == "bfloat16"

@@ -55,6 +55,24 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+@pytest.mark.parametrize(("given", "dtype", "why"), [
+    ([], "bfloat16", "this processor's matrix products are 4.0 times as fast in bfloat16"),
+    (["--dtype", "float32"], "float32", "as given")])
+def test_dtype(
+    given: list[str], dtype: str, why: str, world: Path, model: Path, tmp_path: Path, monkeypatch: Any, capsys: Any,
+) -> None:
+    """Chosen by the processor's speed or given, printed, and passed to the embedder."""
+    seen: list[str] = []
+
+    def load(name: str, **options: Any) -> None:
+        seen.append(options["dtype"])
+        raise ValueError("that is all")
+    monkeypatch.setattr("ref.utils.device.bfloat16_rate", lambda: 4.0)
+    monkeypatch.setattr("ref.embedder.Embedder.from_pretrained", load)
+    assert run_eval.main([*command(model, world, tmp_path / "out"), "--tasks", "STS", *given]) == 2
+    assert seen == [dtype] and f"dtype: {dtype} ({why})\n" in capsys.readouterr().out
+
+
 def test_the_command_scores_resumes_and_lists_missing_tasks(
     world: Path, model: Path, tmp_path: Path, embedder: WordHash, capsys: Any
 ) -> None:

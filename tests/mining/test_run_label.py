@@ -130,6 +130,19 @@ def test_positives_of_the_same_query_on_other_lines_are_no_negatives(label, raw,
     assert label("--rule", "margin", "--value", "nan") == 2
 
 
+def test_dtype_of_the_retriever(label, tmp_path, capsys, monkeypatch):
+    """Printed with the reason; vectors of another dtype are not taken from the cache."""
+    assert label("--dtype", "float32") == 0
+    assert "; float32 (as given)\n" in capsys.readouterr().out
+    monkeypatch.setattr("ref.utils.device.bfloat16_rate", lambda: 4.0)
+    assert label(output="low.jsonl") == 0
+    printed = capsys.readouterr().out
+    assert "; bfloat16 (this processor's matrix products are 4.0 times as fast in bfloat16)\n" in printed
+    assert not re.search(r"computed: 0$", printed, re.MULTILINE)
+    for name, dtype in (("out.json", "float32"), ("low.json", "bfloat16")):
+        assert json.loads((tmp_path / name).read_text())["teacher"]["retriever_hash"].split()[-1] == dtype
+
+
 def test_another_rule_computes_nothing(label, tmp_path, capsys, monkeypatch):
     assert label() == 0
     assert "blocks from the cache:" in capsys.readouterr().out
@@ -191,7 +204,7 @@ def test_a_cache_of_another_model_is_not_used(label, tmp_path, retriever, capsys
 class Stub:
     """A reranker: the share of the query's words that a passage has, as a logit."""
 
-    name, key = "stub", "stub"
+    name, key, precision = "stub", "stub", "exact"
 
     def score_pairs(self, pairs):
         return np.array([4 * len(set(q.split()) & set(p.split())) / len(set(q.split())) - 2 for q, p in pairs],

@@ -1,4 +1,4 @@
-"""Attention: SDPA and FlexAttention against fp64 loops, and FlexAttention's table of blocks against the mask itself."""
+"""Attention in buckets and by FlexAttention against fp64 loops; FlexAttention's table of blocks against the mask."""
 
 import itertools
 import math
@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ref.model import attention as attention_module
 from ref.model import flex
-from ref.model.attention import AttentionMask, KeyValue, attention, attention_mask, sdpa_attention
+from ref.model.attention import AttentionMask, KeyValue, attention, attention_mask, bucketed_attention
 from ref.model.flex import block_table, build_block_mask, flex_attention, mask_mod
 from ref.model.packing import PackedBatch, pack_sequences
 
@@ -44,6 +45,13 @@ def attention_by_loops(
     return torch.stack(rows)
 
 
+def as_in_training(
+    q_NHK: Tensor, k_TGK: Tensor, v_TGK: Tensor, mask: AttentionMask, prefix: KeyValue | None = None,
+) -> Tensor:
+    """`attention` as a model in training mode computes it: by softmax_attention."""
+    return attention(q_NHK, k_TGK, v_TGK, replace(mask, training=True), prefix)
+
+
 def by_flex_attention(
     q_NHK: Tensor, k_TGK: Tensor, v_TGK: Tensor, mask: AttentionMask, prefix: KeyValue | None = None,
 ) -> Tensor:
@@ -52,7 +60,7 @@ def by_flex_attention(
     return attention(q_NHK, k_TGK, v_TGK, replace(mask, block_mask=block_mask), prefix)
 
 
-IMPLEMENTATIONS = pytest.mark.parametrize("implementation", [attention, by_flex_attention])
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", [attention, as_in_training, by_flex_attention])
 
 
 @IMPLEMENTATIONS
@@ -63,11 +71,11 @@ def test_equals_loops(
     implementation: Callable[..., Tensor], sliding_window: int | None, prefix_length: int, num_heads: int,
     num_kv_heads: int, last_token_only: bool,
 ) -> None:
-    """Texts of several lengths, last tokens alone, a prefix; gradients too, which FlexAttention lacks on a CPU."""
-    packed = pack_sequences([[0] * n for n in (5, 5, 1, 9, 2)], device=CPU, prefix_length=prefix_length)
+    """Texts of several lengths, two padded; last tokens alone, a prefix; gradients, which FlexAttention lacks here."""
+    packed = pack_sequences([[0] * n for n in (5, 4, 1, 9, 7, 2)], device=CPU, prefix_length=prefix_length)
     mask = attention_mask(packed, sliding_window, last_token_only=last_token_only)
-    queries, with_gradient = 5 if last_token_only else 22, implementation is attention
-    shapes = [(queries, num_heads, 6), *[(22, num_kv_heads, 6)] * 2, *[(prefix_length, num_kv_heads, 6)] * 2]
+    queries, with_gradient = 6 if last_token_only else 28, implementation is not by_flex_attention
+    shapes = [(queries, num_heads, 6), *[(28, num_kv_heads, 6)] * 2, *[(prefix_length, num_kv_heads, 6)] * 2]
     inputs = [torch.randn(shape, requires_grad=with_gradient) for shape in shapes]
     weight = torch.randn(queries, num_heads, 6)
 
@@ -81,17 +89,42 @@ def test_equals_loops(
         torch.testing.assert_close(ours.double(), truth.double(), rtol=1e-5, atol=3e-6)
 
 
+def test_training_uses_the_softmax_form_for_short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to MAX_SCORES scores of a text; both forms agree, so that the choice is no other result."""
+    used = []
+    original = attention_module.softmax_attention
+    monkeypatch.setattr(attention_module, "softmax_attention", lambda *given: used.append(1) or original(*given))
+    monkeypatch.setattr(attention_module, "MAX_SCORES", 16)
+    for length, training, expected in ((4, True, 1), (5, True, 0), (4, False, 0)):
+        used.clear()
+        q, k, v = (torch.randn(length, 2, 4) for _ in range(3))
+        mask = attention_mask(pack_sequences([[0] * length], device=CPU), 3, training=training)
+        assert (attention(q, k, v, mask).double() - attention_by_loops(q, k, v, mask)).abs().max() < 1e-6
+        assert len(used) == expected
+
+
+def test_control_padding_that_is_seen_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Last tokens at the bucket's end instead of their own text's."""
+    packed = pack_sequences([[0] * 4, [0] * 3], device=CPU)
+    q, (k, v) = torch.randn(2, 2, 4), (torch.randn(7, 2, 4) for _ in range(2))
+    mask = attention_mask(packed, None, last_token_only=True)
+    truth = attention_by_loops(q, k, v, mask)
+    assert (attention(q, k, v, mask).double() - truth).abs().max() < 1e-5
+    monkeypatch.setattr(torch, "tensor", lambda lengths: torch.full((len(lengths),), max(lengths)))
+    assert (attention(q, k, v, mask).double() - truth).abs().max() > 1e-3
+
+
 def test_the_mask_selects_the_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mask without a block mask is SDPA's, one with it FlexAttention's; a CPU's mask has none."""
     mask = attention_mask(pack_sequences([[0] * 4], device=CPU), None)
     assert mask.block_mask is None
     called = []
-    for name in ("sdpa_attention", "flex_attention"):
+    for name in ("bucketed_attention", "flex_attention"):
         monkeypatch.setattr(f"ref.model.attention.{name}", lambda *_, name=name: called.append(name))
     q, k, v = (torch.randn(4, 2, 4) for _ in range(3))
     attention(q, k, v, mask)
     attention(q, k, v, replace(mask, block_mask=object()))
-    assert called == ["sdpa_attention", "flex_attention"]
+    assert called == ["bucketed_attention", "flex_attention"]
 
 
 @IMPLEMENTATIONS
@@ -118,7 +151,7 @@ def test_control_a_window_off_by_one_is_noticed() -> None:
     q, k, v = (torch.randn(9, 2, 4) for _ in range(3))
     truth = attention_by_loops(q, k, v, attention_mask(packed, 4))
     for wrong in (3, 5):
-        assert (sdpa_attention(q, k, v, attention_mask(packed, wrong)).double() - truth).abs().max() > 1e-3
+        assert (bucketed_attention(q, k, v, attention_mask(packed, wrong)).double() - truth).abs().max() > 1e-3
 
 
 # ---- FlexAttention's block table -----------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from ref.model import compiled_block as module
-from ref.model.attention import AttentionMask, attention_mask, sdpa_attention
+from ref.model.attention import AttentionMask, attention_mask, bucketed_attention
 from ref.model.compiled_block import after_attention, before_attention, compiled_block
 from ref.model.lora import apply_lora, lora_layers
 from ref.model.packing import pack_sequences
@@ -48,17 +48,17 @@ def test_a_compiled_block_keeps_only_what_backward_needs(small_model: Callable[.
     model, rank = small_model(num_layers=1, hidden_size=64, intermediate_size=224), 2
     apply_lora(model, rank=rank, alpha=8.0, dropout=0.0, target_modules=ALL)
     block = model.layers[0]
-    packed = pack_sequences(random_ids([64] * 4), device=CPU)
+    packed = pack_sequences(random_ids([320]), device=CPU)  # longer than softmax_attention takes
     mask = AttentionMask(packed, None)
     x_TD, rotary = model.embed_tokens(packed.input_ids_T).requires_grad_(), model._rotary(packed)
 
     def run_compiled() -> None:
         q_THK, key_value = before(block, x_TD, rotary, None)
-        after(block, x_TD, sdpa_attention(q_THK, *key_value, mask), None).sum()
+        after(block, x_TD, bucketed_attention(q_THK, *key_value, mask), None).sum()
 
     run_compiled()
     config = model.config
-    q, kv, tokens = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, 256
+    q, kv, tokens = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, 320
     needed = 4 * tokens * (2 * config.hidden_size + 2 * q + 2 * kv + 2 * config.intermediate_size + 7 * rank)
     angles_and_norms = 4 * tokens * (config.head_dim + config.num_heads + 3)
     assert needed < bytes_kept(run_compiled, model.parameters()) <= needed + angles_and_norms
@@ -86,7 +86,7 @@ def test_the_halves_are_compiled_once_for_all_layers_and_lengths(
 
     def compiled(block: Block, x_TD: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask) -> Tensor:
         q_THK, key_value = before(block, x_TD, rotary, None)
-        return after(block, x_TD, sdpa_attention(q_THK, *key_value, mask), None)
+        return after(block, x_TD, bucketed_attention(q_THK, *key_value, mask), None)
 
     with torch.set_grad_enabled(train):
         for lengths in ((5, 5, 3), (9, 2), (4, 7, 7, 1)):

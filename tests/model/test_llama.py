@@ -44,6 +44,7 @@ def test_hidden_states_equal_transformers(tmp_path, seed, case):
     theirs = random_llama(tmp_path / "model", draw)
     ours = load_model(tmp_path / "model", device=CPU, dtype=torch.float32)
     assert ours.config.sliding_window is None and ours.config.model_type == "llama"
+    assert ours.config.num_parameters == sum(parameter.numel() for parameter in ours.parameters())
     texts = [[draw.randrange(61) for _ in range(draw.randrange(1, 30))] for _ in range(5)]
     with torch.no_grad():
         hidden_TD = ours.norm(ours(pack_sequences(texts, device=CPU), every_token=True))

@@ -106,7 +106,7 @@ def test_dropout_in_training_only(small_model: Callable[..., Mistral]) -> None:
     torch_seed = torch.initial_seed()
     model = adapted(small_model(), dropout=0.5)
     torch.manual_seed(torch_seed)
-    truth = hidden(adapted(small_model(), dropout=0.0))
+    truth = hidden(adapted(small_model(), dropout=0.0).eval())
     assert torch.equal(hidden(model.eval()), truth)
     model.train()
     torch.manual_seed(1)

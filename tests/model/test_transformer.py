@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import MistralConfig, MistralModel
 
 from ref.model import transformer
-from ref.model.attention import AttentionMask, KeyValue, sdpa_attention
+from ref.model.attention import AttentionMask, KeyValue, bucketed_attention
 from ref.model.checkpoint import load_model, save_model
 from ref.model.packing import PackedBatch, pack_sequences
 from ref.model.rope import apply_rotary, rotary_cos_sin
@@ -192,12 +192,12 @@ def larger_eps(model: Mistral, _: pytest.MonkeyPatch) -> None:
 def interleaved_heads(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, prefix: KeyValue | None) -> Tensor:
     """Query head h with key/value head h mod G instead of h // (H / G)."""
     copies = q.shape[1] // k.shape[1]
-    return sdpa_attention(q, k.repeat(1, copies, 1), v.repeat(1, copies, 1), mask, prefix)
+    return bucketed_attention(q, k.repeat(1, copies, 1), v.repeat(1, copies, 1), mask, prefix)
 
 
 def texts_as_one(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, prefix: KeyValue | None) -> Tensor:
     ids_T = mask.batch.input_ids_T
-    return sdpa_attention(q, k, v, replace(mask, batch=PackedBatch(ids_T, (len(ids_T),))), prefix)
+    return bucketed_attention(q, k, v, replace(mask, batch=PackedBatch(ids_T, (len(ids_T),))), prefix)
 
 
 def patch(name: str, value: Callable[..., Any]) -> Callable[[Mistral, pytest.MonkeyPatch], None]:

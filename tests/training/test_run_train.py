@@ -26,10 +26,11 @@ from conftest import draw_training_lines
 
 import run_train
 from ref import Embedder
-from ref.config import TrainConfig
+from ref.config import PRESETS, TrainConfig
 from ref.model.checkpoint import read_tensors
 from ref.text.prompts import InContextExample
-from ref.training import metrics, run_dir
+from ref.training import metrics, model_source, run_dir
+from ref.training.arguments import parse_args, train_config
 from ref.training.data import Task
 from ref.training.export import named_prompts
 from ref.training.trainer import Trainer, learning_rate
@@ -436,7 +437,7 @@ def test_why_prompts_have_no_examples(place, options, words, capsys):
     (["--model", "nowhere"], r"must be a folder with config.json or a hub id OWNER/NAME .got 'nowhere'"),
     (["--model", "none.json"], r"none\.json: file does not exist"),
     (["--model", "own/er/name"], r"must be a folder with config.json or a hub id"),
-    (["--preset", "huge"], r"--preset must be one of paper, small .got 'huge'"),
+    (["--preset", "huge"], r"--preset must be one of paper, small, small-pretrained .got 'huge'"),
     (["--template", "mine"], r"--template must be one of paper, bge-en-icl .got 'mine'"),
     (["--learning-rate", "-1"], r"--learning-rate must be a finite number > 0 .got -1"),
     (["--learning-rate", "nan"], r"--learning-rate must be .*got nan"),
@@ -513,6 +514,39 @@ def test_the_loss_is_fp32_whatever_the_model_computes_in(place, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------- options
+
+def test_the_first_lines_say_dtype_and_mini_batches_and_why(place, capsys, monkeypatch):
+    """A frozen base takes the faster dtype; --train all stays fp32 on a CPU, because its weights are."""
+    monkeypatch.setattr("ref.utils.device.bfloat16_rate", lambda: 4.0)
+    assert place.train("dtype-lora", "--train", "lora", "--lora-rank", 4, "--steps", 1, "--preset", "paper") == 0
+    printed = capsys.readouterr().out
+    assert "dtype: bfloat16 (this processor's matrix products are 4.0 times as fast in bfloat16)\n" in printed
+    assert re.search(r"^mini-batches: [\d,]+ tokens \([\d.]+ MB per token, [\d.]+ GB free\)$", printed, re.MULTILINE)
+    options = facts(place.folder / "dtype-lora")["options"]
+    assert options["dtype"] == "bfloat16" and options["mini_batch_tokens"] >= 256
+    assert place.train("dtype-all", "--steps", 1) == 0
+    assert "dtype: float32 (default on a CPU for --train all" in capsys.readouterr().out
+    assert place.train("dtype-note", "--dtype", "bfloat16", "--steps", 1) == 0
+    assert "dtype: bfloat16 (as given)\n" in capsys.readouterr().out
+
+
+def test_the_size_of_mini_batches_changes_rounding_alone(place):
+    for tokens in (64, "auto"):
+        assert place.train(f"tokens-{tokens}", "--mini-batch-tokens", tokens, "--steps", 3) == 0
+    few, auto = (rows_of(place.folder / name) for name in ("tokens-64", "tokens-auto"))
+    assert [row["loss"] for row in few] == pytest.approx([row["loss"] for row in auto], rel=1e-4)
+
+
+@pytest.mark.parametrize(("limit", "preset"), [(10**9, "small-pretrained"), (10, "paper")])
+def test_a_checkpoints_preset_depends_on_its_size(limit, preset, place, whole, fresh_adapter, monkeypatch):
+    """Of an adapter the size of its base decides."""
+    monkeypatch.setattr(model_source, "SMALL", limit)
+    for name in (whole / "model", whole, fresh_adapter / "adapter"):
+        given = parse_args(["--model", str(name)])
+        config = train_config(given, model_source.resolve_model(str(name)))
+        assert (config.preset, config.train) == (preset, "lora")
+        assert config.lora_rank == {**vars(TrainConfig()), **PRESETS[preset]}["lora_rank"]
+
 
 def test_without_a_gpu_the_default_is_tiny_and_says_so(place, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

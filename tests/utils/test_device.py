@@ -1,9 +1,9 @@
-"""Device and backend of a run."""
+"""Device, dtype and backend of a run."""
 
 import pytest
 import torch
 
-from ref.utils.device import resolve_backend, resolve_device
+from ref.utils.device import bfloat16_rate, resolve_backend, resolve_device, resolve_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -27,3 +27,38 @@ def test_devices(monkeypatch):
     for name in ("cuda", "cuda:1"):
         with pytest.raises(ValueError, match=f"^--device {name}: torch finds no CUDA GPU; use --device cpu$"):
             resolve_device(name)
+
+
+FASTER_IN_FP32 = "this processor's matrix products are 2.0 times as fast in float32"
+
+
+@pytest.mark.parametrize(("name", "rate", "dtype", "why"), [
+    ("auto", 4.0, "bfloat16", "this processor's matrix products are 4.0 times as fast in bfloat16"),
+    ("auto", 0.5, "float32", FASTER_IN_FP32),
+    ("auto", 1.1, "float32", "this processor's matrix products are 1.1 times as fast in bfloat16"),
+    ("bfloat16", 4.0, "bfloat16", "as given"),
+    ("bfloat16", 0.5, "bfloat16", f"as given; note: {FASTER_IN_FP32}"),
+    ("float32", None, "float32", "as given"),
+])
+def test_dtype_on_a_cpu(name, rate, dtype, why, monkeypatch):
+    monkeypatch.setattr("ref.utils.device.bfloat16_rate", lambda: rate)
+    assert resolve_dtype(name, CPU) == (dtype, why)
+
+
+def test_dtype_on_a_gpu_and_for_several_processes(monkeypatch):
+    """Nothing is measured: processes on different processors would choose differently."""
+    monkeypatch.setattr("ref.utils.device.bfloat16_rate", None)
+    assert resolve_dtype("auto", CUDA) == ("bfloat16", "default on a GPU")
+    assert resolve_dtype("bfloat16", CUDA) == ("bfloat16", "as given")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert resolve_dtype("auto", CPU) == ("float32", "default for several processes on a CPU")
+
+
+def test_an_unknown_dtype_is_named():
+    with pytest.raises(ValueError, match=r"^--dtype must be auto, bfloat16 or float32 \(got 'float16'\)$"):
+        resolve_dtype("float16", CPU)
+
+
+def test_the_measured_rate_is_that_of_this_process():
+    """tests/conftest.py turns bf16 in hardware off, so that emulation is measured: much slower on any machine."""
+    assert 0 < bfloat16_rate() < 0.8

@@ -1,0 +1,70 @@
+"""--mini-batch-tokens auto: bytes per token against a count by hand, the number computed from them, free memory."""
+
+import pytest
+import torch
+
+from ref.model.lora import apply_lora
+from ref.training import memory
+from ref.training.memory import auto_mini_batch_tokens, bytes_per_token, free_bytes
+
+CPU = torch.device("cpu")
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture
+def model(small_model):
+    model = small_model()
+    apply_lora(model, rank=4, alpha=8.0, dropout=0.1, target_modules=TARGETS)
+    return model
+
+
+def test_bytes_per_token_grow_with_the_depth_by_what_a_layer_keeps(small_model):
+    """At least its inputs, q, k, v, attention output, gate, up and their product, in fp32; at most three times that."""
+    found = {}
+    for layers in (2, 3, 4):
+        model = small_model(num_layers=layers)
+        apply_lora(model, rank=4, alpha=8.0, dropout=0.0, target_modules=TARGETS)
+        found[layers] = bytes_per_token(model, "chunked")
+    config = model.config
+    least = 4 * (2 * config.hidden_size + 2 * config.num_heads * config.head_dim
+                 + 2 * config.num_kv_heads * config.head_dim + 3 * config.intermediate_size)
+    scores = 4 * 128 * config.num_heads  # of texts of 128 tokens
+    assert found[4] - found[3] == found[3] - found[2]
+    assert least + scores <= found[3] - found[2] <= 3 * (least + scores)
+
+
+def test_checkpointing_keeps_the_inputs_of_blocks_alone(model):
+    plain = bytes_per_token(model, "chunked")
+    model.gradient_checkpointing = True
+    assert bytes_per_token(model, "chunked") < plain / 3
+
+
+def test_measuring_changes_nothing(model):
+    before, gradients = torch.get_rng_state(), [p.grad for p in model.parameters()]
+    auto_mini_batch_tokens(model, "chunked")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [p.grad for p in model.parameters()] == gradients == [None] * len(gradients)
+
+
+@pytest.mark.parametrize(("free", "each", "tokens"), [
+    (4e9, 1e6, 896), (4e9 + 1e8, 1e6, 1024), (24e9, 1.14e6, 5120), (1e8, 1e6, 256), (0, 1e6, 256)])
+def test_a_quarter_of_a_cpus_free_memory_rounded_down(free, each, tokens, model, monkeypatch):
+    """Gradients and moments of the adapters are subtracted; 256 tokens are the least, with advice."""
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    monkeypatch.setattr(memory, "bytes_per_token", lambda *_: each)
+    found, why = auto_mini_batch_tokens(model, "chunked")
+    assert found == tokens
+    assert f"{each / 1e6:.2f} MB per token, {free / 1e9:.1f} GB free" in why
+    assert ("--gradient-checkpointing" in why) == (free < 1e9)
+
+
+def test_free_memory_is_at_most_the_machines_and_shared_by_local_processes(monkeypatch):
+    monkeypatch.setattr(memory, "_machine_bytes", lambda: 8000)
+    monkeypatch.setattr(memory, "_container_bytes", lambda: [3000])
+    assert free_bytes(CPU) == 3000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert free_bytes(CPU) == 1500
+
+
+def test_free_memory_of_this_machine():
+    assert 1e8 < free_bytes(CPU) < 1e14
