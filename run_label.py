@@ -12,10 +12,11 @@ another rule takes seconds. Several GPUs: torchrun --nproc-per-node 8 run_label.
 
 import argparse
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import get_args
 
-from ref.mining.labels import TEACHER_TEMPERATURE, LabelConfig, rule_table, write_labels
+from ref.mining.labels import TEACHER_TEMPERATURE, LabelConfig, is_label_file, rule_table, write_labels
 from ref.mining.pipeline import LabellingPipeline, Retrieval, RetrievalConfig
 from ref.mining.rules import RULES
 from ref.mining.sources import Corpus, Pairs, corpus_from_pairs
@@ -24,6 +25,7 @@ from ref.mining.teachers import load_reranker, load_retriever
 from ref.utils.block_cache import BlockCache
 from ref.utils.device import Dtype
 from ref.utils.distributed import Distributed
+from ref.utils.outputs import claim_output
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -57,8 +59,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
             raise ValueError(f"--{name.replace('_', '-')} must be >= 1 (got {getattr(given, name)})")
     if given.output.suffix != ".jsonl" or given.output.is_dir():
         raise ValueError(f"--output must be a file that ends in .jsonl (got {given.output})")
-    if given.output.resolve() in [path.resolve() for path in (given.pairs, given.corpus) if path is not None]:
-        raise ValueError(f"--output must not be an input file (got {given.output})")
     return given
 
 
@@ -94,6 +94,13 @@ def build_pipeline(given: argparse.Namespace, distributed: Distributed) -> Label
                              device=given.device, instruction=given.instruction)
 
 
+def claim_labels(given: argparse.Namespace) -> AbstractContextManager[Path]:
+    """Hold --output and what is written beside it; labels of an earlier call may be replaced."""
+    inputs = [path for path in (given.pairs, given.corpus) if path is not None]
+    companions = [given.output.with_suffix(suffix) for suffix in (".json", ".png")]
+    return claim_output(given.output, inputs=inputs, companions=companions, is_ours=lambda: is_label_file(given.output))
+
+
 def label(pipeline: LabellingPipeline, config: LabelConfig, output: Path) -> None:
     """Write the labels and what is beside them, and print a summary."""
     description, statistics = write_labels(pipeline, config, output)
@@ -118,17 +125,19 @@ def main(arguments: list[str] | None = None) -> int:
         given = parse_args(arguments)
         config = label_config(given)
         distributed = Distributed()
-        pipeline = build_pipeline(given, distributed)
-        if distributed.rank == 0:
-            pipeline.print_changes()
-        pipeline.encode()
-        pipeline.retrieve()
-        pipeline.score()
-        if distributed.rank == 0 and given.compare_rules:
-            print("\n".join(rule_table(pipeline, given.num_negatives)))
-        elif distributed.rank == 0:
-            label(pipeline, config, given.output)
-        distributed.barrier()
+        writes = distributed.rank == 0 and not given.compare_rules
+        with claim_labels(given) if writes else nullcontext():
+            pipeline = build_pipeline(given, distributed)
+            if distributed.rank == 0:
+                pipeline.print_changes()
+            pipeline.encode()
+            pipeline.retrieve()
+            pipeline.score()
+            if writes:
+                label(pipeline, config, given.output)
+            elif distributed.rank == 0:
+                print("\n".join(rule_table(pipeline, given.num_negatives)))
+            distributed.barrier()
         return 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

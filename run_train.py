@@ -12,6 +12,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,7 +30,6 @@ from ref.training.model_source import ModelSource, build_model, resolve_model
 from ref.training.run_dir import (
     check_resumed,
     open_run_dir,
-    remove_if_empty,
     resume_options,
     run_metadata,
     trainable_parameters,
@@ -48,14 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
     fails.
     """
     try:
-        trainer, folder, source = set_up(arguments)
-        try:
+        with ExitStack() as claims:
+            trainer, folder, source = set_up(arguments, claims)
             code = run(trainer, folder, source)
             trainer.distributed.close()
             return code
-        finally:
-            if trainer.distributed.rank == 0:
-                remove_if_empty(folder)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -68,8 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 4
 
 
-def set_up(arguments: list[str] | None) -> tuple[Trainer, Path, ModelSource]:
-    """Command line to a trainer, printing what was chosen and why."""
+def set_up(arguments: list[str] | None, claims: ExitStack) -> tuple[Trainer, Path, ModelSource]:
+    """Command line to a trainer, printing what was chosen and why; `claims` holds the run folder."""
     given = parse_args(arguments)
     log: Callable[[str], None] = print if os.environ.get("RANK", "0") == "0" else lambda _: None
     if getattr(given, "resume", False):
@@ -90,12 +87,8 @@ def set_up(arguments: list[str] | None) -> tuple[Trainer, Path, ModelSource]:
     data = SoftLabelDataset([Path(path) for path in config.data], config)
     log(f"data: {len(data):,} lines, {len(data.tasks)} tasks, {data.num_with_labels:,} lines with soft labels, "
         f"{len(data) - data.num_with_labels:,} with the contrastive term only")
-    folder = open_run_dir(config, source, create=distributed.rank == 0)
-    try:
-        model, prompt_encoder = build_model(source, config, data, device=device)
-    except BaseException:
-        remove_if_empty(folder)
-        raise
+    folder = claims.enter_context(open_run_dir(config, source, create=distributed.rank == 0))
+    model, prompt_encoder = build_model(source, config, data, device=device)
     parameters = list(trainable_parameters(model).values())
     if config.mini_batch_tokens == "auto":
         tokens, why = auto_mini_batch_tokens(model, resolve_backend(config.backend, device))

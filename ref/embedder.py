@@ -12,7 +12,7 @@ and vectors are copied to the host one batch later. Besides the vectors the host
 ids of two windows and two batches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 
 import numpy as np
@@ -81,16 +81,21 @@ class Embedder:
 
     @torch.inference_mode()
     def encode(
-        self, texts: Sequence[str], *, instruction: str | None = None, examples: Sequence[InContextExample] = (),
+        self, texts: Iterable[str], *, instruction: str | None = None, examples: Sequence[InContextExample] = (),
         progress: bool = False,
     ) -> np.ndarray:
-        """Unit vectors of texts, (texts, embedding_dim) float32 on the host, in the given order.
+        """Unit vectors of texts, (texts, embedding_dim) float32 on the host, in the order of iteration.
 
         With an `instruction` the texts are queries of that task, preceded by the in-context `examples`; without, they
-        are passages. Raises ValueError for anything that is not a string, and for an instruction that leaves no room.
+        are passages. Raises ValueError for anything that is not a string, for a set or mapping, whose order says
+        nothing, and for an instruction that leaves no room.
         """
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        if isinstance(texts, (str, bytes, Set, Mapping)) or not isinstance(texts, Iterable):
             raise ValueError(f"texts must be a sequence of str (got {texts!r:.60})")
+        texts = list(texts)  # a pandas Series answers texts[n] by label, a generator not at all
+        if not all(isinstance(text, str) for text in texts):
+            other = next(text for text in texts if not isinstance(text, str))
+            raise ValueError(f"texts must be a sequence of str (got {other!r:.60} in it)")
         prefix = self.prompt_encoder.prefix(instruction, examples)
         shared = None
         if prefix.is_shared:

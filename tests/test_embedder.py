@@ -69,6 +69,24 @@ def test_progress_counts_distinct_texts(progress, small_embedder, monkeypatch):
     assert bars == [[{"desc": "encoding", "total": 2, "unit": "text", "enabled": progress}, 2, "closed"]]
 
 
+def test_any_sequence_is_read_in_its_own_order(small_embedder):
+    """A pandas Series answers texts[n] by label: shuffled, with gaps, with text labels."""
+    pandas = pytest.importorskip("pandas")
+    texts = ["tea", "ale", "a cat", "the river", "b"]
+    truth = small_embedder.encode(texts)
+    series = pandas.Series(texts).iloc[[3, 0, 4]]
+    for given, order in ((series, [3, 0, 4]), (series.set_axis(["x", "y", "z"]), [3, 0, 4]),
+                         (np.array(texts), range(5)), (tuple(texts), range(5)), ((t for t in texts), range(5))):
+        np.testing.assert_allclose(small_embedder.encode(given), truth[list(order)], atol=1e-6)
+
+
+@pytest.mark.parametrize("texts", [{"tea", "ale"}, {"tea": "ale"}, "tea", b"tea", 3, None, ["tea", None], ["tea", 1.5]],
+                         ids=repr)
+def test_what_is_no_sequence_of_texts_is_rejected(small_embedder, texts):
+    with pytest.raises(ValueError, match=r"^texts must be a sequence of str \(got "):
+        small_embedder.encode(texts)
+
+
 def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows(small_embedder):
     model = Mistral(replace(SMALL, vocab_size=9))
     with pytest.raises(ValueError, match=r"the tokenizer must have at most 9 tokens.* \(got \d+\)"):

@@ -7,6 +7,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from ref.utils.block_cache import BlockCache
 from ref.utils.device import resolve_device, resolve_dtype
 from ref.utils.distributed import Distributed
 from ref.utils.environment import environment_info, utc_now
+from ref.utils.outputs import claim_output
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,22 @@ def evaluate(config: EvalConfig) -> int:
     folders = [] if config.data_dir is None else [folder.name for folder in task_folders(config.data_dir)]
     instructions = read_instructions(config.instructions, folders) if config.instructions else {}
     distributed = Distributed()
+    with claim_results(config) if distributed.rank == 0 else nullcontext(Path()) as output:
+        return _evaluate(config, selection, folders, instructions, distributed, output)
+
+
+def claim_results(config: EvalConfig) -> AbstractContextManager[Path]:
+    """Hold the output folder; results of an earlier call stay and are used."""
+    output = config.output or default_output(config.model, model_identity(config.model)[0])
+    inputs = [path for path in (config.data_dir, config.instructions, config.examples_file) if path is not None]
+    return claim_output(output, inputs=inputs, is_ours=lambda: any(
+        (output / name).exists() for name in (PLAN_FILE, "results")))
+
+
+def _evaluate(
+    config: EvalConfig, selection: TaskSelection, folders: list[str], instructions: Mapping[str, str],
+    distributed: Distributed, output: Path,
+) -> int:
     few_shot = {} if distributed.rank else load_examples(
         selection.tasks, folders, count=config.examples, path=config.examples_file, seed=config.seed)
     dtype, why = resolve_dtype(config.dtype, resolve_device())
@@ -85,7 +103,7 @@ def evaluate(config: EvalConfig) -> int:
     try:
         few_shot = fit_examples(few_shot, selection.tasks, embedder, instructions)
         encoder = make_encoder(config, sharded, precision=embedder.precision, overrides=instructions, few_shot=few_shot)
-        return score_selection(config, selection, encoder, embedder, world_size=distributed.world_size)
+        return score_selection(config, selection, encoder, embedder, output, world_size=distributed.world_size)
     finally:
         sharded.shutdown()
         distributed.close()
@@ -109,12 +127,11 @@ def make_encoder(
 
 
 def score_selection(
-    config: EvalConfig, selection: TaskSelection, encoder: MtebEncoder, embedder: Embedder, *, world_size: int,
+    config: EvalConfig, selection: TaskSelection, encoder: MtebEncoder, embedder: Embedder, output: Path, *,
+    world_size: int,
 ) -> int:
     """Print the plan, score the tasks, print the table and write the report; returns the exit code."""
     tasks, missing = selection.tasks, selection.missing if config.tasks else []
-    output = config.output or default_output(config.model, str(encoder.mteb_model_meta.name))
-    output.mkdir(parents=True, exist_ok=True)
     plans, sample = plan.make_plan(encoder, tasks, embedder.prompt_encoder, output / PLAN_FILE)
     print(plan.table(plans, plan.measure_speed(embedder, sample) * world_size))
     unplanned = [task.metadata.name for task in tasks if task.metadata.name not in plans]

@@ -11,7 +11,7 @@ from ref.mining.pipeline import LabellingPipeline, ScoredPair
 from ref.mining.rules import RULES, Candidate, filter_candidates, sigmoid, sort_by_score
 from ref.mining.statistics import LabelStatistics, compare_rules
 from ref.utils.environment import environment_info, utc_now
-from ref.utils.files import atomic_write, hash_file, write_json
+from ref.utils.files import atomic_write, hash_file, read_json, write_json
 
 TEACHER_TEMPERATURE = {"cosine": 0.05, "logit": 1.0}  # defaults by scale
 
@@ -50,6 +50,17 @@ def write_labels(
     description = describe(pipeline, config, output, statistics)
     write_json(output.with_suffix(".json"), description)
     return description, statistics
+
+
+def is_label_file(output: Path) -> bool:
+    """Whether `output`, if it exists, is as `write_labels` left it: the description beside it has its hash."""
+    try:
+        described = read_json(output.with_suffix(".json")).get("output")
+    except ValueError:
+        return False
+    digest = hash_file(output) if output.exists() else None
+    return isinstance(described, dict) and described.get("file") == output.name and (
+        digest in (None, described.get("sha256")))
 
 
 def label_line(

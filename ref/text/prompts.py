@@ -86,6 +86,9 @@ class PromptEncoder:
     max_prompt_tokens: int = 2048  # prefix, text, suffix and </s> together
     max_example_tokens: int = 256  # an example's query, and its response
 
+    def __post_init__(self) -> None:
+        self.tokenizer.mark_special(self.template.markers)
+
     def prefix(self, instruction: str | None, examples: Sequence[InContextExample] = ()) -> PromptPrefix:
         """The ids in front of a text; without an instruction only `<s>`.
 
@@ -107,9 +110,13 @@ class PromptEncoder:
         room = self.max_prompt_tokens - len(prefix.ids) - len(prefix.suffix) - 1
         if prefix.before_text and not self.tokenizer.has_word_start:
             texts = [prefix.before_text + text for text in texts]
-        ids = self.tokenizer.encode(texts, max_tokens=min(self.max_text_tokens, room))
-        if prefix.before_text and self.tokenizer.has_word_start:  # an empty text has no word-start mark to replace it
-            ids = [found or self.tokenizer.encode_continuation(prefix.before_text) for found in ids]
+        limit = min(self.max_text_tokens, room)
+        ids = self.tokenizer.encode(texts, max_tokens=limit)
+        if prefix.before_text and self.tokenizer.has_word_start:
+            # no word-start mark stands for the space in front of an empty text or of an added token
+            words = self.tokenizer.word_ids
+            ids = [self.tokenizer.encode_continuation(prefix.before_text + text)[:limit]
+                   if not found or found[0] in words else found for found, text in zip(ids, texts, strict=True)]
         return [[*text, *prefix.suffix, self.tokenizer.eos_id] for text in ids]
 
     def _prefix_ids(self, instruction: str, examples: Sequence[InContextExample]) -> tuple[int, ...]:

@@ -1,8 +1,9 @@
 """Tokenizer wrapper: special tokens written in a user's text are encoded as plain characters.
 
-Reads tokenizer.json with the `tokenizers` library. Special tokens are inserted by id, never by text: every added token
-of the file is marked special and, inside a text, encoded as the characters it is written with: `</s>` in a user's text
-gives the ids of pieces such as `▁</`, `s` and `>`, never the id of the end token.
+Reads tokenizer.json with the `tokenizers` library. Special tokens are inserted by id, never by text: inside a text they
+are encoded as the characters they are written with: `</s>` in a user's text gives the ids of pieces such as `▁</`, `s`
+and `>`, never the id of the end token. Special are those that the file marks so, the begin, end, padding and unknown
+token, and the markers of a prompt template. Other added tokens (product codes, names of genes) are ordinary words.
 
 Begin and end token (BOS, EOS) are the checkpoint's own, from tokenizer_config.json, special_tokens_map.json or the
 ids of config.json. Every text ends with EOS, which is pooled. BOS precedes a text only if the checkpoint's own
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from ref.utils.files import read_json
 
@@ -47,6 +48,8 @@ class Tokenizer:
         self.eos_id = self._known_id(eos)
         # a text is truncated to this many characters per token asked for, before it is encoded
         self.longest_token_chars = max(map(len, tokenizer.get_vocab()))
+        self.word_ids: set[int] = set()  # added tokens that are ordinary words
+        self.mark_special([])
         self.has_word_start = self.library.encode("a", add_special_tokens=False).tokens[:1] != ["a"]
 
     @classmethod
@@ -55,15 +58,27 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         layout = read_json(path)
         try:
-            for token in layout.get("added_tokens") or []:
-                token["special"] = True
             library = tokenizers.Tokenizer.from_str(json.dumps(layout))
             bos, eos = special_tokens(folder, library, layout)
-            return cls(library, bos=bos, eos=eos)
+            tokenizer = cls(library, bos=bos, eos=eos)
+            tokenizer.mark_special([BOS, EOS, UNK, eos, *([bos] if bos else []), *_named_specials(folder)])
+            return tokenizer
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{path}: not a tokenizer ({error})") from None
+
+    def mark_special(self, tokens: Iterable[str]) -> None:
+        """From now on encode these added tokens as characters where a text contains them."""
+        added = {token.content: token for token in self.library.get_added_tokens_decoder().values()}
+        for text in tokens:
+            if text in added and not added[text].special:
+                token = added[text]
+                self.library.add_special_tokens([AddedToken(
+                    text, single_word=token.single_word, lstrip=token.lstrip, rstrip=token.rstrip,
+                    normalized=token.normalized, special=True)])
+        self.word_ids = {number for number, token in self.library.get_added_tokens_decoder().items()
+                         if not token.special}
 
     @property
     def vocab_size(self) -> int:
@@ -125,6 +140,18 @@ class Tokenizer:
             "padding_side": "right", "clean_up_tokenization_spaces": False, "add_bos_token": self.bos is not None,
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+
+
+def _named_specials(folder: Path) -> list[str]:
+    """Padding and unknown token, and what tokenizer_config.json lists as additional or extra special tokens."""
+    path = folder / "tokenizer_config.json"
+    values = read_json(path) if path.exists() else {}
+    listed = [values.get("pad_token"), values.get("unk_token")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = values.get(key)
+        listed += list(more.values()) if isinstance(more, dict) else more if isinstance(more, list) else []
+    texts = [value.get("content") if isinstance(value, dict) else value for value in listed]
+    return [text for text in texts if isinstance(text, str)]
 
 
 def special_tokens(folder: Path, library: tokenizers.Tokenizer, layout: dict[str, Any]) -> tuple[str | None, str]:

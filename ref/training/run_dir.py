@@ -16,6 +16,8 @@ import dataclasses
 import json
 import re
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from ref.training.data import SoftLabelDataset
 from ref.training.model_source import ModelSource
 from ref.utils.environment import environment_info, utc_now
 from ref.utils.files import atomic_write, read_json, remove_path
+from ref.utils.outputs import claim_output
 
 # Options that a resumed run may change: they change rounding at most.
 RESUMABLE_OPTIONS = (
@@ -53,36 +56,27 @@ def resume_options(given: Namespace) -> Namespace:
     return Namespace(**{**options, "model": saved["model"], "resume": True, "output": str(folder)})
 
 
-def open_run_dir(config: TrainConfig, source: ModelSource, *, create: bool = True) -> Path:
-    """The run's folder; with `create` it is created and tested for writing.
+@contextmanager
+def open_run_dir(config: TrainConfig, source: ModelSource, *, create: bool = True) -> Iterator[Path]:
+    """The run's folder; with `create` it is created and held for this process.
 
-    Raises ValueError if it holds another run (without --resume), none (with it), or cannot be written.
+    Raises ValueError if it holds another run (without --resume), none (with it), anything else, or cannot be written.
     """
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     folder = Path(config.output or f"runs/{Path(source.name).name.removesuffix('.json')}-{stamp}")
     if not create:
-        return folder
+        yield folder
+        return
     has_run = (folder / "run.json").exists()
-    if has_run and not config.resume:
+    if has_run and not config.resume and config.output:
         raise ValueError(f"--output {folder}: already holds a run; give another folder, or continue it with --resume")
     if config.resume and not has_run:
         raise ValueError(f"--resume: {folder} holds no run")
-    for draft in list(folder.rglob(".*.draft")) if config.resume else []:  # of a killed process
-        remove_path(draft)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"--output {folder}: cannot be written ({error.strerror})") from None
-    return folder
-
-
-def remove_if_empty(folder: Path) -> None:
-    """Undo `open_run_dir` for a run that did not begin."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    inputs = [Path(path) for path in config.data]
+    with claim_output(folder, inputs=inputs, is_ours=lambda: has_run, numbered=not config.output) as folder:
+        for draft in list(folder.rglob(".*.draft")) if config.resume else []:  # of a killed process
+            remove_path(draft)
+        yield folder
 
 
 def run_metadata(config: TrainConfig, source: ModelSource, model: Mistral, data: SoftLabelDataset) -> dict[str, Any]:

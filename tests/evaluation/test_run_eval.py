@@ -73,6 +73,18 @@ def test_dtype(
     assert seen == [dtype] and f"dtype: {dtype} ({why})\n" in capsys.readouterr().out
 
 
+def test_a_folder_of_the_user_is_not_an_output(
+    world: Path, model: Path, tmp_path: Path, embedder: WordHash, capsys: Any,
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "report.html").write_text("mine")
+    assert run_eval.main(command(model, world, tmp_path / "mine", "--tasks", "STS")) == 2
+    assert "report.html exists and was not written by this command" in capsys.readouterr().err
+    assert run_eval.main(command(model, world, world / "out", "--tasks", "STS")) == 2
+    assert "must not be an input or lie in one" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["report.html"] and not (world / "out").exists()
+
+
 def test_the_command_scores_resumes_and_lists_missing_tasks(
     world: Path, model: Path, tmp_path: Path, embedder: WordHash, capsys: Any
 ) -> None:

@@ -375,12 +375,27 @@ def test_a_bi_encoder_is_no_reranker(label, tmp_path, capsys):
 
 def test_the_output_never_overwrites_what_is_read_or_its_own_companion(label, raw, tmp_path, capsys):
     for output, words in (
-        ("out.json", "must be a file that ends in .jsonl"), (raw[0].name, "must not be an input file"),
+        ("out.json", "must be a file that ends in .jsonl"), (raw[0].name, "must not be an input"),
         (".", "must be a file that ends in .jsonl"),
     ):
         assert label(output=output) == 2
         assert words in capsys.readouterr().err
     assert label("--teacher-temperature", 0) == 2
+
+
+@pytest.mark.parametrize("name", ["mine.json", "mine.png", "mine.jsonl"])
+def test_files_of_the_user_beside_the_output_are_not_overwritten(label, tmp_path, capsys, name):
+    (tmp_path / name).write_text("{}")
+    assert label(output="mine.jsonl") == 2
+    assert f"{name} exists and was not written by this command" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "{}" and len(list(tmp_path.glob("mine.*"))) == 1
+
+
+def test_own_labels_are_replaced_until_they_are_edited(label, tmp_path, capsys):
+    assert label() == 0 and label("--rule", "none") == 0
+    with (tmp_path / "out.jsonl").open("a") as file:
+        file.write("\n")
+    assert label() == 2 and "out.jsonl exists and was not written" in capsys.readouterr().err
 
 
 def test_a_damaged_index_is_built_again(label, tmp_path, capsys):

@@ -22,6 +22,7 @@ from ref.text.prompts import (
     load_prompt_encoder,
     save_prompt_encoder,
 )
+from ref.text.tokenizer import Tokenizer as OurTokenizer
 from ref.text.tokenizer import train_tokenizer
 
 MARKERS = ("<instruct>", "<query>", "<response>")
@@ -75,6 +76,53 @@ def test_prefix_and_text_equal_the_whole_string(prompt_encoder, text, examples):
 def test_prefix_and_text_equal_the_whole_string_for_any_text(text):
     prompt_encoder = PromptEncoder(mistral())
     assert parts(prompt_encoder, text) == whole(prompt_encoder, report_string(text))
+
+
+# ---- added tokens that are ordinary words -------------------------------------------------------------------
+
+CODES = ("BRCA1-mut", "XK-7")
+CODE_TEXTS = ["BRCA1-mut", "BRCA1-mut and XK-7", "a note about BRCA1-mut", "XK-7XK-7 x", "BRCA1-mu", "</s> XK-7"]
+
+
+def with_codes(form: str) -> Tokenizer:
+    """Mistral's tokenizer with two words that a user added by tokenizer.add_tokens."""
+    library = Tokenizer.from_str(layout(form))
+    library.add_tokens([AddedToken(code, special=False, normalized=False) for code in CODES])
+    return library
+
+
+@pytest.mark.parametrize("form", ["prepend", "metaspace"])
+@pytest.mark.parametrize("text", CODE_TEXTS)
+def test_added_words_have_their_own_ids_in_a_text_and_behind_a_prompt(form, text, tmp_path):
+    """As the library alone encodes them, except for special tokens in a text."""
+    library = with_codes(form)
+    library.save(str(tmp_path / "tokenizer.json"))
+    ours = PromptEncoder(OurTokenizer.from_folder(tmp_path))
+    library.encode_special_tokens = True
+    assert ours.tokenizer.encode([text], max_tokens=99)[0] == library.encode(text, add_special_tokens=False).ids
+    assert parts(ours, text) == whole(ours, report_string(text))
+    ids = parts(ours, text)
+    assert sum(ids.count(library.token_to_id(code)) for code in CODES) == sum(map(text.count, CODES))
+    assert ids.count(ours.tokenizer.eos_id) == 1
+
+
+def test_added_words_stay_ordinary_in_an_exported_tokenizer(tmp_path):
+    with_codes("prepend").save(str(tmp_path / "tokenizer.json"))
+    OurTokenizer.from_folder(tmp_path).save(tmp_path)
+    added = {token["content"]: token["special"] for token in json.loads(
+        (tmp_path / "tokenizer.json").read_text())["added_tokens"]}
+    assert added == {"<unk>": True, "<s>": True, "</s>": True, **dict.fromkeys(CODES, False)}
+
+
+@pytest.mark.parametrize("listed", [
+    {"pad_token": "XK-7"}, {"additional_special_tokens": ["XK-7"]},
+    {"extra_special_tokens": {"code": {"content": "XK-7"}}}], ids=lambda value: next(iter(value)))
+def test_tokens_that_the_config_calls_special_are_text(tmp_path, listed):
+    with_codes("prepend").save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(listed))
+    tokenizer = OurTokenizer.from_folder(tmp_path)
+    ids = tokenizer.encode(["XK-7 BRCA1-mut"], max_tokens=99)[0]
+    assert tokenizer.token_id("XK-7") not in ids and tokenizer.token_id("BRCA1-mut") in ids
 
 
 def test_the_empty_text_is_the_space_before_it(prompt_encoder):

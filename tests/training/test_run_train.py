@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -431,7 +432,8 @@ def test_why_prompts_have_no_examples(place, options, words, capsys):
 
 @pytest.mark.parametrize(("options", "message"), [
     (["--output", "whole"], r"already holds a run.*--resume"),
-    (["--output", "some.jsonl/x"], r"--output .*cannot be written"),
+    (["--output", "config.json/x"], r"--output .*cannot be written"),
+    (["--output", "some.jsonl"], r"--output .*must not be an input"),
     (["--data", "none.jsonl"], r"none\.jsonl: file does not exist"),
     (["--device", "mps"], r"--device must be cpu or cuda .got 'mps'"),
     (["--model", "nowhere"], r"must be a folder with config.json or a hub id OWNER/NAME .got 'nowhere'"),
@@ -535,6 +537,33 @@ def test_the_size_of_mini_batches_changes_rounding_alone(place):
         assert place.train(f"tokens-{tokens}", "--mini-batch-tokens", tokens, "--steps", 3) == 0
     few, auto = (rows_of(place.folder / name) for name in ("tokens-64", "tokens-auto"))
     assert [row["loss"] for row in few] == pytest.approx([row["loss"] for row in auto], rel=1e-4)
+
+
+def test_a_folder_that_is_no_run_is_rejected_untouched(place, capsys):
+    """Not even where the user's files are named as those of a run."""
+    for name in ("model/config.json", "metrics.jsonl", "base/model.safetensors"):
+        path = place.folder / "mine" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    assert place.train("mine") == 2
+    assert "exists and was not written by this command" in capsys.readouterr().err
+    assert [path.read_text() for path in sorted((place.folder / "mine").rglob("*")) if path.is_file()] == ["mine"] * 3
+
+
+def test_default_names_of_runs_of_the_same_second_differ(place, monkeypatch):
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 1, 2, 3, 4, 5, tzinfo=tz)
+    monkeypatch.setattr(run_dir, "datetime", Clock)
+    (place.folder / "sweep").mkdir()
+    monkeypatch.chdir(place.folder / "sweep")
+    for _ in range(2):
+        options = place.arguments("unused", "--steps", 1)
+        place_of = options.index("--output")
+        assert run_train.main(options[:place_of] + options[place_of + 2 :]) == 0
+    assert sorted(path.name for path in Path("runs").iterdir()) == [
+        "config-20260102-030405", "config-20260102-030405-2"]
 
 
 @pytest.mark.parametrize(("limit", "preset"), [(10**9, "small-pretrained"), (10, "paper")])

@@ -1,0 +1,83 @@
+"""What a command may write: never over a file of the user's, and never beside another process that writes the same.
+
+All three commands claim their output before any work, with `claim_output`: a folder of their own, or a file with
+companions beside it.
+"""
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+
+
+@contextmanager
+def claim_output(
+    output: Path, *, inputs: Sequence[Path], is_ours: Callable[[], bool], companions: Sequence[Path] | None = None,
+    numbered: bool = False,
+) -> Iterator[Path]:
+    """Hold `output` for this process: a folder, or with `companions` a file and the files written beside it.
+
+    Missing folders are created, and removed again if they stay empty. With `numbered`, for default names, a folder that
+    exists is left alone and the first free of OUTPUT-2, OUTPUT-3, … is taken; yields the output that was claimed.
+    Raises ValueError with one line if the output is an input or lies in one (a folder), holds anything that the command
+    did not write itself (`is_ours`), is being written by another process, or cannot be written.
+    """
+    for target in (output, *(companions or [])):
+        for source in inputs:
+            if source.resolve() in (target.resolve(), *target.resolve().parents):
+                raise ValueError(f"--output {output}: must not be an input or lie in one (got {source})")
+    is_file = companions is not None
+    try:
+        folder, is_new = _make_folder(output.parent if is_file else output, numbered=numbered)
+        _check_writable(folder)
+    except OSError as error:
+        raise ValueError(f"--output {output}: cannot be written ({error.strerror})") from None
+    lock = _lock(output.with_name(f".{output.name}.lock") if is_file else folder)
+    try:
+        found = sorted(folder.iterdir()) if not is_file else [
+            path for path in (output, *(companions or [])) if path.exists()]
+        if found and not is_ours():
+            raise ValueError(f"--output {output}: {found[0]} exists and was not written by this command; give a new "
+                             "name")
+        yield output if is_file else folder
+    finally:
+        if is_file:
+            output.with_name(f".{output.name}.lock").unlink(missing_ok=True)
+        os.close(lock)
+        if is_new and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _make_folder(path: Path, *, numbered: bool) -> tuple[Path, bool]:
+    """Create a folder, or the first free numbered one; returns it and whether it is new."""
+    names = (path.with_name(f"{path.name}-{number}") for number in count(2))
+    folder = path
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder, True
+        except FileExistsError:
+            if not numbered:
+                if not folder.is_dir():
+                    raise
+                return folder, False
+            folder = next(names)
+
+
+def _lock(path: Path) -> int:
+    """The descriptor of a folder or lock file that no other process holds; the system releases it with the process."""
+    descriptor = os.open(path, os.O_RDONLY | (0 if path.is_dir() else os.O_CREAT), 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(f"--output {path}: another process is writing it; wait for it, or give a new name") from None
+    return descriptor
+
+
+def _check_writable(folder: Path) -> None:
+    probe = folder / f".{os.getpid()}.probe"
+    probe.touch()
+    probe.unlink()
