@@ -44,6 +44,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--top-k", type=int, default=100, help="passages per list (default: 100)")
     add("--num-candidates", type=int, default=50, help="passages of the fused list that are scored (default: 50)")
     add("--stemmer", help="for BM25: a language, such as english (default: none)")
+    add("--bm25-tokens", choices=("words", "subwords"), default="words", help="for BM25: words (default), or the "
+        "retriever's own subwords, for languages without spaces between words")
     add("--rule", choices=RULES, default="percentage", help="which candidates are negatives (default: percentage)")
     add("--value", type=float, help=f"of the rule (default: {', '.join(f'{k} {v}' for k, v in RULES.items())})")
     add("--num-negatives", type=int, default=7, help="hard negatives per query, at most (default: 7)")
@@ -82,14 +84,18 @@ def build_pipeline(given: argparse.Namespace, distributed: Distributed) -> Label
         print(f"corpus: {path}" + ("" if given.pairs.is_dir() else ", all texts of pos and neg in --pairs"))
     corpus = Corpus(path)
     pairs = Pairs(given.pairs, corpus, split=given.split)
-    print(f"{len(pairs):,} queries, {len(corpus):,} passages", flush=True)
+    skipped = f" ({len(corpus.empty):,} without text are skipped)" if corpus.empty else ""
+    print(f"{len(pairs):,} queries, {len(corpus):,} passages{skipped}", flush=True)
     retriever = load_retriever(given.retriever, given.device, given.dtype)
     reranker = load_reranker(given.reranker, given.device, given.dtype) if given.reranker else None
     if distributed.rank == 0:
         print(f"retriever: {retriever.name}; {retriever.precision}", flush=True)
+        if not retriever.uses_instructions and (given.instruction or pairs.all_have_prompts):
+            print(f"instructions are not used: {retriever.name} declares no prompt that contains one", flush=True)
         if reranker:
             print(f"reranker: {reranker.name}; {reranker.precision}", flush=True)
-    config = RetrievalConfig(given.retrieval, given.top_k, given.num_candidates, given.stemmer)
+    config = RetrievalConfig(given.retrieval, given.top_k, given.num_candidates, given.stemmer,
+                             given.bm25_tokens)
     return LabellingPipeline(corpus, pairs, retriever, reranker, config=config, cache=cache, distributed=distributed,
                              device=given.device, instruction=given.instruction)
 
@@ -132,6 +138,10 @@ def main(arguments: list[str] | None = None) -> int:
                 pipeline.print_changes()
             pipeline.encode()
             pipeline.retrieve()
+            if distributed.rank == 0 and (unmatched := pipeline.num_unmatched()):
+                print(f"BM25 finds no passage for {unmatched:,} of {len(pipeline.pairs):,} queries"
+                      + ("; for languages without spaces between words use --bm25-tokens subwords"
+                         if given.bm25_tokens == "words" else ""), flush=True)
             pipeline.score()
             if writes:
                 label(pipeline, config, given.output)

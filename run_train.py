@@ -21,6 +21,7 @@ import torch
 from ref.config import PRESETS, TrainConfig
 from ref.embedder import Embedder
 from ref.evaluation.retrieval import evaluate_retrieval
+from ref.text.prompts import template_of_vocabulary
 from ref.training.arguments import parse_args, train_config
 from ref.training.data import SoftLabelDataset
 from ref.training.export import remove_results, save_merged, save_result
@@ -87,8 +88,16 @@ def set_up(arguments: list[str] | None, claims: ExitStack) -> tuple[Trainer, Pat
     data = SoftLabelDataset([Path(path) for path in config.data], config)
     log(f"data: {len(data):,} lines, {len(data.tasks)} tasks, {data.num_with_labels:,} lines with soft labels, "
         f"{len(data) - data.num_with_labels:,} with the contrastive term only")
+    batch_size = max(config.batch_size, config.batch_size_symmetric)
+    tasks = len({(task.name, task.type) for task in data.tasks})
+    for line in data.report.lines(
+            data.batches(0), instructions_per_task=len(data.tasks) / tasks, batch_size=batch_size):
+        log(line)
     folder = claims.enter_context(open_run_dir(config, source, create=distributed.rank == 0))
     model, prompt_encoder = build_model(source, config, data, device=device)
+    usual = template_of_vocabulary(prompt_encoder.tokenizer)
+    if usual not in ("paper", config.template):
+        log(f"note: the vocabulary has the markers of --template {usual}; --template is {config.template}")
     parameters = list(trainable_parameters(model).values())
     if config.mini_batch_tokens == "auto":
         tokens, why = auto_mini_batch_tokens(model, resolve_backend(config.backend, device))
@@ -154,7 +163,7 @@ def evaluate(trainer: Trainer, when: str) -> float | None:
     """Print and return the mean nDCG@10 of the held-out sets: --eval-data, or held_out/ beside the first data file."""
     given = trainer.config.eval_data
     folder = Path(given) if given else trainer.data.paths[0].parent / "held_out"
-    if not given and not folder.is_dir():
+    if given == "none" or (not given and not any(folder.glob("*/task.json"))):
         return None
     trainer.model.eval()
     embedder = Embedder(trainer.model, trainer.prompt_encoder, backend=trainer.backend)

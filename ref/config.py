@@ -100,7 +100,8 @@ class ModelConfig:
 
 # What the forward pass computes: for each field of config.json its only supported value.
 PLAIN_TRANSFORMER = {"hidden_act": "silu", "quantization_config": None, "attention_bias": False, "mlp_bias": False,
-                     "partial_rotary_factor": 1.0}
+                     "partial_rotary_factor": 1.0, "is_causal": True, "use_bidirectional_attention": False,
+                     "auto_map": None}
 
 # The built-in model `tiny`: has every mechanism of the large one and trains in a minute on a CPU.
 TINY = ModelConfig(vocab_size=4096, hidden_size=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32,
@@ -190,9 +191,9 @@ class TrainConfig:
                                 "(default: Mistral-7B-v0.1 on a GPU, else tiny)")
     preset: str | None = _option(None, "paper, small or small-pretrained (default: small for random initialisation, "
                                  "small-pretrained for a checkpoint below one billion parameters, else paper)")
-    instruction: str | None = _option(None, "task instruction for lines without a prompt")
-    eval_data: str | None = _option(None, "folder of retrieval sets, scored before and after training "
-                                    "(default: held_out/ beside the first data file, if it exists)")
+    instruction: str | None = _option(None, "task instruction for lines without a prompt; none: no instruction")
+    eval_data: str | None = _option(None, "folder of retrieval sets, scored before and after training; "
+                                    "none: no scoring (default: held_out/ beside the first data file, if it has some)")
     output: str | None = _option(None, "run folder (default: runs/NAME)")
     resume: bool = _option(False, "continue the run in --output from its last saved state")
 

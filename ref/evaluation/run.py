@@ -27,6 +27,9 @@ from ref.evaluation.report.write import write_report
 from ref.evaluation.results import TaskScore, score_task
 from ref.evaluation.retrieval import TextEmbedder
 from ref.evaluation.tasks import TaskSelection, benchmark_tasks, is_official, select_tasks, task_folders
+from ref.model.checkpoint import resolve_checkpoint
+from ref.model.known_models import defaults_for
+from ref.text.prompts import PROMPT_FILE
 from ref.utils.block_cache import BlockCache
 from ref.utils.device import resolve_device, resolve_dtype
 from ref.utils.distributed import Distributed
@@ -95,6 +98,8 @@ def _evaluate(
         print(f"dtype: {dtype} ({why})")
     embedder = Embedder.from_pretrained(
         config.model, dtype=dtype, max_text_tokens=config.max_text_tokens, template=config.template)
+    if distributed.rank == 0:
+        print(f"template: {template_reason(config, embedder)}")
     sharded = DistributedEmbedder(embedder, distributed)
     if distributed.rank:
         sharded.worker_loop()
@@ -107,6 +112,16 @@ def _evaluate(
     finally:
         sharded.shutdown()
         distributed.close()
+
+
+def template_reason(config: EvalConfig, embedder: Embedder) -> str:
+    """The prompt template, and where it comes from."""
+    name, folder = embedder.prompt_encoder.template_name, Path(config.model)
+    if config.template:
+        return f"{name} (as given)"
+    if defaults_for(config.model) or (folder.is_dir() and (resolve_checkpoint(config.model) / PROMPT_FILE).exists()):
+        return f"{name} (the model's own)"
+    return f"{name} ({'default' if name == 'paper' else 'its markers are tokens of the vocabulary'}; see --template)"
 
 
 def make_encoder(

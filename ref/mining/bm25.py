@@ -1,4 +1,7 @@
-"""Lexical search with BM25: the bm25s library's Lucene variant, k1 1.5, b 0.75, English stop words, optional stemming.
+"""Lexical search with BM25: the bm25s library's Lucene variant, k1 1.5, b 0.75.
+
+Texts are split into words (two or more letters or digits, English stop words removed, optional stemming), or into the
+subwords of a tokenizer.json, which also work for languages without spaces between words.
 
 The index holds 8 bytes for each distinct word of each passage. Ties are broken by the order of the passages' ids.
 """
@@ -8,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 
 from ref.utils.files import hash_files
 
@@ -17,10 +21,11 @@ HASH_FILE = "sha256"
 class BM25Index:
     """A BM25 index of a corpus."""
 
-    def __init__(self, texts: Iterable[str], *, stemmer: str | None) -> None:
+    def __init__(self, texts: Iterable[str], *, stemmer: str | None, subwords: Path | None = None) -> None:
+        """`subwords`: the tokenizer.json to split texts with, instead of into words."""
         import bm25s
 
-        self.tokenise: Any = _tokeniser(stemmer)
+        self.tokenise: Any = _tokeniser(stemmer, subwords)
         self.index = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
         words = self.tokenise(list(texts), return_ids=False)
         if not any(words):
@@ -38,14 +43,14 @@ class BM25Index:
         (folder / HASH_FILE).write_text(_hash_index(folder))
 
     @classmethod
-    def load(cls, folder: Path, *, stemmer: str | None) -> "BM25Index":
+    def load(cls, folder: Path, *, stemmer: str | None, subwords: Path | None = None) -> "BM25Index":
         """Read a saved index. Raises ValueError if a file is damaged."""
         import bm25s
 
         if (folder / HASH_FILE).read_text() != _hash_index(folder):
             raise ValueError("its hash differs")
         loaded = cls.__new__(cls)
-        loaded.tokenise, loaded.index = _tokeniser(stemmer), bm25s.BM25.load(str(folder))
+        loaded.tokenise, loaded.index = _tokeniser(stemmer, subwords), bm25s.BM25.load(str(folder))
         return loaded
 
     def search(self, queries: list[str], k: int, id_order: np.ndarray) -> np.ndarray:
@@ -78,9 +83,17 @@ def _hash_index(folder: Path) -> str:
     return hash_files(folder, (path for path in folder.iterdir() if path.name != HASH_FILE))
 
 
-def _tokeniser(stemmer: str | None) -> Any:
+def _tokeniser(stemmer: str | None, subwords: Path | None) -> Any:
     import bm25s
 
+    if subwords is not None:
+        library = tokenizers.Tokenizer.from_file(str(subwords))
+        library.no_truncation()
+        library.no_padding()
+
+        def split(texts: list[str], *, return_ids: bool) -> Any:
+            return [encoded.tokens for encoded in library.encode_batch(texts, add_special_tokens=False)]
+        return split
     stem = None
     if stemmer is not None:
         try:

@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ from ref.mining.teachers import Reranker, Retriever, check_finite
 from ref.utils.block_cache import Arrays, BlockCache, hash_key
 from ref.utils.device import resolve_device
 from ref.utils.distributed import Distributed
-from ref.utils.files import atomic_write, write_json
+from ref.utils.files import atomic_write, hash_file, write_json
 from ref.utils.progress import progress_bar
 
 PASSAGES_PER_BLOCK, QUERIES_PER_BLOCK = 4096, 1024
@@ -44,6 +45,7 @@ class RetrievalConfig:
     top_k: int = 100  # passages per list
     num_candidates: int = 50  # passages of the fused list that are scored
     stemmer: str | None = None
+    bm25_tokens: Literal["words", "subwords"] = "words"  # subwords: the retriever's own
 
 
 class ScoredPair(NamedTuple):
@@ -148,23 +150,39 @@ class LabellingPipeline:
     @cached_property
     def bm25_index(self) -> BM25Index:
         """The BM25 index, built or loaded from the cache."""
-        folder = self.cache.folder / "index" / hash_key(self.corpus.sha256, self.config.stemmer)
+        folder = self.cache.folder / "index" / hash_key(self.corpus.sha256, *self._bm25_key)
+        how: dict[str, Any] = {"stemmer": self.config.stemmer, "subwords": self._subwords}
         if folder.is_dir():
             try:
-                return BM25Index.load(folder, stemmer=self.config.stemmer)
+                return BM25Index.load(folder, **how)
             except (OSError, ValueError, KeyError, EOFError) as error:
                 print(f"cache: {folder} is damaged ({error}) and will be built again", flush=True)
-        index = BM25Index((self.passage(row)[1] for row in range(len(self.corpus))), stemmer=self.config.stemmer)
+        index = BM25Index((self.passage(row)[1] for row in range(len(self.corpus))), **how)
         print(f"BM25 index: {index.num_bytes / len(self.corpus):,.0f} bytes per passage", flush=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         if self.distributed.rank == 0:
             atomic_write(folder, index.save)
         return index
 
+    @cached_property
+    def _subwords(self) -> Path | None:
+        return None if self.config.bm25_tokens == "words" else self.retriever.tokenizer_file
+
+    @cached_property
+    def _bm25_key(self) -> list[str | None]:
+        """What the search depends on besides the texts."""
+        return [self.config.stemmer, *([] if self._subwords is None else [hash_file(self._subwords)])]
+
+    def num_unmatched(self) -> int:
+        """Queries for which BM25 finds no passage; 0 if it is not used."""
+        if self.config.retrieval == "dense":
+            return 0
+        return sum(int((self.bm25_block(rows)[:, 0] < 0).sum()) for rows in self.query_blocks)
+
     def bm25_block(self, rows: range) -> np.ndarray:
         """Rows of the passages that BM25 finds for a block of queries, (queries, top k), -1 where there are fewer."""
         queries = [self.pairs[row].query for row in rows]
-        key = hash_key("bm25", self.corpus.sha256, self.config.stemmer, self.top_k, *queries)
+        key = hash_key("bm25", self.corpus.sha256, *self._bm25_key, self.top_k, *queries)
         return self.cache.block("bm25", key, lambda: {
             "row": self.bm25_index.search(queries, self.top_k, self.corpus.id_order)})["row"]
 

@@ -22,7 +22,16 @@ import numpy as np
 
 from ref.task_types import check_task_type
 from ref.utils.corpus import check_id, passage_id, passage_text
-from ref.utils.files import JsonLine, atomic_write, check_text, check_type, hash_file, hash_files, read_jsonl
+from ref.utils.files import (
+    JsonLine,
+    atomic_write,
+    check_text,
+    check_type,
+    hash_file,
+    hash_files,
+    parse_json_object,
+    read_jsonl,
+)
 from ref.utils.text import normalize_whitespace
 
 
@@ -47,8 +56,13 @@ class Corpus:
         offsets: list[int] = []
         keys: list[int] = []
         ids: list[str] = []
+        self.empty: set[str] = set()  # ids of passages without text, which published corpora have; they are skipped
         for line in read_jsonl(self.path):
-            text, name = _passage_text(line.value, line.where), passage_id(line.value, line.where)
+            name = passage_id(line.value, line.where)
+            if name is not None and not passage_text(line.value, line.where):
+                self.empty.add(name)
+                continue
+            text = _passage_text(line.value, line.where)
             if not offsets:
                 self.has_ids = name is not None
             if (name is not None) != self.has_ids:
@@ -58,7 +72,7 @@ class Corpus:
             ids.append(str(len(offsets)) if name is None else name)
             keys.append(_hash(text if name is None else name))
         if not offsets:
-            raise ValueError(f"{self.path}: must have at least one passage (the file is empty)")
+            raise ValueError(f"{self.path}: must have at least one passage (the file has none)")
         self.sha256 = hash_file(self.path)
         self.file = self.path.open("rb")
         self.offset = np.array(offsets, np.int64)
@@ -74,7 +88,8 @@ class Corpus:
     def read(self, row: int) -> tuple[str, str]:
         """Id and text of a passage."""
         self.file.seek(self.offset[row])
-        value, where = json.loads(self.file.readline()), f"{self.path}: passage {row + 1}"
+        where = f"{self.path}: passage {row + 1}"
+        value = parse_json_object(self.file.readline(), where)
         return passage_id(value, where) or str(row + 1), _passage_text(value, where)
 
     def row(self, name: str) -> int | None:
@@ -130,7 +145,8 @@ class Pairs:
 
     def __getitem__(self, row: int) -> Pair:
         self.file.seek(self.offset[row])
-        return self._pair(json.loads(self.file.readline()), row, f"{self.path}: pair {row + 1}")
+        where = f"{self.path}: pair {row + 1}"
+        return self._pair(parse_json_object(self.file.readline(), where), row, where)
 
     def positives(self, pair: Pair) -> list[tuple[int | None, str, str]]:
         """(row, id, text) of each positive; row None for a text that is not in the corpus."""
@@ -181,7 +197,8 @@ class Pairs:
     def _check_positives(self, pair: Pair, where: str) -> None:
         for name in pair.positives:
             if self.corpus.has_ids and self.corpus.row(name) is None:
-                raise ValueError(f"{where}: 'pos' must hold ids of {self.corpus.path} (got {name!r:.80})")
+                what = "passages with text" if name in self.corpus.empty else "ids"
+                raise ValueError(f"{where}: 'pos' must hold {what} of {self.corpus.path} (got {name!r:.80})")
 
 
 def corpus_from_pairs(path: Path, folder: Path) -> Path:

@@ -31,6 +31,10 @@ class Retriever(Protocol):
     name: str
     key: str  # a hash of all that the vectors depend on besides the texts
     precision: str  # dtype, and why
+    uses_instructions: bool
+
+    @property
+    def tokenizer_file(self) -> Path: ...
 
     def encode_queries(self, texts: Sequence[str], instruction: str | None) -> np.ndarray: ...
 
@@ -50,11 +54,18 @@ class Reranker(Protocol):
 class EmbedderRetriever:
     """A model of this project."""
 
+    uses_instructions = True
+
     def __init__(self, name: str, device: str | None, dtype: str) -> None:
         self.name, self.device = name, resolve_device(device)
         self.dtype, why = resolve_dtype(dtype, self.device)
         self.precision = f"{self.dtype} ({why})"
         self.key = " ".join([*map(model_hash, adapter_chain(resolve_checkpoint(name))), self.dtype])
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """tokenizer.json of the model, of an adapter's base."""
+        return adapter_chain(resolve_checkpoint(self.name))[-1] / "tokenizer.json"
 
     @cached_property
     def embedder(self) -> Embedder:
@@ -69,13 +80,15 @@ class EmbedderRetriever:
 
 
 class SentenceTransformerRetriever:
-    """A sentence-transformers model."""
+    """A sentence-transformers model, with its own prompts; with instructions if one of these contains one."""
 
     def __init__(self, name: str, device: str | None, dtype: str) -> None:
         _sentence_transformers()
         self.name, self.folder, self.device = name, _model_folder(name), resolve_device(device)
         self.options, self.precision = _library_dtype(dtype)
-        self.key = " ".join([model_hash(self.folder), self.device.type, *self.options.values()])
+        self.uses_instructions = _declares_instructions(self.folder)
+        self.key = " ".join([model_hash(self.folder), self.device.type, *self.options.values(),
+                             *(["instructed"] if self.uses_instructions else [])])
 
     @cached_property
     def model(self) -> Any:
@@ -83,16 +96,27 @@ class SentenceTransformerRetriever:
         return _sentence_transformers().SentenceTransformer(
             str(self.folder), device=str(self.device), model_kwargs=self.options)
 
+    @property
+    def tokenizer_file(self) -> Path:
+        """tokenizer.json of the model. Raises ValueError if it has none."""
+        found = [path for path in (self.folder / "tokenizer.json", self.folder / "0_Transformer/tokenizer.json")
+                 if path.exists()]
+        if not found:
+            raise ValueError(f"--bm25-tokens subwords: {self.name} has no tokenizer.json; use words")
+        return found[0]
+
     def encode_queries(self, texts: Sequence[str], instruction: str | None) -> np.ndarray:
-        return self._encode(self.model.encode_query, texts)
+        if instruction is None or not self.uses_instructions:
+            return self._encode(self.model.encode_query, texts)
+        return self._encode(self.model.encode_query, texts, prompt=f"Instruct: {instruction}\nQuery: ")
 
     def encode_passages(self, texts: Sequence[str]) -> np.ndarray:
         return self._encode(self.model.encode_document, texts)
 
     @staticmethod
-    def _encode(encode: Any, texts: Sequence[str]) -> np.ndarray:
+    def _encode(encode: Any, texts: Sequence[str], **options: str) -> np.ndarray:
         vectors: np.ndarray = encode(list(texts), convert_to_numpy=True, normalize_embeddings=True,
-                                     show_progress_bar=False)
+                                     show_progress_bar=False, **options)
         return vectors.astype(np.float32)
 
 
@@ -143,6 +167,13 @@ def check_finite(output: np.ndarray, texts: Sequence[Any], model: str) -> np.nda
     if len(bad):
         raise ValueError(f"{model}: the output is not finite for {texts[bad[0]]!r:.120}")
     return output
+
+
+def _declares_instructions(folder: Path) -> bool:
+    """Whether a sentence-transformers model has a prompt of the form "Instruct: …", as e5-mistral and its kin do."""
+    path = folder / "config_sentence_transformers.json"
+    prompts = (read_json(path).get("prompts") if path.exists() else None) or {}
+    return any(isinstance(text, str) and text.startswith("Instruct: ") for text in prompts.values())
 
 
 def _library_dtype(dtype: str) -> tuple[dict[str, str], str]:

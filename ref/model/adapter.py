@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ref.model.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_model, read_tensors, resolve_checkpoint
+from ref.model.declared import check_declared
 from ref.model.lora import LoRALinear, apply_lora, linear_layers, lora_layers, merge_lora
 from ref.model.transformer import Mistral
 from ref.utils.files import check_type, read_json
@@ -33,6 +34,7 @@ PLAIN_LORA: dict[str, tuple[Any, ...]] = {
 def load_model_chain(folder: Path, *, device: torch.device, dtype: torch.dtype | None) -> tuple[Mistral, Path]:
     """The model of a checkpoint or adapter folder, adapters merged, and the folder of the model under them."""
     base = adapter_base(folder)
+    check_declared(folder, is_adapter=base is not None)
     if base is None:
         return load_model(folder, device=device, dtype=dtype), folder
     model, root = load_model_chain(base, device=device, dtype=dtype)

@@ -27,7 +27,7 @@ from ref.utils.files import read_json
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SMALL_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "embedder.json",
-               INDEX, ADAPTER_CONFIG, ADAPTER_WEIGHTS]
+               "modules.json", "1_Pooling/config.json", INDEX, ADAPTER_CONFIG, ADAPTER_WEIGHTS]
 
 
 def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
@@ -75,11 +75,12 @@ def _download(repository: str, *, weights: bool) -> Path:
 
 
 def shards(folder: Path, *, must_exist: bool = True) -> list[str]:
-    """Names of the weight files: those in the index, else the single one.
+    """Names of the weight files: the single one, as transformers prefers it, else those in the index.
 
     Raises ValueError if a name points outside the folder, a file is missing, or there are only pickles.
     """
-    names = _index_names(folder / INDEX) if (folder / INDEX).exists() else [SINGLE]
+    is_single = (folder / SINGLE).exists() or not (folder / INDEX).exists()
+    names = [SINGLE] if is_single else _index_names(folder / INDEX)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing and must_exist:
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))

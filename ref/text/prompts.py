@@ -89,6 +89,11 @@ class PromptEncoder:
     def __post_init__(self) -> None:
         self.tokenizer.mark_special(self.template.markers)
 
+    @property
+    def template_name(self) -> str:
+        """The template's key in TEMPLATES."""
+        return next(name for name, template in TEMPLATES.items() if template == self.template)
+
     def prefix(self, instruction: str | None, examples: Sequence[InContextExample] = ()) -> PromptPrefix:
         """The ids in front of a text; without an instruction only `<s>`.
 
@@ -195,12 +200,21 @@ def get_template(name: object, where: str) -> Template:
     return TEMPLATES[name]
 
 
+def template_of_vocabulary(tokenizer: Tokenizer) -> str:
+    """The template whose markers are all tokens of the vocabulary, else paper."""
+    return next((name for name, template in TEMPLATES.items() if template.markers and all(
+        tokenizer.token_id(marker) is not None for marker in template.markers)), "paper")
+
+
 def load_prompt_encoder(folder: Path, tokenizer: Tokenizer, **given: str | int) -> PromptEncoder:
-    """Template and token limits from a model's embedder.json, if it has one, overridden by `given`."""
+    """Template and token limits from a model's embedder.json, if it has one, overridden by `given`; without either the
+    template that the vocabulary has markers of.
+    """
     path = folder / PROMPT_FILE
     settings = {**(read_json(path) if path.exists() else {}), **given}
     where = {key: key if key in given else f"{path}: {key!r}" for key in settings}
-    template = get_template(settings.pop("template", "paper"), where.get("template", "template"))
+    name = settings.pop("template", None) or template_of_vocabulary(tokenizer)
+    template = get_template(name, where.get("template", "template"))
     for key, value in settings.items():
         if key not in LIMITS:
             raise ValueError(f"{where[key]} is unknown (only template, {', '.join(LIMITS)})")
@@ -219,6 +233,5 @@ def load_prompt_encoder(folder: Path, tokenizer: Tokenizer, **given: str | int) 
 
 def save_prompt_encoder(folder: Path, encoder: PromptEncoder) -> None:
     """Write template and token limits to embedder.json."""
-    name = next(name for name, template in TEMPLATES.items() if template == encoder.template)
-    settings = {"template": name, **{limit: getattr(encoder, limit) for limit in LIMITS}}
+    settings = {"template": encoder.template_name, **{limit: getattr(encoder, limit) for limit in LIMITS}}
     (folder / PROMPT_FILE).write_text(json.dumps(settings, indent=1))

@@ -50,7 +50,7 @@ def _argument(item: "dataclasses.Field[Any]") -> dict[str, Any]:
     if isinstance(kinds[0], str):
         return {**keywords, "choices": kinds}
     words = {word: word for other in kinds[1:] for word in get_args(other)}
-    words |= {"none": None} if type(None) in get_args(item.type) else {}
+    words |= {"none": None} if type(None) in get_args(item.type) and kinds[0] is not str else {}
     return {**keywords, "type": _or_word(kinds[0], words) if words else kinds[0]}
 
 

@@ -8,13 +8,15 @@ One JSON object per line (FlagEmbedding's schema):
 
 A first pass validates every line and keeps only its offset, file and task in memory (14 bytes): files may be larger
 than memory.
-Lines of one task name, instruction and type form a Task, and every batch is drawn from one. Each draw depends only on
+Lines of one task name, instruction and type form a Task, and every batch is drawn from one. A negative that is also a
+positive of its line is dropped. Each draw depends only on
 the seed, the epoch and the line or step: a run can start at any step and sees the same batches.
 Source: arXiv 2506.07438 (one task per batch); arXiv 2409.15700 (types, 7 negatives, in-context examples).
 """
 
 import math
 import random
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -29,15 +31,18 @@ from ref.config import TrainConfig
 from ref.loss.contrastive import CandidateIndex
 from ref.task_types import TASK_TYPES, check_task_type
 from ref.text.prompts import InContextExample
+from ref.training.data_report import DataReport
 from ref.utils.files import check_text, hash_file, parse_json_object, read_jsonl
 from ref.utils.text import normalize_whitespace
 
+OPEN_FILES = 200
+
 
 class Task(NamedTuple):
-    """What the lines of a batch have in common."""
+    """What the lines of a batch have in common. Without an instruction queries are embedded as passages are."""
 
     name: str
-    instruction: str
+    instruction: str | None
     type: str
 
 
@@ -51,6 +56,7 @@ class TrainingExample:
     negatives: list[str]
     positive_scores: list[float] | None  # None: the line has no teacher scores
     negative_scores: list[float] | None
+    num_dropped: int = 0  # negatives of the file that are a positive too
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,9 @@ class SoftLabelDataset:
     def __init__(self, paths: Sequence[Path], config: TrainConfig) -> None:
         """Validate and index every line. Raises ValueError that names file, line and field."""
         self.paths, self.config = list(paths), config
-        self.files: list[BinaryIO] = []
+        self.names = _task_names(self.paths)
+        self.files: OrderedDict[int, BinaryIO] = OrderedDict()
+        self.report = DataReport(config.teacher_temperature)
         self.sha256: list[str] = []
         self.num_with_labels = 0
         offsets: list[int] = []
@@ -82,7 +90,7 @@ class SoftLabelDataset:
         numbers: dict[Task, int] = {}
         for file_number, path in enumerate(self.paths):
             before = len(offsets)
-            for offset, example in self._read(path):
+            for offset, example in self._read(path, self.names[file_number]):
                 offsets.append(offset)
                 files.append(file_number)
                 tasks.append(numbers.setdefault(example.task, len(numbers)))
@@ -99,11 +107,21 @@ class SoftLabelDataset:
 
     def __getitem__(self, number: int) -> TrainingExample:
         """Read line `number` again from its file."""
-        file = self.files[self.file[number]]
+        file_number = int(self.file[number])
+        file = self._open(file_number)
         file.seek(self.offset[number])
-        path = self.paths[self.file[number]]
-        where = f"{path} (byte {self.offset[number]})"
-        return parse_example(parse_json_object(file.readline(), where), where, path.stem, self.config.instruction)
+        where = f"{self.paths[file_number]} (byte {self.offset[number]})"
+        return parse_example(parse_json_object(file.readline(), where), where, self.names[file_number],
+                             self.config.instruction)
+
+    def _open(self, file_number: int) -> BinaryIO:
+        """A handle of a file, one of the OPEN_FILES used last: systems allow about a thousand."""
+        if file_number not in self.files:
+            if len(self.files) >= OPEN_FILES:
+                self.files.popitem(last=False)[1].close()
+            self.files[file_number] = self.paths[file_number].open("rb")
+        self.files.move_to_end(file_number)
+        return self.files[file_number]
 
     def locations(self, numbers: Iterable[int]) -> str:
         """File and line numbers for messages: "FILE:3, FILE:8, OTHER:1"."""
@@ -180,6 +198,8 @@ class SoftLabelDataset:
         They contain no text of the batch and no known positive of its queries.
         """
         draw = random.Random(f"{self.config.seed} examples {step}")
+        if self.tasks[self.task[numbers[0]]].instruction is None:
+            return [[]]
         used = {normalize_whitespace(text) for example in batch for text in (example.query, *example.positives)}
         used |= set(map(normalize_whitespace, passages))
         others = self.task == self.task[numbers[0]]
@@ -204,17 +224,18 @@ class SoftLabelDataset:
             example = self[int(pool[draw.randrange(len(pool))])]
             yield InContextExample(example.query, draw.choice(example.positives))
 
-    def _read(self, path: Path) -> Iterator[tuple[int, TrainingExample]]:
-        """Offset and content of each line of a file; opens it for later reads and hashes it."""
+    def _read(self, path: Path, name: str) -> Iterator[tuple[int, TrainingExample]]:
+        """Offset and content of each line of a file; hashes it."""
         for line in read_jsonl(path):
-            example = parse_example(line.value, line.where, path.stem, self.config.instruction)
+            example = parse_example(line.value, line.where, name, self.config.instruction)
+            scores = [*(example.positive_scores or []), *(example.negative_scores or [])]
+            self.report.add(path, scores, example.num_dropped)
             in_batch = self.has_in_batch_negatives(example.task) and self.config.batch_size > 1
             if not in_batch and not example.negatives[: self._num_negatives(example.task)]:
                 got = "--num-negatives 0" if example.negatives else "none"
                 raise ValueError(f"{line.where}: 'neg' must have a text for type {example.task.type}, which has no "
                                  f"in-batch negatives (got {got})")
             yield line.offset, example
-        self.files.append(path.open("rb"))
         self.sha256.append(hash_file(path))
 
     def _check_single_lines(self) -> None:
@@ -226,18 +247,26 @@ class SoftLabelDataset:
                                  "other line")
 
 
+def _task_names(paths: Sequence[Path]) -> list[str]:
+    """The name of each file's task: its stem, with its folder's name where several files have that stem."""
+    stems = Counter(path.stem for path in paths)
+    return [path.stem if stems[path.stem] == 1 else f"{path.resolve().parent.name}/{path.stem}" for path in paths]
+
+
 def parse_example(value: dict[str, Any], where: str, file_name: str, instruction: str | None) -> TrainingExample:
     """Validate one line; ValueError that names `where` and the field."""
     task_type = check_task_type(value.get("type") or "normal", f"{where}: 'type'")
     prompt = value.get("prompt") or instruction
     if prompt is None:
-        raise ValueError(f"{where}: 'prompt' is missing; give the task's instruction there or with --instruction")
+        raise ValueError(f"{where}: 'prompt' is missing; give the task's instruction there or with --instruction, "
+                         "or train without one: --instruction none")
     query = check_text(value.get("query"), f"{where}: 'query'")
     positives, negatives = (_texts(value, name, where) for name in ("pos", "neg"))
     if not positives:
         raise ValueError(f"{where}: 'pos' must have at least one text")
     name = check_text(value.get("task") or file_name, f"{where}: 'task'")
-    task = Task(name, check_text(prompt, f"{where}: 'prompt'"), task_type)
+    no_prompt = not value.get("prompt") and prompt == "none"
+    task = Task(name, None if no_prompt else check_text(prompt, f"{where}: 'prompt'").strip(), task_type)
     positive_scores = _scores(value, "pos_scores", positives, where)
     negative_scores = _scores(value, "neg_scores", negatives, where)
     if not negatives and positive_scores is not None:
@@ -245,7 +274,11 @@ def parse_example(value: dict[str, Any], where: str, file_name: str, instruction
     if (positive_scores is None) != (negative_scores is None):
         missing = "pos_scores" if positive_scores is None else "neg_scores"
         raise ValueError(f"{where}: {missing!r} is missing; give both 'pos_scores' and 'neg_scores', or neither")
-    return TrainingExample(task, query, positives, negatives, positive_scores, negative_scores)
+    known = set(map(normalize_whitespace, positives))
+    kept = [n for n, text in enumerate(negatives) if normalize_whitespace(text) not in known]
+    return TrainingExample(
+        task, query, positives, [negatives[n] for n in kept], positive_scores,
+        None if negative_scores is None else [negative_scores[n] for n in kept], len(negatives) - len(kept))
 
 
 def _texts(value: dict[str, Any], name: str, where: str) -> list[str]:

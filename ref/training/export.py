@@ -2,19 +2,23 @@
 
 sentence-transformers reads modules.json: the transformer, last-token pooling, normalisation; the end token comes from
 tokenizer.json (ref/text/tokenizer.py). Its named prompts are the training instructions: encode(texts,
-prompt_name=TASK). It truncates prompt and text together, we truncate the text alone: the limits agree for passages
-without an instruction.
+prompt_name=TASK); encode_query and encode_document take those named query and document. It truncates prompt and text
+together, we truncate the text alone: the limits agree for passages without an instruction.
 """
 
 import json
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
+
+import numpy as np
 
 from ref.config import TrainConfig
 from ref.model.adapter import save_adapter
 from ref.model.checkpoint import resolve_checkpoint, save_model
 from ref.model.lora import frozen_base, merge_lora
 from ref.model.transformer import Mistral
+from ref.task_types import TASK_TYPES
 from ref.text.prompts import PromptEncoder, save_prompt_encoder
 from ref.training.data import SoftLabelDataset
 from ref.training.model_source import ModelSource
@@ -27,7 +31,7 @@ def save_result(
 ) -> None:
     """Write model/, or adapter/ (with base/ if the base was randomly initialised) into the run folder."""
     if config.train == "all":
-        prompts = named_prompts(data)
+        prompts = exported_prompts(data)
         atomic_write(folder / "model", lambda draft: export_model(model, prompt_encoder, prompts, draft))
         return
     base = str(resolve_checkpoint(source.name).resolve()) if Path(source.name).is_dir() else source.name
@@ -46,7 +50,7 @@ def save_result(
 def save_merged(folder: Path, model: Mistral, prompt_encoder: PromptEncoder, data: SoftLabelDataset) -> None:
     """Write merged/: base and adapter as one checkpoint. The model in memory stays merged."""
     merge_lora(model)
-    prompts = named_prompts(data)
+    prompts = exported_prompts(data)
     atomic_write(folder / "merged", lambda draft: export_model(model, prompt_encoder, prompts, draft))
 
 
@@ -56,18 +60,40 @@ def remove_results(folder: Path) -> None:
         remove_path(folder / name)
 
 
+def exported_prompts(data: SoftLabelDataset) -> dict[str, str | None]:
+    """Instruction by the name of a prompt: `query` and `document`, which encode_query and encode_document use, and the
+    tasks. None: no prompt.
+
+    `query` is the instruction of the retrieval task (type `normal` or `only_1neg`) with the most lines, or the only
+    instruction there is. Documents have none, except where the only task has it on its passages.
+    """
+    lines = np.bincount(data.task, minlength=len(data.tasks))
+    tasks = [data.tasks[n] for n in np.argsort(-lines, kind="stable")]
+    retrieval = [task for task in tasks if task.type in ("normal", "only_1neg")]
+    prompts: dict[str, str | None] = {}
+    if retrieval or len({task.instruction for task in tasks}) == 1:
+        task = (retrieval or tasks)[0]
+        prompts = {"query": task.instruction,
+                   "document": task.instruction if TASK_TYPES[task.type].instruct_passages else None}
+    return {**prompts, **named_prompts(data)}
+
+
 def named_prompts(data: SoftLabelDataset) -> dict[str, str]:
     """Instruction by task name; a second instruction of the same name gets the next free number."""
     prompts: dict[str, str] = {}
     names = {task.name for task in data.tasks}
     for name, instruction in dict.fromkeys((task.name, task.instruction) for task in data.tasks):
+        if instruction is None:
+            continue
         numbered = (f"{name}-{number}" for number in count(2))
         free = next(other for other in numbered if other not in prompts and other not in names)
         prompts[free if name in prompts else name] = instruction
     return prompts
 
 
-def export_model(model: Mistral, prompt_encoder: PromptEncoder, prompts: dict[str, str], folder: Path) -> None:
+def export_model(
+    model: Mistral, prompt_encoder: PromptEncoder, prompts: Mapping[str, str | None], folder: Path,
+) -> None:
     """Write a checkpoint that transformers and sentence-transformers load, with equal embeddings.
 
     `prompts` become sentence-transformers' named prompts, except for a template with a suffix: sentence-transformers
@@ -88,7 +114,8 @@ def export_model(model: Mistral, prompt_encoder: PromptEncoder, prompts: dict[st
                                   "pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False,
                                   "include_prompt": True},
         "config_sentence_transformers.json": {
-            "prompts": {name: before_text.format(instruction=text) for name, text in named.items()},
+            "prompts": {name: "" if text is None else before_text.format(instruction=text)
+                        for name, text in named.items()},
             "default_prompt_name": None, "similarity_fn_name": "cosine"},
     }
     for name, value in files.items():

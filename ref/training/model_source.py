@@ -90,5 +90,5 @@ def _all_texts(data: SoftLabelDataset) -> Iterator[str]:
     for number in range(len(data)):
         example = data[number]
         # the template's own words too, so that the vocabulary contains them
-        yield from (example.task.instruction, example.query, *example.positives, *example.negatives,
+        yield from (example.task.instruction or "", example.query, *example.positives, *example.negatives,
                     "Instruct: Query: Response:")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 MAX_TEXT_CHARS = 1_000_000
+GZIP = b"\x1f\x8b"  # the first bytes of a compressed file
 
 
 class JsonLine(NamedTuple):
@@ -25,24 +26,38 @@ class JsonLine(NamedTuple):
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read one JSON object. Raises ValueError that names the file, and the line of a syntax error."""
+    return parse_json_object(_read(path), str(path))
+
+
+def read_json_list(path: Path) -> list[Any]:
+    """Read one JSON list. Raises ValueError as `read_json` does."""
+    value: list[Any] = _parse_json(_read(path), str(path), list, "a JSON list")
+    return value
+
+
+def _read(path: Path) -> bytes:
     try:
-        raw = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError:
         raise ValueError(f"{path}: file does not exist") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    return parse_json_object(raw, str(path))
 
 
 def read_jsonl(path: Path) -> Iterator[JsonLine]:
     """Yield the non-blank lines of a JSONL file. Raises ValueError with file and line for anything but an object."""
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path}: must be a file, which is read more than once (got a folder or a pipe); save the "
+                             "data to a file first")
         file = path.open("rb")
     except FileNotFoundError:
         raise ValueError(f"{path}: file does not exist") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     with file:
+        if file.peek(2)[:2] == GZIP:
+            raise ValueError(f"{path}: is compressed; unpack it first: gunzip -k {path}")
         offset = 0
         for number, raw in enumerate(file, start=1):
             if raw.strip():
@@ -52,9 +67,14 @@ def read_jsonl(path: Path) -> Iterator[JsonLine]:
 
 
 def parse_json_object(raw: bytes, where: str) -> dict[str, Any]:
-    """Parse UTF-8 JSON that must be an object. Raises ValueError that starts with `where`."""
+    """Parse UTF-8 JSON, with or without a BOM, that must be an object. Raises ValueError that starts with `where`."""
+    value: dict[str, Any] = _parse_json(raw, where, dict, "a JSON object")
+    return value
+
+
+def _parse_json(raw: bytes, where: str, kind: type, expected: str) -> Any:
     try:
-        value = json.loads(raw.decode("utf-8").strip())
+        value = json.loads(raw.decode("utf-8-sig").strip())
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 (byte {error.start})") from None
     except json.JSONDecodeError as error:
@@ -62,8 +82,8 @@ def parse_json_object(raw: bytes, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: invalid JSON ({error.msg}, {line}column {error.colno})") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: invalid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: must be a JSON object (got {type(value).__name__})")
+    if not isinstance(value, kind):
+        raise ValueError(f"{where}: must be {expected} (got {type(value).__name__})")
     return value
 
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ref.mining.bm25 import BM25Index, top_k
+from ref.text.tokenizer import train_tokenizer
 
 
 @given(scores=st.lists(st.integers(0, 4), min_size=1, max_size=30), k=st.integers(1, 31), seed=st.integers(0, 9))
@@ -57,3 +58,26 @@ def test_bm25_is_the_lucene_formula_and_bm25s_own_ranking(tmp_path):
 def test_a_corpus_of_nothing_but_stop_words_is_an_error():
     with pytest.raises(ValueError, match="BM25 needs a passage with words other than stop words"):
         BM25Index(["the", "!!!", "a"], stemmer=None)
+
+
+LANGUAGES = {"zh": ["\u7f8e\u4e3d\u7684\u6cb3\u6d41\u5f88\u957f", "\u5927\u6811\u5728\u5c71\u4e0a"],
+             "ja": ["\u732b\u304c\u9b5a\u3092\u98df\u3079\u308b", "\u96e8\u304c\u964d\u308b"],
+             "th": ["\u0e41\u0e21\u0e27\u0e01\u0e34\u0e19\u0e1b\u0e25\u0e32", "\u0e1d\u0e19\u0e15\u0e01"],
+             "hi": ["\u092c\u093f\u0932\u094d\u0932\u0940 \u092e\u091b\u0932\u0940",
+                    "\u092a\u093e\u0928\u0940 \u0917\u093f\u0930\u093e"]}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_subwords_find_parts_of_sentences_without_spaces(language, tmp_path):
+    """The first characters of each sentence; as words a whole sentence is one, and nothing is found."""
+    texts = [text for sentences in LANGUAGES.values() for text in sentences]
+    train_tokenizer(texts, vocab_size=400, lowercase=True).save(tmp_path)
+    queries = [text[: len(text) // 2].strip() for text in LANGUAGES[language]]
+    index = BM25Index(texts, stemmer=None, subwords=tmp_path / "tokenizer.json")
+    index.save(tmp_path / "index")
+    again = BM25Index.load(tmp_path / "index", stemmer=None, subwords=tmp_path / "tokenizer.json")
+    for found in (index, again):
+        best = found.search(queries, 3, np.arange(len(texts)))[:, 0]
+        assert best.tolist() == [texts.index(text) for text in LANGUAGES[language]]
+    if language in ("zh", "ja"):
+        assert (BM25Index(texts, stemmer=None).search(queries, 3, np.arange(len(texts))) < 0).all()

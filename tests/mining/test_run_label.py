@@ -21,6 +21,7 @@ import run_label
 import run_train
 from ref.mining import pipeline, teachers
 from ref.mining.bm25 import BM25Index
+from ref.model.checkpoint import resolve_checkpoint
 from ref.training.data import parse_example
 
 ROOT = Path(__file__).parent.parent.parent
@@ -224,6 +225,28 @@ def test_a_rerankers_logits_are_stored_raw_and_compared_through_a_sigmoid(label,
         assert all(1 / (1 + math.exp(-score)) < limit for score in row["neg_scores"])
 
 
+def test_instructions_reach_a_library_model_that_declares_prompts_with_them(retriever, tmp_path, label, capsys):
+    """Others keep their own prompts, and the command says so."""
+    library = pytest.importorskip("sentence_transformers")
+    source = resolve_checkpoint(str(retriever))
+    texts = ["one query", "another"]
+    for name, prompts in (("instructed", {"web": "Instruct: Find it.\nQuery: "}), ("fixed", {"query": "query: "})):
+        folder = tmp_path / name
+        shutil.copytree(source, folder)
+        (folder / "embedder.json").unlink()
+        path = folder / "config_sentence_transformers.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "prompts": prompts}))
+        model = library.SentenceTransformer(str(folder), device="cpu")
+        ours = teachers.load_retriever(str(folder), "cpu")
+        expected = "Instruct: Other.\nQuery: " if name == "instructed" else "query: "
+        np.testing.assert_allclose(
+            ours.encode_queries(texts, "Other."), model.encode(texts, prompt=expected), atol=1e-6)
+        np.testing.assert_allclose(ours.encode_passages(texts), model.encode(texts), atol=1e-6)
+        assert ours.uses_instructions == (name == "instructed")
+    assert label("--retriever", tmp_path / "fixed", "--instruction", "Find it.") == 0
+    assert "instructions are not used: " in capsys.readouterr().out
+
+
 def test_a_cross_encoder_gives_raw_logits_and_one_with_several_outputs_is_refused(tmp_path, label, capsys):
     library = pytest.importorskip("sentence_transformers")
     import transformers
@@ -389,6 +412,19 @@ def test_files_of_the_user_beside_the_output_are_not_overwritten(label, tmp_path
     assert label(output="mine.jsonl") == 2
     assert f"{name} exists and was not written by this command" in capsys.readouterr().err
     assert (tmp_path / name).read_text() == "{}" and len(list(tmp_path.glob("mine.*"))) == 1
+
+
+def test_queries_without_a_bm25_hit_are_counted(raw, label, tmp_path, capsys):
+    pairs = [json.loads(line) for line in raw[0].read_text().splitlines()]
+    changed = tmp_path / "changed.jsonl"
+    changed.write_text("".join(json.dumps({**pair, **({"query": f"zzz{n}"} if n < 3 else {})}) + "\n"
+                               for n, pair in enumerate(pairs)))
+    assert label("--pairs", changed) == 0
+    assert f"BM25 finds no passage for 3 of {len(pairs)} queries; for languages" in capsys.readouterr().out
+    assert label("--bm25-tokens", "subwords", output="sub.jsonl") == 0
+    assert "BM25 finds no passage" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "sub.json").read_text())["retrieval"]["bm25_tokens"] == "subwords"
+    assert rows_of(tmp_path / "sub.jsonl") != rows_of(tmp_path / "out.jsonl")
 
 
 def test_own_labels_are_replaced_until_they_are_edited(label, tmp_path, capsys):

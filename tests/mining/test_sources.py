@@ -45,6 +45,17 @@ def test_white_space_around_a_text_does_not_hide_it(tmp_path):
     assert len(corpus) == 1 and pairs.positives(pairs[0]) == [(0, "1", "a text")]
 
 
+def test_passages_without_text_are_skipped_and_known(tmp_path):
+    """Published corpora have some; rows, ids and texts of the others stay together."""
+    rows = [{"_id": "a", "title": "", "text": "x"}, {"_id": "b", "title": "", "text": " "},
+            {"_id": "c", "title": "", "text": "z"}, {"_id": "d", "text": ""}]
+    corpus = Corpus(write(tmp_path / "corpus.jsonl", rows))
+    assert [corpus.read(n) for n in range(len(corpus))] == [("a", "x"), ("c", "z")]
+    assert (corpus.row("c"), corpus.row("b"), corpus.empty) == (1, None, {"b", "d"})
+    pairs = Pairs(write(tmp_path / "pairs.jsonl", [{"query": "q", "pos": ["c"]}]), corpus)
+    assert pairs.positives(pairs[0]) == [(1, "c", "z")]
+
+
 def test_other_positives_are_those_of_equal_queries(tmp_path):
     corpus = Corpus(write(tmp_path / "corpus.jsonl", [{"id": f"d{n}", "text": f"text {n}"} for n in range(5)]))
     lines = [{"query": "q", "pos": ["d0"]}, {"query": " q\n", "pos": ["d1"]},
@@ -62,7 +73,10 @@ GOOD_PAIRS = [{"query": "q", "pos": ["a"]}]
 @pytest.mark.parametrize(("corpus", "pairs", "words"), [
     ([], GOOD_PAIRS, r"corpus.jsonl: must have at least one passage"),
     ([*GOOD_CORPUS, {"id": "a", "text": "z"}], GOOD_PAIRS, r"ids must be unique \('a' is the id of passages 1 and 3\)"),
-    ([{"id": "a", "text": " "}], GOOD_PAIRS, r"corpus.jsonl:1: 'text' must be a non-empty string \(got ''\)"),
+    ([*GOOD_CORPUS[1:], {"id": "a", "text": " "}], GOOD_PAIRS,
+     r"pairs.jsonl:1: 'pos' must hold passages with text of .*corpus.jsonl \(got 'a'\)"),
+    ([{"id": "a", "text": ""}], GOOD_PAIRS, r"corpus.jsonl: must have at least one passage \(the file has none\)"),
+    ([{"text": " "}], GOOD_PAIRS, r"corpus.jsonl:1: 'text' must be a non-empty string \(got ''\)"),
     ([{"id": "a", "text": "x"}, {"text": "y"}], GOOD_PAIRS, r":2: must have an id, like the first line \(got None\)"),
     ([{"text": "x"}, {"id": "a", "text": "y"}], GOOD_PAIRS, r":2: must have no id, like the first line \(got 'a'\)"),
     ([{"id": ["a"], "text": "x"}], GOOD_PAIRS, r":1: 'id' must be a non-empty string or an integer \(got \['a'\]\)"),

@@ -79,15 +79,17 @@ def test_tensor_names_of_the_causal_model_and_its_head(max_shard_size: str, tmp_
 
 
 def test_only_files_of_the_index_are_read(tiny_checkpoint: Checkpoint) -> None:
-    """A consolidated copy, another single file and a broken file beside the shards are ignored."""
+    """A consolidated copy and a broken file are ignored; a single file goes first, as in transformers."""
     folder = tiny_checkpoint(shard_bytes=20_000)
     truth = load_model(folder, device=CPU).state_dict()
     save_file({"tok_embeddings.weight": torch.ones(3, 3)}, folder / "consolidated.safetensors")
-    save_file({name: tensor + 1 for name, tensor in truth.items()}, folder / SINGLE)
     (folder / "broken.safetensors").write_bytes(b"nothing")
     assert same_tensors(load_model(folder, device=CPU), truth)
-    (folder / INDEX).unlink()
-    assert not same_tensors(load_model(folder, device=CPU), truth)  # now the single file is the checkpoint
+    other = {name: tensor + 1 for name, tensor in truth.items()}
+    save_file(other, folder / SINGLE, metadata={"format": "pt"})
+    assert same_tensors(load_model(folder, device=CPU), other)
+    theirs = pytest.importorskip("transformers").AutoModel.from_pretrained(folder, dtype=torch.float32).state_dict()
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in other.items())
 
 
 @pytest.mark.parametrize(("first", "second"), [(10**9, 20_000), (20_000, 10**9)])
@@ -225,6 +227,7 @@ def test_an_index_that_points_outside_its_folder(
 @pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": ["a"]}, {"weight_map": None}])
 def test_an_index_without_files(index: dict[str, Any], tiny_checkpoint: Checkpoint) -> None:
     folder = tiny_checkpoint()
+    (folder / SINGLE).unlink()
     (folder / INDEX).write_text(json.dumps(index))
     assert_rejected(folder, INDEX, "weight_map")
 

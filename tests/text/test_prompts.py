@@ -309,6 +309,15 @@ def test_a_bad_file_is_an_error_that_names_it(tmp_path, settings, message):
     assert message in str(caught.value)
 
 
+def test_without_a_file_the_vocabularys_markers_tell_the_template(tmp_path):
+    """All of them; a file or an argument goes first."""
+    assert load_prompt_encoder(tmp_path, mistral(markers=MARKERS)).template_name == "bge-en-icl"
+    assert load_prompt_encoder(tmp_path, mistral(markers=MARKERS[:2])).template_name == "paper"
+    assert load_prompt_encoder(tmp_path, mistral(markers=MARKERS), template="paper").template_name == "paper"
+    save_prompt_encoder(tmp_path, PromptEncoder(mistral(markers=MARKERS)))
+    assert load_prompt_encoder(tmp_path, mistral(markers=MARKERS)).template_name == "paper"
+
+
 def test_a_given_setting_is_named_without_a_file(tmp_path):
     with pytest.raises(ValueError, match="^template must be one of paper, bge-en-icl .got 'e5'"):
         load_prompt_encoder(tmp_path, mistral(), template="e5")

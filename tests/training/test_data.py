@@ -6,6 +6,9 @@ location.
 
 import json
 import math
+import os
+import random
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,7 +142,7 @@ def test_a_bad_field_is_named_with_file_and_line(tmp_path, changes, message):
     (b"null", "must be a JSON object .got NoneType"),
     (b'{"query": "caf\xe9"}', "not UTF-8 .byte 14"),
     (json.dumps(GOOD).encode("utf-16"), "not UTF-8 .byte 0"),
-    (b'\xef\xbb\xbf{"query": "q"}', "invalid JSON.*BOM"),
+    (b'\xef\xbb\xbf\xef\xbb\xbf{"query": "q"}', "invalid JSON"),
     (b"\x00\x01", "invalid JSON"),
 ], ids=lambda value: str(value)[:30])
 def test_a_bad_line_is_named(tmp_path, bad, message):
@@ -154,9 +157,47 @@ def test_an_empty_file_is_an_error(tmp_path, lines):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    for path, message in ((tmp_path / "none.jsonl", r"none\.jsonl: file does not exist"), (tmp_path, "cannot be read")):
+    for path, message in ((tmp_path / "none.jsonl", r"none\.jsonl: file does not exist"), (tmp_path, "must be a file")):
         with pytest.raises(ValueError, match=message):
             SoftLabelDataset([path], TrainConfig())
+
+
+def test_files_of_equal_names_are_different_tasks(tmp_path):
+    """Named after their folders too; a name in the line itself stays."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    paths = [write(tmp_path / name, [line(task=None), line(task="own")])
+             for name in ("a/train.jsonl", "b/train.jsonl", "b/other.jsonl")]
+    data = SoftLabelDataset(paths, TrainConfig())
+    assert {task.name for task in data.tasks} == {"a/train", "b/train", "other", "own"}
+
+
+def test_more_files_than_may_be_open(tmp_path):
+    paths = [write(tmp_path / f"{n}.jsonl", [line(query=f"q{n}"), line(query=f"r{n}")]) for n in range(60)]
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, before[1]))
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("ref.training.data.OPEN_FILES", 10)
+            data = SoftLabelDataset(paths, TrainConfig())
+            order = random.Random(0).sample(range(120), 120)
+            assert [data[n].query for n in order] == [f"{'qr'[n % 2]}{n // 2}" for n in order]
+            assert len(data.files) == 10
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_training_without_an_instruction(tmp_path):
+    """Where the line has none; no in-context examples then, which contain it."""
+    rows = [{**line(query=f"q{n}"), "prompt": prompt} for n, prompt in enumerate(["", None, "Find it.", ""] * 3)]
+    data = load(tmp_path, rows, instruction="none", batch_size=2, max_examples=3)
+    assert {task.instruction for task in data.tasks} == {None, "Find it."}
+    for step, lines in enumerate(data.batches(0)):
+        batch = data.batch(lines, epoch=0, step=step)
+        if batch.task.instruction is None:
+            assert batch.examples == [[]]
+    with pytest.raises(ValueError, match="'prompt' is missing.*--instruction none"):
+        load(tmp_path, rows)
 
 
 def test_one_empty_file_among_good_ones_is_named(tmp_path):

@@ -33,7 +33,7 @@ from ref.text.prompts import InContextExample
 from ref.training import metrics, model_source, run_dir
 from ref.training.arguments import parse_args, train_config
 from ref.training.data import Task
-from ref.training.export import named_prompts
+from ref.training.export import exported_prompts, named_prompts
 from ref.training.trainer import Trainer, learning_rate
 
 ROOT = Path(run_train.__file__).parent
@@ -293,8 +293,56 @@ def test_two_instructions_under_one_name_are_both_exported(place, tmp_path):
     rows = [{**row, "task": "same"} for row in lines()]
     assert place.train("names", "--data", write_data(tmp_path / "same.jsonl", rows), "--steps", 1) == 0
     settings = json.loads((place.folder / "names/model/config_sentence_transformers.json").read_text())
-    prompts = {name: text for name, text in settings["prompts"].items() if "Instruct" in text}
+    prompts = {name: text for name, text in settings["prompts"].items() if name not in ("query", "document")}
     assert set(prompts) == {"same", "same-2"} and len(set(prompts.values())) == 2
+
+
+def exported(kinds: list[tuple[str, str | None, str, int]]) -> dict[str, str | None]:
+    """Prompts for tasks of (name, instruction, type, lines)."""
+    tasks = [Task(name, instruction, kind) for name, instruction, kind, _ in kinds]
+    lines = np.repeat(np.arange(len(kinds)), [count for *_, count in kinds])
+    return exported_prompts(SimpleNamespace(tasks=tasks, task=lines))
+
+
+def test_query_and_document_prompts():
+    """The retrieval instruction with the most lines, or the only instruction; documents only where it is theirs too."""
+    qa, sts = ("qa", "Find it.", "normal", 5), ("sts", "Same.", "symmetric_sts", 50)
+    assert exported([sts, qa, ("web", "Search.", "only_1neg", 9)]) == {
+        "query": "Search.", "document": None, "sts": "Same.", "qa": "Find it.", "web": "Search."}
+    assert exported([sts]) == {"query": "Same.", "document": "Same.", "sts": "Same."}
+    assert exported([sts, ("other", "Else.", "symmetric_class", 9)]) == {"sts": "Same.", "other": "Else."}
+    assert exported([("bare", None, "normal", 3)]) == {"query": None, "document": None}
+    assert exported([("query", "Mine.", "symmetric_sts", 5), qa])["query"] == "Mine."  # a task of that name
+
+
+def test_sentence_transformers_encode_query_and_document_give_our_embeddings(place):
+    library = pytest.importorskip("sentence_transformers")
+    rows = [{**row, "prompt": "Find the passage.", "type": "normal"} for row in lines()]
+    data = write_data(place.folder / "one.jsonl", rows)
+    assert place.train("one", "--data", data, "--steps", 2) == 0
+    ours = Embedder.from_pretrained(place.folder / "one", device="cpu")
+    theirs = library.SentenceTransformer(str(place.folder / "one/model"), device="cpu")
+    queries = ours.encode(TEXTS, instruction="Find the passage.")
+    np.testing.assert_allclose(theirs.encode_query(TEXTS), queries, atol=2e-6)
+    np.testing.assert_allclose(theirs.encode_document(TEXTS), ours.encode(TEXTS), atol=2e-6)
+    assert np.abs(theirs.encode_query(TEXTS) - ours.encode(TEXTS)).max() > 1e-3  # control: the prompt matters
+
+
+def test_training_without_instructions(place):
+    """Queries and passages alike; the exported model has no prompts to add."""
+    rows = [{**row, "prompt": ""} for row in lines()]
+    data = write_data(place.folder / "bare.jsonl", rows)
+    assert place.train("bare", "--data", data, "--instruction", "none", "--steps", 2, "--eval-data", "none") == 0
+    settings = json.loads((place.folder / "bare/model/config_sentence_transformers.json").read_text())
+    assert set(settings["prompts"].values()) <= {""}
+    assert {row["examples_drawn"] for row in rows_of(place.folder / "bare")} == {0.0}
+
+
+def test_an_unrelated_folder_named_held_out_is_left_alone(place, tmp_path, capsys):
+    data = write_data(tmp_path / "d.jsonl", lines())
+    (tmp_path / "held_out/pictures").mkdir(parents=True)
+    assert place.train("unrelated", "--data", data, "--steps", 1) == 0
+    assert "held-out" not in capsys.readouterr().out
 
 
 def test_a_numbered_name_takes_no_name_that_a_task_has():

@@ -1,5 +1,6 @@
 """JSON and JSONL readers, type checks, atomic writes, hashes."""
 
+import gzip
 import os
 
 import pytest
@@ -45,7 +46,7 @@ def test_a_syntax_error_names_the_line_of_a_json_file(tmp_path):
 def test_a_missing_file_and_a_folder(read, tmp_path):
     with pytest.raises(ValueError, match=f"^{tmp_path / 'no'}: file does not exist$"):
         read(tmp_path / "no")
-    with pytest.raises(ValueError, match=f"^{tmp_path}: cannot be read .Is a directory.$"):
+    with pytest.raises(ValueError, match=f"^{tmp_path}: (cannot be read .Is a directory|must be a file)"):
         read(tmp_path)
 
 
@@ -160,3 +161,21 @@ def test_hashes_depend_on_names_and_contents(tmp_path):
     assert hash_files(tmp_path, [tmp_path / "a", tmp_path / "b"]) == first
     (tmp_path / "b").write_text("a")
     assert hash_files(tmp_path, [tmp_path / "a", tmp_path / "b"]) != first
+
+
+def test_a_bom_is_no_part_of_the_first_line(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\n{"a": 2}\n')
+    lines = list(read_jsonl(tmp_path / "x.jsonl"))
+    assert [line.value for line in lines] == [{"a": 1}, {"a": 2}] and [line.offset for line in lines] == [0, 12]
+    (tmp_path / "x.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(tmp_path / "x.json") == {"a": 1}
+
+
+def test_pipes_and_compressed_files_are_rejected_at_once(tmp_path):
+    """A pipe that nobody writes to would block for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"pipe: must be a file, which is read more than once .*save the data to a"):
+        next(read_jsonl(tmp_path / "pipe"))
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}'))
+    with pytest.raises(ValueError, match=r"x\.jsonl\.gz: is compressed; unpack it first: gunzip -k .*x\.jsonl\.gz$"):
+        next(read_jsonl(tmp_path / "x.jsonl.gz"))

@@ -1,0 +1,82 @@
+"""What is said about the training data before the first step."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from ref.config import TrainConfig
+from ref.training.data import SoftLabelDataset
+from ref.training.data_report import DataReport
+
+
+def load(path, lines, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return SoftLabelDataset([path], TrainConfig(**options))
+
+
+def line(number, *, scores=(0.9, 0.8), prompt="Find it.", **changes):
+    return {"query": f"q{number}", "pos": [f"p{number}"], "neg": [f"n{number}"], "pos_scores": [scores[0]],
+            "neg_scores": [scores[1]], "prompt": prompt, **changes}
+
+
+def said(data, batch_size=512):
+    tasks = len({(task.name, task.type) for task in data.tasks})
+    return data.report.lines(data.batches(0), instructions_per_task=len(data.tasks) / tasks, batch_size=batch_size)
+
+
+def test_ordinary_data_need_no_words(tmp_path):
+    assert said(load(tmp_path / "a.jsonl", [line(n) for n in range(20)])) == []
+
+
+def test_a_positive_among_the_negatives_is_dropped_with_its_score_and_counted(tmp_path):
+    rows = [line(0, neg=["p0", "x", " p0 "], neg_scores=[0.9, 0.8, 0.9]), line(1), line(2, neg=["p2"])]
+    data = load(tmp_path / "a.jsonl", rows)
+    assert said(data) == ["dropped: 3 negatives that are positives of the same line"]
+    assert (data[0].negatives, data[0].negative_scores) == (["x"], [0.8])
+    assert (data[2].negatives, data[2].negative_scores) == ([], [])
+
+
+@pytest.mark.parametrize(("scores", "companion"), [((2.5, 1.5), None), ((0.9, 0.8), {"scale": "logit"})])
+def test_logits_at_a_cosines_temperature_are_a_warning(tmp_path, scores, companion):
+    """Known by their range, or by the description that run_label.py writes beside its output."""
+    if companion:
+        (tmp_path / "a.json").write_text(json.dumps(companion))
+    rows = [line(n, scores=scores) for n in range(4)]
+    (warning,) = said(load(tmp_path / "a.jsonl", rows))
+    assert warning.startswith("warning: the scores of a.jsonl are logits (up to ") and "temperature 1" in warning
+    assert said(load(tmp_path / "a.jsonl", rows, teacher_temperature=1.0)) == []
+
+
+def test_a_description_of_cosines_or_of_something_else_is_no_warning(tmp_path):
+    for content in ('{"scale": "cosine"}', "[]", "{", "{}"):
+        (tmp_path / "a.json").write_text(content)
+        assert said(load(tmp_path / "a.jsonl", [line(n) for n in range(4)])) == []
+
+
+def test_nearly_hard_labels_are_a_warning(tmp_path):
+    rows = [line(n, scores=(1.0, 0.5)) for n in range(4)]
+    (warning,) = said(load(tmp_path / "a.jsonl", rows))
+    assert "entropy of 0.000 nats" in warning and "a higher --teacher-temperature" in warning
+    assert said(load(tmp_path / "a.jsonl", rows, teacher_temperature=0.3)) == []
+
+
+def test_entropy_equals_numpys():
+    report, generator = DataReport(0.1), np.random.default_rng(0)
+    scores = generator.normal(size=(5, 4))
+    for row in scores:
+        report.add("a", row.tolist(), 0)
+    p = np.exp(scores / 0.1) / np.exp(scores / 0.1).sum(1, keepdims=True)
+    assert math.isclose(report.entropy, -(p * np.log(p)).sum(), rel_tol=1e-9)
+
+
+def test_an_instruction_for_each_line_is_a_warning_with_the_median_batch(tmp_path):
+    data = load(tmp_path / "a.jsonl", [line(n, prompt=f"Find {n // 2}.") for n in range(40)])
+    (warning,) = said(data)
+    assert "20 different instructions" in warning and "the median batch has 2 queries instead of 512" in warning
+    few = [line(n, prompt=("Find it.", "Find it. ", "Find it.\n")[n % 3]) for n in range(40)]
+    assert len(load(tmp_path / "b.jsonl", few).tasks) == 1  # spaces at the end are no other instruction
+    several = [line(n, task=f"t{n % 8}", prompt=f"Find {n % 8}.") for n in range(40)]
+    assert said(load(tmp_path / "c.jsonl", several)) == []  # small data sets with one instruction each are no mistake
