@@ -50,8 +50,17 @@ def adapter_base(folder: Path) -> Path | None:
         return None
     named = read_json(path).get("base_model_name_or_path")
     name = check_type(named, str, f"{path}: 'base_model_name_or_path'", "a folder or hub id")
+    beside = (folder / "../base").resolve()  # of a run that was moved
     relative = (folder / name).resolve()
-    base = relative if name.startswith("../") and relative.is_dir() else resolve_checkpoint(name)
+    if name.startswith("../") and relative.is_dir():
+        base = relative
+    elif Path(name).is_absolute() and not Path(name).is_dir():
+        if Path(name).name != "base" or not beside.is_dir():
+            raise ValueError(f"{path}: 'base_model_name_or_path' must be a folder of this machine or a hub id (got "
+                             f"{name!r:.200}); write there where the base is now")
+        base = beside
+    else:
+        base = resolve_checkpoint(name)
     if base.resolve() == folder.resolve():
         raise ValueError(f"{path}: 'base_model_name_or_path' must be the model under the adapter (got the adapter)")
     return base
@@ -115,6 +124,9 @@ def _read_lora_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for stored, tensor in read_tensors(path, device=device):
         match = re.fullmatch(r"base_model\.model\.(?:model\.)?(.+)\.(lora_[AB])\.weight", stored)
+        if match is None and ("embed_tokens" in stored or "lm_head" in stored):
+            raise ValueError(f"{path}: contains a trained embedding ({stored:.80}), which is not supported: merge the "
+                             "adapter with PEFT (merge_and_unload) and save the whole model")
         if match is None:
             raise ValueError(f"{path}: tensor {stored!r:.120} must be named base_model.model.….lora_A.weight or lora_B")
         state[".".join(match.groups())] = tensor.float()

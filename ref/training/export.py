@@ -36,14 +36,14 @@ def save_result(
         return
     base = str(resolve_checkpoint(source.name).resolve()) if Path(source.name).is_dir() else source.name
     if source.config is not None:
-        base = "../base"
+        base = str((folder / "base").resolve())  # PEFT reads a relative path from the working directory
         frozen = frozen_base(model)
         atomic_write(folder / "base", lambda draft: export_model(frozen, prompt_encoder, {}, draft))
 
     def write(draft: Path) -> None:
         draft.mkdir()
         save_adapter(model, draft, base=base)
-        save_prompt_encoder(draft, prompt_encoder)
+        _save_for_libraries(model, prompt_encoder, exported_prompts(data), draft)
     atomic_write(folder / "adapter", write)
 
 
@@ -101,6 +101,13 @@ def export_model(
     """
     folder.mkdir()
     save_model(model, folder, dtype=model.norm.weight.dtype)
+    _save_for_libraries(model, prompt_encoder, prompts, folder)
+
+
+def _save_for_libraries(
+    model: Mistral, prompt_encoder: PromptEncoder, prompts: Mapping[str, str | None], folder: Path,
+) -> None:
+    """Tokenizer, embedder.json and what sentence-transformers reads beside the weights of a checkpoint or adapter."""
     prompt_encoder.tokenizer.save(folder)
     save_prompt_encoder(folder, prompt_encoder)
     before_text = prompt_encoder.template.query.removesuffix("{text}")

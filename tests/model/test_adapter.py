@@ -140,9 +140,20 @@ def test_an_adapter_on_an_adapter(tiny_checkpoint: Checkpoint, tmp_path: Path) -
     assert adapter_base(folder) is None and adapter_chain(folder) == [folder]
 
 
+def test_a_trained_embedding_in_an_adapter_is_named_with_the_remedy(adapter: tuple[Path, Mistral]) -> None:
+    """As PEFT saves it after resize_token_embeddings."""
+    folder, model = adapter
+    path = folder / "adapter_model.safetensors"
+    tensors = {**load_file(path), "base_model.model.model.embed_tokens.weight": model.embed_tokens.weight.clone()}
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"contains a trained embedding .*merge_and_unload"):
+        load_adapter(Mistral(SMALL), folder)
+
+
 @pytest.mark.parametrize(("base", "message"), [
     (7, "'base_model_name_or_path' must be a folder or hub id (got 7)"), (None, "(got None)"),
-    (".", "must be the model under the adapter"), ("/nowhere", "model must be a folder with config.json or a hub id")])
+    (".", "must be the model under the adapter"), ("/nowhere", "must be a folder of this machine or a hub id (got '/no"),
+    ("nowhere", "model must be a folder with config.json or a hub id")])
 def test_a_base_that_is_none(base: object, message: str, adapter: tuple[Path, Mistral]) -> None:
     folder, _ = adapter
     edit_json(folder / ADAPTER_CONFIG, {"base_model_name_or_path": str(folder) if base == "." else base})

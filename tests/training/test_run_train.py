@@ -974,3 +974,24 @@ def test_gradient_checkpointing_gives_the_same_weights(place, whole):
                    for folder in (place.folder / "checkpointing", whole))
     for name, tensor in truth.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_other_libraries_load_the_adapter_folder_from_anywhere(place, fresh_adapter, tmp_path, monkeypatch):
+    """PEFT, and sentence-transformers with the prompts; also after the run was moved, by this project."""
+    peft, library = pytest.importorskip("peft"), pytest.importorskip("sentence_transformers")
+    monkeypatch.chdir(tmp_path)
+    ours = Embedder.from_pretrained(fresh_adapter, device="cpu")
+    theirs = library.SentenceTransformer(str(fresh_adapter / "adapter"), device="cpu")
+    np.testing.assert_allclose(theirs.encode(TEXTS), ours.encode(TEXTS), atol=2e-6)
+    assert set(theirs.prompts) >= {task["task"] for task in lines()}
+    peft.AutoPeftModelForFeatureExtraction.from_pretrained(str(fresh_adapter / "adapter"))
+    moved = tmp_path / "moved"
+    shutil.copytree(fresh_adapter, moved)
+    path = moved / "adapter/adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "base_model_name_or_path": "/another/machine/base"}))
+    np.testing.assert_array_equal(Embedder.from_pretrained(moved, device="cpu").encode(TEXTS), ours.encode(TEXTS))
+    shutil.rmtree(moved / "base")
+    message = r"adapter_config\.json: 'base_model_name_or_path' must be a folder of this machine .*/another/machine"
+    with pytest.raises(ValueError, match=message):
+        Embedder.from_pretrained(moved, device="cpu")
