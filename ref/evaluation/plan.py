@@ -4,13 +4,15 @@ Which texts a task embeds depends on mteb, so each task runs once with an embedd
 vectors instead of embeddings. Tokens are counted on up to TEXTS_PER_CALL texts of each call and extrapolated;
 instruction and examples count once per call, because all texts of a call share their keys and values.
 
-The plan is stored in plan.json beside the results and reused.
+The plan is stored in plan.json beside the results and reused. With --plan, tasks whose data are not on this machine are
+estimated from the statistics that mteb ships (numbers of texts, unique texts and characters): nothing is downloaded.
 """
 
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,9 +20,11 @@ from typing import Any
 import mteb
 import numpy as np
 from mteb.abstasks.abstask import AbsTask
+from mteb.abstasks.classification import AbsTaskClassification
 
 from ref.embedder import Embedder
 from ref.evaluation.encoder import MtebEncoder
+from ref.evaluation.tasks import benchmark_tasks
 from ref.text.prompts import InContextExample, PromptEncoder
 from ref.utils.dedup import first_occurrence, unique_index
 from ref.utils.files import read_json, write_json
@@ -99,6 +103,65 @@ def make_plan(
         known[name] = asdict(plans[name])
         write_json(path, known)
     return plans, [text for plan in plans.values() for text in plan.sample]
+
+
+def estimate_plan(task: AbsTask, prompt_encoder: PromptEncoder) -> TaskPlan | None:
+    """A plan from the statistics that mteb ships; None if the task has none.
+
+    Tokens: unique texts x average characters x the tokenizer's tokens per character (on the descriptions of the
+    benchmark's tasks), at most the token limit. For clustering an upper estimate: mteb embeds a part of the texts.
+    """
+    statistics = task.metadata.descriptive_stats or {}
+    rate, limit = tokens_per_character(prompt_encoder), prompt_encoder.max_text_tokens
+    plan = TaskPlan("")
+
+    def add(part: dict[str, Any], unique: float, texts: float) -> None:
+        plan.texts += round(texts)
+        plan.unique += round(unique)
+        plan.tokens += round(unique * (min(rate * part["average_text_length"], limit) + 1))
+    for split in task.eval_splits:
+        for part in _text_statistics(statistics.get(split)):
+            add(part, part["unique_texts"], part["total_text_length"] / max(part["average_text_length"], 1e-9))
+    if isinstance(task, AbsTaskClassification):  # several small draws from the training split
+        train = _english(statistics.get(task.train_split))
+        labels = (train.get("label_statistics") or {}).get("unique_labels", 0)
+        for part in _text_statistics(train):
+            draw = min(task.samples_per_label * labels, part["unique_texts"])
+            unique = part["unique_texts"] * (1 - (1 - draw / part["unique_texts"]) ** task.n_experiments)
+            add(part, unique, task.n_experiments * draw)
+    return plan if plan.texts else None
+
+
+def _english(statistics: Any) -> dict[str, Any]:
+    """The statistics of a split, those of its English part if it has several languages."""
+    statistics = statistics or {}
+    subsets = statistics.get("hf_subset_descriptive_stats") or {}
+    return next((subsets[name] for name in ("default", "en", "en-en", "eng") if name in subsets), statistics)
+
+
+def _text_statistics(statistics: Any) -> list[dict[str, Any]]:
+    """The statistics of each column of texts of a split."""
+    return [part for part in _english(statistics).values()
+            if isinstance(part, dict) and {"total_text_length", "average_text_length", "unique_texts"} <= part.keys()]
+
+
+@lru_cache(maxsize=1)
+def _english_texts() -> list[str]:
+    """Descriptions of the benchmark's tasks: English prose that needs no download."""
+    return [task.metadata.description for task in benchmark_tasks().values()]
+
+
+def tokens_per_character(prompt_encoder: PromptEncoder) -> float:
+    """Tokens per character of English prose."""
+    texts = _english_texts()
+    ids = prompt_encoder.tokenizer.encode(texts, max_tokens=2**16)
+    return sum(map(len, ids)) / sum(map(len, texts))
+
+
+def english_sample(length: float) -> list[str]:
+    """Texts of about `length` characters, to measure the speed with."""
+    text, size = " ".join(_english_texts()), max(10, round(length))
+    return [text[start : start + size] for start in range(0, len(text) - size, size)]
 
 
 def measure_speed(embedder: Embedder, sample: Sequence[str]) -> float:

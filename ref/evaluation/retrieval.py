@@ -6,13 +6,14 @@ scores the same folders with mteb, and a test compares the two results. A folder
     corpus.jsonl    {"_id": "d1", "title": "", "text": "..."}           title is optional
     queries.jsonl   {"_id": "q1", "text": "..."}
     qrels.jsonl     {"query-id": "q1", "corpus-id": "d1", "score": 2}   an integer; 0 or less is not relevant
+                    or qrels/test.tsv, BEIR's table                         query-id, corpus-id and score, tabs between
     task.json       {"class": "ArguAna", "instruction": "..."}          see `read_task_file`
 
 P here counts all documents of the corpus.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,10 +21,11 @@ import numpy as np
 import torch
 
 from ref.text.prompts import InContextExample
-from ref.utils.corpus import check_id, passage_id, passage_text
+from ref.utils.corpus import check_id, passage_id, passage_text, read_qrels
 from ref.utils.files import check_text, check_type, read_json, read_jsonl
 
 CUTOFF = 10  # ranks that count
+BEIR_QRELS = "qrels/test.tsv"  # instead of qrels.jsonl
 TASK_KEYS: dict[str, tuple[type, str]] = {
     "class": (str, "the name of an mteb task"),
     "set": (dict, "an object of attribute to value"),
@@ -107,7 +109,9 @@ def read_retrieval_folder(folder: str | Path) -> tuple[dict[str, str], dict[str,
     folder = Path(folder)
     documents = _read_texts(folder / "corpus.jsonl", with_title=True)
     queries = _read_texts(folder / "queries.jsonl", with_title=False)
-    relevance = _read_judgements(folder / "qrels.jsonl", queries, documents)
+    table = folder / BEIR_QRELS
+    path = table if table.exists() and not (folder / "qrels.jsonl").exists() else folder / "qrels.jsonl"
+    relevance = _read_judgements(path, queries, documents)
     return {key: text for key, text in queries.items() if key in relevance}, documents, relevance
 
 
@@ -126,16 +130,28 @@ def _read_texts(path: Path, *, with_title: bool) -> dict[str, str]:
 
 def _read_judgements(path: Path, queries: Mapping[str, str], documents: Mapping[str, str]) -> dict[str, dict[str, int]]:
     relevance: dict[str, dict[str, int]] = {}
-    for line in read_jsonl(path):
-        ids = []
-        for field, known, file in (("query-id", queries, "queries.jsonl"), ("corpus-id", documents, "corpus.jsonl")):
-            key = check_id(line.value.get(field), f"{line.where}: {field!r}")
+    for where, query, document, score in read_judgements(path):
+        for field, key, known, file in (("query-id", query, queries, "queries.jsonl"),
+                                        ("corpus-id", document, documents, "corpus.jsonl")):
             if key not in known:
-                raise ValueError(f"{line.where}: {field!r} must be an id of {file} (got {key!r:.60})")
-            ids.append(key)
-        score = check_type(line.value.get("score"), int, f"{line.where}: 'score'", "an integer")
-        relevance.setdefault(ids[0], {})[ids[1]] = score
+                raise ValueError(f"{where}: {field!r} must be an id of {file} (got {key!r:.60})")
+        relevance.setdefault(query, {})[document] = score
     return _not_empty(relevance, path)
+
+
+def read_judgements(path: Path) -> Iterator[tuple[str, str, str, int]]:
+    """(FILE:LINE, query id, document id, score) of qrels.jsonl or of BEIR's qrels/test.tsv."""
+    if path.suffix == ".tsv":
+        for where, query, document, score in read_qrels(path):
+            if not score.is_integer():
+                raise ValueError(f"{where}: the score must be an integer (got {score})")
+            yield where, query, document, int(score)
+        return
+    for line in read_jsonl(path):
+        query, document = (check_id(line.value.get(field), f"{line.where}: {field!r}")
+                           for field in ("query-id", "corpus-id"))
+        score = check_type(line.value.get("score"), int, f"{line.where}: 'score'", "an integer")
+        yield line.where, query, document, score
 
 
 def _not_empty(rows: dict[str, Any], path: Path) -> dict[str, Any]:

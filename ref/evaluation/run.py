@@ -5,6 +5,8 @@ Importing this file imports mteb (three seconds).
 
 import logging
 import sys
+import urllib.error
+import urllib.request
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 from mteb.abstasks.abstask import AbsTask
 
 from ref.embedder import Embedder
@@ -26,7 +29,14 @@ from ref.evaluation.report.run_results import Report, TaskResult
 from ref.evaluation.report.write import write_report
 from ref.evaluation.results import TaskScore, score_task
 from ref.evaluation.retrieval import TextEmbedder
-from ref.evaluation.tasks import TaskSelection, benchmark_tasks, is_official, select_tasks, task_folders
+from ref.evaluation.tasks import (
+    LocalDataMixin,
+    TaskSelection,
+    benchmark_tasks,
+    is_official,
+    select_tasks,
+    task_folders,
+)
 from ref.model.checkpoint import resolve_checkpoint
 from ref.model.known_models import defaults_for
 from ref.text.prompts import PROMPT_FILE
@@ -35,6 +45,8 @@ from ref.utils.device import resolve_device, resolve_dtype
 from ref.utils.distributed import Distributed
 from ref.utils.environment import environment_info, utc_now
 from ref.utils.outputs import claim_output
+
+HUB_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,8 @@ def evaluate(config: EvalConfig) -> int:
     folders = [] if config.data_dir is None else [folder.name for folder in task_folders(config.data_dir)]
     instructions = read_instructions(config.instructions, folders) if config.instructions else {}
     distributed = Distributed()
+    if distributed.rank == 0 and not config.plan:
+        read_caches_if_offline(selection.tasks)
     with claim_results(config) if distributed.rank == 0 else nullcontext(Path()) as output:
         return _evaluate(config, selection, folders, instructions, distributed, output)
 
@@ -114,6 +128,30 @@ def _evaluate(
         distributed.close()
 
 
+def estimated_plans(tasks: Sequence[AbsTask], embedder: Embedder) -> dict[str, plan.TaskPlan]:
+    """Plans of tasks whose data would have to be downloaded."""
+    found = {task.metadata.name: plan.estimate_plan(task, embedder.prompt_encoder)
+             for task in tasks if not isinstance(task, LocalDataMixin)}
+    return {name: each for name, each in found.items() if each is not None}
+
+
+def read_caches_if_offline(tasks: Sequence[AbsTask]) -> None:
+    """Without a network let the libraries read their caches at once, instead of after many attempts; says so."""
+    if all(isinstance(task, LocalDataMixin) for task in tasks):
+        return
+    endpoint = huggingface_hub.constants.ENDPOINT
+    try:
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_TIMEOUT_S).close()
+    except urllib.error.HTTPError:
+        return  # an answer
+    except OSError as error:
+        reason = getattr(error, "reason", None) or error
+        print(f"offline: {endpoint} cannot be reached ({reason}); only data in the caches of this machine are used "
+              "(--data-dir reads local folders)", flush=True)
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        datasets.config.HF_HUB_OFFLINE = True
+
+
 def template_reason(config: EvalConfig, embedder: Embedder) -> str:
     """The prompt template, and where it comes from."""
     name, folder = embedder.prompt_encoder.template_name, Path(config.model)
@@ -147,7 +185,16 @@ def score_selection(
 ) -> int:
     """Print the plan, score the tasks, print the table and write the report; returns the exit code."""
     tasks, missing = selection.tasks, selection.missing if config.tasks else []
-    plans, sample = plan.make_plan(encoder, tasks, embedder.prompt_encoder, output / PLAN_FILE)
+    estimates = estimated_plans(tasks, embedder) if config.plan else {}
+    planned = [task for task in tasks if task.metadata.name not in estimates]
+    plans, sample = plan.make_plan(encoder, planned, embedder.prompt_encoder, output / PLAN_FILE)
+    if estimates:
+        texts, tokens = (sum(getattr(each, key) for each in estimates.values()) for key in ("unique", "tokens"))
+        rate = plan.tokens_per_character(embedder.prompt_encoder)
+        sample += plan.english_sample(tokens / texts / rate)
+        print(f"{len(estimates)} tasks are estimated from mteb's statistics and {rate:.3f} tokens per character; exact "
+              "counts need their data (--download)")
+    plans = {**estimates, **plans}
     print(plan.table(plans, plan.measure_speed(embedder, sample) * world_size))
     unplanned = [task.metadata.name for task in tasks if task.metadata.name not in plans]
     if unplanned:

@@ -12,6 +12,7 @@ Importing this file imports mteb (three seconds). Written for mteb 2.26.
 """
 
 import difflib
+import json
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from mteb.abstasks.abstask import AbsTask
 from mteb.get_tasks import TASK_LIST
 
 from ref.evaluation.report.leaderboard import BENCHMARK
-from ref.evaluation.retrieval import read_task_file
+from ref.evaluation.retrieval import BEIR_QRELS, read_judgements, read_task_file
 from ref.utils.files import hash_files
 
 CATEGORIES = ("Classification", "Clustering", "PairClassification", "Reranking", "Retrieval", "STS", "Summarization")
@@ -50,18 +51,19 @@ def benchmark_tasks() -> dict[str, AbsTask]:
 def select_tasks(selection: str, data_dir: str | Path | None = None) -> TaskSelection:
     """Select tasks by "all", categories and names, separated by commas.
 
-    Without `data_dir`: tasks of the benchmark with data from the hub. With it: tasks that have a folder there
-    (`local_task`); selected tasks of the benchmark without a folder are `missing`.
+    Without `data_dir`: tasks of the benchmark, and other English text tasks by name, with data from the hub. With it:
+    tasks that have a folder there (`local_task`); selected tasks of the benchmark without a folder are `missing`.
 
     Raises ValueError for an unknown name, a folder that is no task, a malformed task.json, and if no task can run.
     """
     official = benchmark_tasks()
     folders = [] if data_dir is None else task_folders(Path(data_dir))
     bases = {folder.name: _base_task(folder, official) for folder in folders}
+    others = {} if data_dir is not None else _other_tasks(selection, official)
     category_of = {name: str(task.metadata.type) for name, task in {**official, **bases}.items()}
-    names = _selected_names(selection, category_of)
+    names = _selected_names(selection, category_of, others)
     if data_dir is None:
-        return TaskSelection([official[name] for name in names], [])
+        return TaskSelection([{**official, **others}[name] for name in names], [])
     tasks = [local_task(Path(data_dir) / name, bases[name]) for name in names if name in bases]
     if not tasks:
         raise ValueError(f"{data_dir}: has no folder for any of {', '.join(names)} (only "
@@ -144,6 +146,11 @@ def _with_card(folder: Path, scratch: Path) -> Path:
         for path in sorted(folder.glob(f"{name}.*")):
             (linked / path.name).symlink_to(path)
             card += [f"- config_name: {config}", f"  data_files: [{{split: test, path: {path.name}}}]"]
+    if (folder / BEIR_QRELS).exists() and not any(folder.glob("qrels.*")):
+        lines = (json.dumps({"query-id": query, "corpus-id": document, "score": score})
+                 for _, query, document, score in read_judgements(folder / BEIR_QRELS))
+        (linked / "qrels.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        card += ["- config_name: default", "  data_files: [{split: test, path: qrels.jsonl}]"]
     (linked / "README.md").write_text("\n".join([*card, "---", ""]), encoding="utf-8")
     return linked
 
@@ -205,10 +212,24 @@ def _base_task(folder: Path, official: Mapping[str, AbsTask]) -> AbsTask:
     return task.filter_eval_splits(["test"]) if "test" in task.metadata.eval_splits else task
 
 
-def _selected_names(selection: str, category_of: Mapping[str, str]) -> list[str]:
+def _other_tasks(selection: str, official: Mapping[str, AbsTask]) -> dict[str, AbsTask]:
+    """The named tasks of mteb that are not in the benchmark. Raises ValueError for one without English texts."""
+    known = {task_class.metadata.name: task_class.metadata for task_class in TASK_LIST}
+    found: dict[str, AbsTask] = {}
+    for name in (part.strip() for part in selection.split(",")):
+        if name in known and name not in official:
+            metadata = known[name]
+            if "text" not in metadata.modalities or not any(code.startswith("eng") for code in metadata.languages):
+                raise ValueError(f"--tasks: {name} has no English texts (only {', '.join(metadata.modalities)} in "
+                                 f"{', '.join(sorted(metadata.languages)[:5])})")
+            found[name] = mteb.get_task(name, languages=["eng"])
+    return found
+
+
+def _selected_names(selection: str, category_of: Mapping[str, str], others: Mapping[str, AbsTask]) -> list[str]:
     names: dict[str, None] = {}  # an ordered set
     for word in filter(None, (part.strip() for part in selection.split(","))):
-        if word in category_of:
+        if word in category_of or word in others:
             found = [word]
         else:
             found = [name for name, kind in category_of.items() if word.lower() in ("all", kind.lower())]

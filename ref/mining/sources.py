@@ -13,7 +13,6 @@ sorted, and 20 per pair. Texts stay in the files.
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ref.task_types import check_task_type
-from ref.utils.corpus import check_id, passage_id, passage_text
+from ref.utils.corpus import check_id, passage_id, passage_text, read_qrels
 from ref.utils.files import (
     JsonLine,
     atomic_write,
@@ -256,25 +255,11 @@ def _rows_with(key: int, keys: np.ndarray, row_by_key: np.ndarray) -> list[int]:
 
 
 def _read_qrels(path: Path) -> dict[str, list[str]]:
-    """Ids of the relevant passages (score above 0) by query id, from BEIR's table with its header."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); choose the split with --split") from None
+    """Ids of the relevant passages (score above 0) by query id, from BEIR's table."""
     qrels: dict[str, list[str]] = {}
-    for number, line in enumerate(lines, start=1):
-        cells = line.split("\t")
-        if (number == 1 and cells[-1].strip().lower() == "score") or not line.strip():
-            continue
-        try:
-            query, passage, score = cells[0], cells[-2], float(cells[-1])
-        except (ValueError, IndexError):
-            raise ValueError(f"{path}:{number}: must be query-id, corpus-id and score, separated by tabs "
-                             f"(got {line!r:.80})") from None
-        if not math.isfinite(score):
-            raise ValueError(f"{path}:{number}: the score must be a finite number (got {cells[-1]!r:.40})")
-        if score > 0:
-            qrels.setdefault(query, []).append(passage)
+    for judgement in read_qrels(path):
+        if judgement.score > 0:
+            qrels.setdefault(judgement.query, []).append(judgement.passage)
     if not qrels:
         raise ValueError(f"{path}: must have at least one score above 0; choose the split with --split")
     return qrels

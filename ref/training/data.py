@@ -265,7 +265,7 @@ def parse_example(value: dict[str, Any], where: str, file_name: str, instruction
     if not positives:
         raise ValueError(f"{where}: 'pos' must have at least one text")
     name = check_text(value.get("task") or file_name, f"{where}: 'task'")
-    no_prompt = not value.get("prompt") and prompt == "none"
+    no_prompt = not value.get("prompt") and prompt in ("none", "")
     task = Task(name, None if no_prompt else check_text(prompt, f"{where}: 'prompt'").strip(), task_type)
     positive_scores = _scores(value, "pos_scores", positives, where)
     negative_scores = _scores(value, "neg_scores", negatives, where)

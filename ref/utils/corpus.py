@@ -1,8 +1,46 @@
-"""Lines of a corpus or of queries as in BEIR: {"_id": "d1", "title": "…", "text": "…"}; 'id' may replace '_id'."""
+"""Lines of a corpus or of queries as in BEIR: {"_id": "d1", "title": "…", "text": "…"}; 'id' may replace '_id'.
 
-from typing import Any
+And its judgements, a table in qrels/SPLIT.tsv.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from ref.utils.files import check_type
+
+
+class Judgement(NamedTuple):
+    """One line of a table of judgements."""
+
+    where: str  # "FILE:LINE"
+    query: str
+    passage: str
+    score: float
+
+
+def read_qrels(path: Path) -> Iterator[Judgement]:
+    """The lines of BEIR's table query-id, corpus-id, score, separated by tabs, with or without its header.
+
+    Raises ValueError that names file and line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); choose the split with --split") from None
+    for number, line in enumerate(lines, start=1):
+        cells = line.split("\t")
+        if (number == 1 and cells[-1].strip().lower() == "score") or not line.strip():
+            continue
+        try:
+            query, passage, score = cells[0], cells[-2], float(cells[-1])
+        except (ValueError, IndexError):
+            raise ValueError(f"{path}:{number}: must be query-id, corpus-id and score, separated by tabs "
+                             f"(got {line!r:.80})") from None
+        if not math.isfinite(score):
+            raise ValueError(f"{path}:{number}: the score must be a finite number (got {cells[-1]!r:.40})")
+        yield Judgement(f"{path}:{number}", query, passage, score)
 
 
 def passage_id(value: dict[str, Any], where: str) -> str | None:

@@ -56,3 +56,41 @@ def test_a_score_is_the_same_after_a_plan_and_with_mteb_alone(world: Path, tiny_
     official = mteb.evaluate(encoder, theirs, cache=mteb.ResultCache(tmp_path / "official"), co2_tracker=False)
     assert after.score == alone.score == pytest.approx(official.task_results[0].get_score(), abs=5e-7)
     assert score_task(encoder, planned, tmp_path / "again").score == after.score
+
+
+# ---- estimates without data ---------------------------------------------------------------------------------
+
+
+def test_all_41_tasks_are_estimated_without_a_network(
+    tiny_run: Path, tmp_path: Path, monkeypatch: Any, capsys: Any,
+) -> None:
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection was made"))
+    command = ["--model", str(tiny_run), "--tasks", "all", "--output", str(tmp_path / "out"), "--plan"]
+    assert run_eval.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "41 tasks are estimated from mteb's statistics" in printed
+    rows = [line.split() for line in printed.splitlines() if len(line.split()) == 5 and line.split()[1][0].isdigit()]
+    assert len(rows) == 42 and all(int(cell.replace(",", "")) > 0 for row in rows for cell in row[1:4])
+
+
+@pytest.mark.parametrize(("name", "columns"), [
+    ("STS12", ("text1", "text2")), ("ArguAna", ("documents_text", "queries_text"))])
+def test_an_estimate_is_unique_texts_times_their_tokens(name: str, columns: tuple[str, ...], tiny_run: Path) -> None:
+    """By mteb's published counts; first with a limit that is out of reach."""
+    encoder = Embedder.from_pretrained(tiny_run, max_text_tokens=10**6).prompt_encoder
+    (task,) = select_tasks(name).tasks
+    counts = [task.metadata.descriptive_stats["test"][f"{column}_statistics"] for column in columns]
+    unique = sum(count["unique_texts"] for count in counts)
+    characters = sum(count["unique_texts"] * count["average_text_length"] for count in counts)
+    found = plan.estimate_plan(task, encoder)
+    assert found is not None and found.unique == unique
+    assert found.tokens == pytest.approx(plan.tokens_per_character(encoder) * characters + unique, rel=1e-3)
+    short = plan.estimate_plan(task, Embedder.from_pretrained(tiny_run, max_text_tokens=5).prompt_encoder)
+    assert short is not None and short.tokens == 6 * unique
+
+
+def test_tokens_per_character_are_counted_by_the_models_tokenizer(tiny_run: Path) -> None:
+    encoder = Embedder.from_pretrained(tiny_run).prompt_encoder
+    texts = [task.metadata.description for task in select_tasks("all").tasks]
+    counted = sum(len(ids) for ids in encoder.tokenizer.encode(texts, max_tokens=10**6))
+    assert plan.tokens_per_character(encoder) == counted / sum(map(len, texts))

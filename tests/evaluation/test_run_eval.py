@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mteb
@@ -45,7 +46,7 @@ def embedder(monkeypatch: Any) -> WordHash:
     monkeypatch.setattr("ref.embedder.Embedder.from_pretrained", lambda name, **options: words)
     monkeypatch.setattr("ref.evaluation.plan.make_plan", lambda *_: ({}, []))  # tokens and speed need a model
     monkeypatch.setattr("ref.evaluation.plan.measure_speed", lambda *_: 1.0)
-    words.prompt_encoder, words.precision = None, "words"  # type: ignore[attr-defined]
+    words.prompt_encoder, words.precision = SimpleNamespace(template_name="paper"), "words"  # type: ignore[attr-defined]
     return words
 
 
@@ -83,6 +84,20 @@ def test_a_folder_of_the_user_is_not_an_output(
     assert run_eval.main(command(model, world, world / "out", "--tasks", "STS")) == 2
     assert "must not be an input or lie in one" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["report.html"] and not (world / "out").exists()
+
+
+def test_without_a_network_every_task_fails_at_once_and_the_first_line_says_why(
+    model: Path, tmp_path: Path, embedder: WordHash, monkeypatch: Any, capsys: Any,
+) -> None:
+    """The libraries would try each task for a minute."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    command = ["--model", str(model), "--tasks", "STS", "--output", str(tmp_path / "out")]
+    assert run_eval.main(command) == 1
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"model: {model}\noffline: http://127.0.0.1:9 cannot be reached (")
+    assert printed.count("(OfflineModeIsEnabled)") == 9
 
 
 def test_the_command_scores_resumes_and_lists_missing_tasks(

@@ -1,17 +1,19 @@
 """Selection of tasks, local folders, malformed task files, downloads."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import mteb
 import pytest
-from sample_sets import WordHash, encoder_of, sts_pair, world
+from sample_sets import WordHash, encoder_of, sts_pair, world, write_retrieval
 from tiny_mteb import write_lines
 
 import run_eval
 from ref.evaluation.encoder import instruction_for
 from ref.evaluation.results import score_task
+from ref.evaluation.retrieval import read_retrieval_folder
 from ref.evaluation.tasks import CATEGORIES, download, is_official, select_tasks
 
 __all__ = ["world"]  # a fixture
@@ -180,3 +182,32 @@ def test_downloaded_data_are_official_until_they_change(tmp_path: Path, monkeypa
     assert official()["BIOSSES"]
     (tmp_path / "BIOSSES/task.json").write_text('{"instruction": "Other"}')
     assert not official()["BIOSSES"]
+
+
+def test_a_beir_folder_is_the_set_that_qrels_jsonl_makes(tmp_path: Path) -> None:
+    """For mteb, and for run_train.py's own scoring."""
+    write_retrieval(tmp_path / "Lines", {"class": "ArguAna", "instruction": "Find it."})
+    shutil.copytree(tmp_path / "Lines", tmp_path / "Beir")
+    rows = [json.loads(line) for line in (tmp_path / "Beir/qrels.jsonl").read_text().splitlines()]
+    (tmp_path / "Beir/qrels.jsonl").unlink()
+    (tmp_path / "Beir/qrels").mkdir()
+    table = ["query-id\tcorpus-id\tscore", *(f"{r['query-id']}\t{r['corpus-id']}\t{r['score']}" for r in rows)]
+    (tmp_path / "Beir/qrels/test.tsv").write_text("\n".join(table) + "\n")
+    assert read_retrieval_folder(tmp_path / "Beir") == read_retrieval_folder(tmp_path / "Lines")
+    loaded = []
+    for task in select_tasks("all", tmp_path).tasks:
+        task.load_data()
+        loaded.append(task.dataset["default"]["test"]["relevant_docs"])
+    assert loaded[0] == loaded[1] and len(loaded[0]) > 9
+    with (tmp_path / "Beir/qrels/test.tsv").open("a") as file:
+        file.write(f"{rows[0]['query-id']}\t{rows[0]['corpus-id']}\t0.5\n")
+    with pytest.raises(ValueError, match=rf"test\.tsv:{len(rows) + 2}: the score must be an integer \(got 0\.5\)"):
+        read_retrieval_folder(tmp_path / "Beir")
+
+
+def test_other_english_text_tasks_can_be_named() -> None:
+    selection = select_tasks("NFCorpus,STS12")
+    assert [task.metadata.name for task in selection.tasks] == ["NFCorpus", "STS12"] and not selection.missing
+    with pytest.raises(ValueError, match=r"--tasks: GermanQuAD-Retrieval has no English texts \(only text in deu\)"):
+        select_tasks("GermanQuAD-Retrieval")
+    assert len(select_tasks("all").tasks) == 41
