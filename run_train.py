@@ -86,13 +86,7 @@ def set_up(arguments: list[str] | None, claims: ExitStack) -> tuple[Trainer, Pat
     log(f"trainable: {config.train}; device: {device}; backend: {config.backend}")
     log(f"dtype: {dtype} ({why})")
     data = SoftLabelDataset([Path(path) for path in config.data], config)
-    log(f"data: {len(data):,} lines, {len(data.tasks)} tasks, {data.num_with_labels:,} lines with soft labels, "
-        f"{len(data) - data.num_with_labels:,} with the contrastive term only")
-    batch_size = max(config.batch_size, config.batch_size_symmetric)
-    tasks = len({(task.name, task.type) for task in data.tasks})
-    for line in data.report.lines(
-            data.batches(0), instructions_per_task=len(data.tasks) / tasks, batch_size=batch_size):
-        log(line)
+    describe_data(data, log)
     folder = claims.enter_context(open_run_dir(config, source, create=distributed.rank == 0))
     model, prompt_encoder = build_model(source, config, data, device=device)
     usual = template_of_vocabulary(prompt_encoder.tokenizer)
@@ -109,6 +103,17 @@ def set_up(arguments: list[str] | None, claims: ExitStack) -> tuple[Trainer, Pat
     log(f"run: {folder}")
     sys.stdout.flush()
     return Trainer(config, data, model, prompt_encoder, optimiser, device, distributed), folder, source
+
+
+def describe_data(data: SoftLabelDataset, log: Callable[[str], None]) -> None:
+    """Counts, and what is worth knowing before the first step."""
+    log(f"data: {len(data):,} lines, {len(data.tasks)} tasks, {data.num_with_labels:,} lines with soft labels, "
+        f"{len(data) - data.num_with_labels:,} with the contrastive term only")
+    tasks = len({(task.name, task.type) for task in data.tasks})
+    for line in data.report.lines(
+            data.batches(0), instructions_per_task=len(data.tasks) / tasks,
+            batch_size=max(data.config.batch_size, data.config.batch_size_symmetric)):
+        log(line)
 
 
 def resolve_train_dtype(config: TrainConfig, device: torch.device) -> tuple[Dtype, str]:

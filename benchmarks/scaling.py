@@ -148,8 +148,8 @@ def measure(steps: int = 50) -> dict[str, float]:
 
 def run_rank(data: Path, steps: int) -> None:
     """One of the two processes: training steps of the small model; rank 0 prints the bytes per step of both."""
-    config = TrainConfig(data=[str(data)], batch_size=64, max_examples=0, max_text_tokens=32, train="all",
-                         dtype="float32", backend="chunked", in_batch_negatives="all", num_negatives=4)
+    config = TrainConfig(data=[str(data)], batch_size=64, mini_batch_tokens=32768, max_examples=0, max_text_tokens=32,
+                         train="all", dtype="float32", backend="chunked", in_batch_negatives="all", num_negatives=4)
     distributed, dataset, device = Distributed(), SoftLabelDataset([data], config), torch.device("cpu")
     source = ModelSource("tiny", "", dataclasses.replace(TINY, vocab_size=1000))
     model, prompt_encoder = build_model(source, config, dataset, device=device)

@@ -90,12 +90,7 @@ class Embedder:
         are passages. Raises ValueError for anything that is not a string, for a set or mapping, whose order says
         nothing, and for an instruction that leaves no room.
         """
-        if isinstance(texts, (str, bytes, Set, Mapping)) or not isinstance(texts, Iterable):
-            raise ValueError(f"texts must be a sequence of str (got {texts!r:.60})")
-        texts = list(texts)  # a pandas Series answers texts[n] by label, a generator not at all
-        if not all(isinstance(text, str) for text in texts):
-            other = next(text for text in texts if not isinstance(text, str))
-            raise ValueError(f"texts must be a sequence of str (got {other!r:.60} in it)")
+        texts = list_of_texts(texts)
         prefix = self.prompt_encoder.prefix(instruction, examples)
         shared = None
         if prefix.is_shared:
@@ -122,6 +117,20 @@ class Embedder:
         copies.finish()
         scatter_to_duplicates(vectors, first, rows_at_a_time=TEXTS_PER_WINDOW)
         return vectors
+
+
+def list_of_texts(texts: Iterable[str]) -> list[str]:
+    """The texts in the order of iteration: a pandas Series answers texts[n] by label, a generator not at all.
+
+    Raises ValueError for a set or mapping, and for anything in it that is not a string.
+    """
+    if isinstance(texts, (str, bytes, Set, Mapping)) or not isinstance(texts, Iterable):
+        raise ValueError(f"texts must be a sequence of str (got {texts!r:.60})")
+    listed = list(texts)
+    for text in listed:
+        if not isinstance(text, str):
+            raise ValueError(f"texts must be a sequence of str (got {text!r:.60} in it)")
+    return listed
 
 
 def load_model_and_tokenizer(

@@ -195,7 +195,7 @@ def test_no_text_becomes_a_special_token(checkpoint):
 
 @pytest.mark.parametrize(("base", "message"), [
     ("..", "config.json: file does not exist"), ("../nowhere", "model must be a folder with config.json or a hub id"),
-    ("/nowhere", "model must be a folder with config.json or a hub id")])
+    ("/nowhere", r"must be a folder of this machine or a hub id \(got '/nowhere'\)")])
 def test_a_base_that_does_not_exist_is_an_error_and_not_downloaded(base, message, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was called"))
     shutil.copytree(checkpoint / "adapter", tmp_path / "adapter")

@@ -8,8 +8,11 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
 
 MAX_TEXT_CHARS = 1_000_000
 GZIP = b"\x1f\x8b"  # the first bytes of a compressed file
@@ -114,14 +117,20 @@ def check_text(value: Any, what: str) -> str:
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file or folder under a temporary name beside `path`, then rename it to `path`.
 
-    The temporary file is removed if `write` raises. An existing folder at `path` is replaced.
+    The temporary file is removed if `write` raises. An existing folder at `path` is replaced. Raises ValueError with
+    one line if the file system refuses: full, read-only, gone.
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")  # another process may write the same path
-    remove_path(draft)
     try:
-        write(draft)
-    except BaseException:
         remove_path(draft)
+        write(draft)
+    except BaseException as error:
+        with suppress(OSError):
+            remove_path(draft)
+        if isinstance(error, (OSError, SafetensorError)):
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise ValueError(f"{path}: cannot be written ({reason:.200}); what was written before is intact; free "
+                             "space or fix the permissions, then continue") from None
         raise
     old = path.with_name(f".{path.name}.old")
     remove_path(old)

@@ -76,7 +76,7 @@ def test_the_command_on_two_processes_has_the_same_scores(world: Path, tiny_run:
     alone, both = main_scores(tmp_path / "alone"), main_scores(tmp_path / "both")
     assert alone.keys() == both.keys() == {"BIOSSES", "MyRetrieval"}
     for name in alone:
-        assert alone[name] == pytest.approx(both[name], abs=5e-3)  # rounding separates texts with nearly equal vectors
+        assert alone[name] == pytest.approx(both[name], abs=2e-2)  # rounding orders texts with nearly equal vectors
 
 
 BROKEN = WORKER.replace("distributed = Distributed()", """

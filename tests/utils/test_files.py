@@ -2,8 +2,12 @@
 
 import gzip
 import os
+import resource
+import signal
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from ref.utils.files import (
     MAX_TEXT_CHARS,
@@ -179,3 +183,26 @@ def test_pipes_and_compressed_files_are_rejected_at_once(tmp_path):
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}'))
     with pytest.raises(ValueError, match=r"x\.jsonl\.gz: is compressed; unpack it first: gunzip -k .*x\.jsonl\.gz$"):
         next(read_jsonl(tmp_path / "x.jsonl.gz"))
+
+
+@pytest.fixture
+def full_disk():
+    """No file of this process may grow beyond 4,096 bytes, as on a full disk."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("write", [
+    lambda draft: draft.write_bytes(bytes(9000)),
+    lambda draft: save_file({"x": np.zeros(9000)}, draft),
+    lambda draft: (draft.mkdir(), (draft / "a").write_bytes(b"1"), (draft / "b").write_bytes(bytes(9000))),
+], ids=["bytes", "safetensors", "folder"])
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, full_disk, write):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(ValueError, match=r"file: cannot be written \(.*too large.*\); what was written before is"):
+        atomic_write(path, write)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
