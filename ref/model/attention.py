@@ -14,15 +14,17 @@ For W = 3 and one text behind a prefix of two tokens (rows are queries, columns 
         i=3   . x     x x .
         i=4   . .     x x x
 
-On a CPU, consecutive texts of similar length form a bucket, padded on the right to its longest text (packing.py).
-`softmax_attention` or scaled_dot_product_attention runs once for each bucket. A causal query never looks right, so
-padding needs no mask of its own. On CUDA, FlexAttention evaluates the rule itself (flex.py). Tests hold all equal.
+On a CPU, scaled_dot_product_attention runs once for each bucket of consecutive texts of equal length. Its backward is
+slow in bf16, so training in bf16 takes `softmax_attention`, on buckets of similar length, padded on the right: a causal
+query never looks right, so padding needs no mask of its own. On CUDA, FlexAttention evaluates the rule (flex.py). Tests hold
+all equal.
 
 N counts the query positions: all T tokens, or in the last layer only the B last tokens.
 Source: Mistral 7B, arXiv 2310.06825, section 2; grouped queries: arXiv 2305.13245.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,8 +48,18 @@ class AttentionMask:
     batch: PackedBatch
     sliding_window: int | None  # keys that a query attends to, its own included; None: all before it
     query_rows: Tensor | None = None  # (B,) the query positions; None: all tokens
-    training: bool = False  # a backward pass may follow, as module.training says
+    by_softmax: bool = False  # compute it by softmax_attention, in training in bf16 on a CPU
     block_mask: Any = None  # FlexAttention's BlockMask, on CUDA
+
+    @cached_property
+    def buckets(self) -> list[list[int]]:
+        """Lengths of the texts that are computed together, on a CPU."""
+        return self.batch.length_buckets(least=0.75 if self.by_softmax else 1.0)
+
+    @cached_property
+    def padded_row_T(self) -> Tensor | None:
+        """Row of each token in the padded buckets; None without padding."""
+        return self.batch.padded_row_T(self.buckets)
 
     def queries(self, x_TD: Tensor) -> Tensor:
         """The rows of `x_TD` that are query positions, (N, D)."""
@@ -55,13 +67,13 @@ class AttentionMask:
 
 
 def attention_mask(
-    batch: PackedBatch, sliding_window: int | None, *, last_token_only: bool = False, training: bool = False,
+    batch: PackedBatch, sliding_window: int | None, *, last_token_only: bool = False, by_softmax: bool = False,
 ) -> AttentionMask:
     """Build the mask; with `last_token_only` the query positions are the last tokens of the texts."""
     rows = batch.last_token_B if last_token_only else None
     on_cuda = batch.input_ids_T.device.type == "cuda"
     return AttentionMask(
-        batch, sliding_window, rows, training, build_block_mask(batch, rows, sliding_window) if on_cuda else None)
+        batch, sliding_window, rows, by_softmax, build_block_mask(batch, rows, sliding_window) if on_cuda else None)
 
 
 def attention(
@@ -92,11 +104,10 @@ def bucketed_attention(
     q_NHK: Tensor, k_TGK: Tensor, v_TGK: Tensor, mask: AttentionMask, prefix: KeyValue | None = None,
 ) -> Tensor:
     """`attention` once for each bucket of the batch."""
-    batch, last_token_only = mask.batch, mask.query_rows is not None
-    buckets = batch.length_buckets
+    buckets, last_token_only = mask.buckets, mask.query_rows is not None
     rows = [len(lengths) * max(lengths) for lengths in buckets]
-    q_parts = q_NHK.split(list(map(len, buckets))) if last_token_only else _pad(q_NHK, batch).split(rows)
-    k_parts, v_parts = (_pad(x_TGK, batch).split(rows) for x_TGK in (k_TGK, v_TGK))
+    q_parts = q_NHK.split(list(map(len, buckets))) if last_token_only else _pad(q_NHK, mask).split(rows)
+    k_parts, v_parts = (_pad(x_TGK, mask).split(rows) for x_TGK in (k_TGK, v_TGK))
     outputs = []
     for lengths, *qkv in zip(buckets, q_parts, k_parts, v_parts, strict=True):
         q, k, v = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in qkv)  # (texts, heads, tokens, K)
@@ -104,32 +115,32 @@ def bucketed_attention(
             k, v = (torch.cat((p_SGK.transpose(0, 1).expand(len(lengths), -1, -1, -1), x), dim=2)
                     for p_SGK, x in zip(prefix, (k, v), strict=True))
         position = torch.tensor(lengths)[:, None, None] - 1 if last_token_only else torch.arange(max(lengths))
-        output = _bucket_attention(q, k, v, batch.prefix_length + position, mask)
+        output = _bucket_attention(q, k, v, mask.batch.prefix_length + position, mask)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return output if last_token_only or batch.padded_row_T is None else output.index_select(0, batch.padded_row_T)
+    return output if last_token_only or mask.padded_row_T is None else output.index_select(0, mask.padded_row_T)
 
 
-def _pad(x_TGK: Tensor, batch: PackedBatch) -> Tensor:
+def _pad(x_TGK: Tensor, mask: AttentionMask) -> Tensor:
     """The rows of a packed batch at their places in the padded buckets, zeros between them."""
-    if batch.padded_row_T is None:
+    if mask.padded_row_T is None:
         return x_TGK
-    rows = sum(len(lengths) * max(lengths) for lengths in batch.length_buckets)
-    return x_TGK.new_zeros(rows, x_TGK[0].numel()).index_copy(0, batch.padded_row_T, x_TGK.flatten(1)).unflatten(
+    rows = sum(len(lengths) * max(lengths) for lengths in mask.buckets)
+    return x_TGK.new_zeros(rows, x_TGK[0].numel()).index_copy(0, mask.padded_row_T, x_TGK.flatten(1)).unflatten(
         1, x_TGK.shape[1:])
 
 
 def _bucket_attention(q: Tensor, k: Tensor, v: Tensor, position: Tensor, mask: AttentionMask) -> Tensor:
     """Attention of queries at `position`, (queries,) for all texts or (texts, 1, 1), to the keys 0, 1, 2, …
 
-    Training uses one form with and without gradient: rounding must be equal in both passes of gradient caching.
+    A model in training uses one form with and without gradient: both passes of gradient caching must round equally.
     """
     sliding_window = mask.sliding_window
     distance = position[..., None] - torch.arange(k.shape[2])
     allowed = distance >= 0
     if sliding_window is not None:
         allowed &= distance < sliding_window  # exactly W keys: distances 0 to W - 1
-    if mask.training and q.shape[2] * k.shape[2] <= MAX_SCORES:
+    if mask.by_softmax and q.shape[2] * k.shape[2] <= MAX_SCORES:
         return softmax_attention(q, k, v, allowed)
     if q.shape[2] == k.shape[2] and (sliding_window is None or sliding_window >= k.shape[2]):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)

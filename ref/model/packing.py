@@ -52,25 +52,23 @@ class PackedBatch:
         """Index of each text's last token in the stream, (B,) int64."""
         return to_device(self.cu_seqlens[1:] - 1, self.input_ids_T.device)
 
-    @cached_property
-    def length_buckets(self) -> list[list[int]]:
-        """Lengths of consecutive texts in buckets, of which the shortest has at least 3/4 of the longest's tokens.
+    def length_buckets(self, *, least: float) -> list[list[int]]:
+        """Lengths of consecutive texts in buckets, of which the shortest has at least `least` of the longest's tokens.
 
-        Example: lengths (8, 7, 6, 5, 2) -> [[8, 7, 6], [5], [2]].
+        Example: lengths (8, 7, 6, 5, 2), least 0.75 -> [[8, 7, 6], [5], [2]].
         """
         buckets: list[list[int]] = []
         for length in self.lengths:
-            if not buckets or 4 * min(*buckets[-1], length) < 3 * max(*buckets[-1], length):
+            if not buckets or min(*buckets[-1], length) < least * max(*buckets[-1], length):
                 buckets.append([])
             buckets[-1].append(length)
         return buckets
 
-    @cached_property
-    def padded_row_T(self) -> Tensor | None:
+    def padded_row_T(self, buckets: list[list[int]]) -> Tensor | None:
         """Row of each token when every text is padded to the longest of its bucket; None if all rows stay."""
-        if all(min(lengths) == max(lengths) for lengths in self.length_buckets):
+        if all(min(lengths) == max(lengths) for lengths in buckets):
             return None
-        width_B = np.concatenate([np.full(len(lengths), max(lengths)) for lengths in self.length_buckets])
+        width_B = np.concatenate([np.full(len(lengths), max(lengths)) for lengths in buckets])
         start_B = np.cumsum(width_B) - width_B
         document_ids_T, position_ids_T = self.host_ids
         return to_device(start_B[document_ids_T] + position_ids_T - self.prefix_length, self.input_ids_T.device)

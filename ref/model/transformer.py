@@ -144,7 +144,7 @@ class Mistral(nn.Module):
         """
         x_TD = self.embed_tokens(batch.input_ids_T)
         rotary = self._rotary(batch)
-        build_mask = partial(attention_mask, batch, self.config.sliding_window, training=self.training)
+        build_mask = partial(attention_mask, batch, self.config.sliding_window, by_softmax=self._by_softmax)
         mask = build_mask()
         last_mask = mask if every_token else build_mask(last_token_only=True)
         *all_but_last, last = self._blocks()
@@ -156,7 +156,7 @@ class Mistral(nn.Module):
         """Keys and values of one text (the shared prefix) in each layer; the last layer computes only these."""
         x_TD = self.embed_tokens(batch.input_ids_T)
         rotary = self._rotary(batch)
-        mask = attention_mask(batch, self.config.sliding_window, training=self.training)
+        mask = attention_mask(batch, self.config.sliding_window, by_softmax=self._by_softmax)
         *all_but_last, last = self._blocks()
         key_values = []
         for block in all_but_last:
@@ -173,6 +173,10 @@ class Mistral(nn.Module):
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(forward, *inputs, use_reentrant=False)
         return forward(*inputs)
+
+    @property
+    def _by_softmax(self) -> bool:
+        return self.training and self.embed_tokens.weight.dtype == torch.bfloat16
 
     def _rotary(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         return rotary_cos_sin(batch.position_ids_T, head_dim=self.config.head_dim, theta=self.config.rope_theta)
