@@ -166,11 +166,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "temperature": 0.05, "teacher_temperature": 0.05, "learning_rate": 2e-3, "lr_scheduler": "cosine",
         "weight_decay": 0.3, "max_examples": 0, "max_text_tokens": 96, "epochs": 24, "mini_batch_tokens": 32768,
     },
-    # For pretrained models below a billion parameters, such as SmolLM2-135M; chosen on a held-out part of the training
-    # data: benchmarks/RECORDS.md.
+    # For pretrained models below a billion parameters, such as SmolLM2-135M; learning rate, rank and temperatures were
+    # compared on a held-out part of the training data, the rest not yet: benchmarks/RECORDS.md.
     "small-pretrained": {
         "lora_rank": 16, "lora_alpha": 32.0, "batch_size": 64, "batch_size_symmetric": 64, "num_negatives": 3,
-        "in_batch_negatives": "all", "temperature": 0.05, "teacher_temperature": 0.05, "learning_rate": 1e-3,
+        "in_batch_negatives": "all", "temperature": 0.02, "teacher_temperature": 0.05, "learning_rate": 2e-3,
         "lr_scheduler": "cosine", "max_examples": 0, "max_text_tokens": 128,
     },
 }

@@ -16,8 +16,8 @@ For W = 3 and one text behind a prefix of two tokens (rows are queries, columns 
 
 On a CPU, scaled_dot_product_attention runs once for each bucket of consecutive texts of equal length. Its backward is
 slow in bf16, so training in bf16 takes `softmax_attention`, on buckets of similar length, padded on the right: a causal
-query never looks right, so padding needs no mask of its own. On CUDA, FlexAttention evaluates the rule (flex.py). Tests hold
-all equal.
+query never looks right, so padding needs no mask of its own. On CUDA, FlexAttention evaluates the rule (flex.py).
+Tests hold all equal.
 
 N counts the query positions: all T tokens, or in the last layer only the B last tokens.
 Source: Mistral 7B, arXiv 2310.06825, section 2; grouped queries: arXiv 2305.13245.
