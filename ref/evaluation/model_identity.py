@@ -48,9 +48,14 @@ def model_identity(model: str) -> tuple[str, str]:
 
         files = ("config.json", "adapter_config.json")
         cached = (huggingface_hub.try_to_load_from_cache(model, file) for file in files)
-        return model, next((Path(path).parent.name for path in cached if isinstance(path, str)), "main")
+        return model_label(model), next((Path(path).parent.name for path in cached if isinstance(path, str)), "main")
     hashes = [_hash_model(part) for part in adapter_chain(resolve_checkpoint(model))]
-    return f"local/{folder.resolve().name}", "-".join(digest[:16] for digest in hashes)
+    return model_label(model), "-".join(digest[:16] for digest in hashes)
+
+
+def model_label(model: str) -> str:
+    """A hub id itself, "local/FOLDER" for a folder."""
+    return f"local/{Path(model).resolve().name}" if Path(model).is_dir() else model
 
 
 def _hash_model(folder: Path) -> str:
@@ -58,7 +63,8 @@ def _hash_model(folder: Path) -> str:
     return hash_files(folder, files)
 
 
-def default_output(model: str, name: str) -> Path:
+def default_output(model: str) -> Path:
     """RUN/mteb for a run folder, else results/OWNER__NAME."""
     folder = Path(model)
-    return folder / "mteb" if (folder / "run.json").is_file() else Path("results") / name.replace("/", "__")
+    is_run = (folder / "run.json").is_file()
+    return folder / "mteb" if is_run else Path("results") / model_label(model).replace("/", "__")

@@ -95,7 +95,7 @@ def evaluate(config: EvalConfig) -> int:
 
 def claim_results(config: EvalConfig) -> AbstractContextManager[Path]:
     """Hold the output folder; results of an earlier call stay and are used."""
-    output = config.output or default_output(config.model, model_identity(config.model)[0])
+    output = config.output or default_output(config.model)
     inputs = [path for path in (config.data_dir, config.instructions, config.examples_file) if path is not None]
     return claim_output(output, inputs=inputs, is_ours=lambda: any(
         (output / name).exists() for name in (PLAN_FILE, "results")))

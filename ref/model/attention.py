@@ -57,6 +57,11 @@ class AttentionMask:
         return self.batch.length_buckets(least=0.75 if self.by_softmax else 1.0)
 
     @cached_property
+    def bucket_rows(self) -> list[int]:
+        """Rows of each bucket, padding included."""
+        return [len(lengths) * max(lengths) for lengths in self.buckets]
+
+    @cached_property
     def padded_row_T(self) -> Tensor | None:
         """Row of each token in the padded buckets; None without padding."""
         return self.batch.padded_row_T(self.buckets)
@@ -105,7 +110,7 @@ def bucketed_attention(
 ) -> Tensor:
     """`attention` once for each bucket of the batch."""
     buckets, last_token_only = mask.buckets, mask.query_rows is not None
-    rows = [len(lengths) * max(lengths) for lengths in buckets]
+    rows = mask.bucket_rows
     q_parts = q_NHK.split(list(map(len, buckets))) if last_token_only else _pad(q_NHK, mask).split(rows)
     k_parts, v_parts = (_pad(x_TGK, mask).split(rows) for x_TGK in (k_TGK, v_TGK))
     outputs = []
@@ -125,9 +130,8 @@ def _pad(x_TGK: Tensor, mask: AttentionMask) -> Tensor:
     """The rows of a packed batch at their places in the padded buckets, zeros between them."""
     if mask.padded_row_T is None:
         return x_TGK
-    rows = sum(len(lengths) * max(lengths) for lengths in mask.buckets)
-    return x_TGK.new_zeros(rows, x_TGK[0].numel()).index_copy(0, mask.padded_row_T, x_TGK.flatten(1)).unflatten(
-        1, x_TGK.shape[1:])
+    zeros = x_TGK.new_zeros(sum(mask.bucket_rows), x_TGK[0].numel())
+    return zeros.index_copy(0, mask.padded_row_T, x_TGK.flatten(1)).unflatten(1, x_TGK.shape[1:])
 
 
 def _bucket_attention(q: Tensor, k: Tensor, v: Tensor, position: Tensor, mask: AttentionMask) -> Tensor:
@@ -135,13 +139,14 @@ def _bucket_attention(q: Tensor, k: Tensor, v: Tensor, position: Tensor, mask: A
 
     A model in training uses one form with and without gradient: both passes of gradient caching must round equally.
     """
-    sliding_window = mask.sliding_window
-    distance = position[..., None] - torch.arange(k.shape[2])
+    sliding_window, (queries, keys) = mask.sliding_window, (q.shape[2], k.shape[2])
+    by_softmax = mask.by_softmax and queries * keys <= MAX_SCORES
+    if not by_softmax and queries == keys and (sliding_window is None or sliding_window >= keys):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    distance = position[..., None] - torch.arange(keys)
     allowed = distance >= 0
     if sliding_window is not None:
         allowed &= distance < sliding_window  # exactly W keys: distances 0 to W - 1
-    if mask.by_softmax and q.shape[2] * k.shape[2] <= MAX_SCORES:
+    if by_softmax:
         return softmax_attention(q, k, v, allowed)
-    if q.shape[2] == k.shape[2] and (sliding_window is None or sliding_window >= k.shape[2]):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=True)

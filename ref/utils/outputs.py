@@ -34,7 +34,8 @@ def claim_output(
         _check_writable(folder)
     except OSError as error:
         raise ValueError(f"--output {output}: cannot be written ({error.strerror})") from None
-    lock = _lock(output.with_name(f".{output.name}.lock") if is_file else folder)
+    lock_path = output.with_name(f".{output.name}.lock") if is_file else folder
+    lock = _lock(lock_path)
     try:
         found = sorted(folder.iterdir()) if not is_file else [
             path for path in (output, *(companions or [])) if path.exists()]
@@ -44,7 +45,7 @@ def claim_output(
         yield output if is_file else folder
     finally:
         if is_file:
-            output.with_name(f".{output.name}.lock").unlink(missing_ok=True)
+            lock_path.unlink(missing_ok=True)
         os.close(lock)
         if is_new and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
