@@ -33,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--tasks", metavar="all|CATEGORY|NAME,…", help="tasks to score (default: all in --data-dir)")
     add("--model", metavar="FOLDER|HUB-ID", help="run, checkpoint folder or hub id (default: the newest run)")
+    add("--base", metavar="FOLDER|HUB-ID", help="the model under an adapter (default: the one that the adapter names)")
     add("--data-dir", metavar="DIR", type=Path, help="folder of data sets (default: the sample data; with --tasks: the "
         "hub)")
     add("--template", help="prompt template, a key of TEMPLATES in ref/text/prompts.py (default: the model's own)")
@@ -74,6 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def download_data(args: argparse.Namespace) -> int:
     """Download the data of the tasks; returns the exit code."""
+    from ref.utils.outputs import check_cache
+
+    check_cache("MTEB_CACHE", ".cache/mteb")
     from ref.evaluation.run import silence_libraries
     from ref.evaluation.tasks import download, select_tasks
 
@@ -87,6 +91,7 @@ def download_data(args: argparse.Namespace) -> int:
 def evaluate(args: argparse.Namespace) -> int:
     """Choose model and data where none are given, then score; returns the exit code. Raises ValueError or OSError."""
     from ref.evaluation.model_identity import newest_run
+    from ref.utils.outputs import check_cache
 
     model, data_dir = args.model or str(newest_run(args.runs)), args.data_dir
     log = print if os.environ.get("RANK", "0") == "0" else lambda *_: None
@@ -95,7 +100,8 @@ def evaluate(args: argparse.Namespace) -> int:
         data_dir = SAMPLE_DATA
         log("data: the sample data in data/held_out (see --tasks and --data-dir)")
 
-    from ref.evaluation import run  # imports mteb
+    check_cache("MTEB_CACHE", ".cache/mteb")  # mteb creates it when it is imported
+    from ref.evaluation import run
 
     options = {key: value for key, value in vars(args).items() if key not in ("runs", "download")}
     return run.evaluate(run.EvalConfig(**{**options, "model": model, "data_dir": data_dir}))

@@ -111,7 +111,7 @@ def describe_data(data: SoftLabelDataset, log: Callable[[str], None]) -> None:
         f"{len(data) - data.num_with_labels:,} with the contrastive term only")
     tasks = len({(task.name, task.type) for task in data.tasks})
     for line in data.report.lines(
-            data.batches(0), instructions_per_task=len(data.tasks) / tasks,
+            lambda: data.batches(0), instructions_per_task=len(data.tasks) / tasks,
             batch_size=max(data.config.batch_size, data.config.batch_size_symmetric)):
         log(line)
 

@@ -51,18 +51,19 @@ class Embedder:
     @classmethod
     def from_pretrained(
         cls, name: str | Path, *, device: str | None = None, dtype: str = "auto", template: str | None = None,
-        max_text_tokens: int | None = None, tokens_per_batch: int | None = None,
+        max_text_tokens: int | None = None, tokens_per_batch: int | None = None, base: str | None = None,
     ) -> "Embedder":
         """Load a run folder of run_train.py, a checkpoint or adapter folder, or a hub id.
 
         Template and token limits come from the model's embedder.json, for a known hub id from
         ref/model/known_models.py, else they are the paper's. `dtype`: auto, bfloat16 or float32 (device.py). Adapters
-        are merged. Raises ValueError that names file and tensor for anything malformed.
+        are merged; `base` replaces the model that an adapter names, for one that has moved. Raises ValueError that
+        names file and tensor for anything malformed.
         """
         where = resolve_device(device)
         precision = DTYPES[resolve_dtype(dtype, where)[0]]
         folder = resolve_checkpoint(str(name))
-        model, tokenizer = load_model_and_tokenizer(folder, device=where, dtype=precision)
+        model, tokenizer = load_model_and_tokenizer(folder, device=where, dtype=precision, base=base)
         check_known_vocab(str(name), model.config.vocab_size)
         given = {"template": template, "max_text_tokens": max_text_tokens}
         settings = defaults_for(str(name)) | {k: v for k, v in given.items() if v is not None}
@@ -134,10 +135,10 @@ def list_of_texts(texts: Iterable[str]) -> list[str]:
 
 
 def load_model_and_tokenizer(
-    folder: Path, *, device: torch.device, dtype: torch.dtype | None,
+    folder: Path, *, device: torch.device, dtype: torch.dtype | None, base: str | None = None,
 ) -> tuple[Mistral, Tokenizer]:
     """Model and tokenizer of a checkpoint or adapter folder, adapters merged; the tokenizer is that of their base."""
-    model, root = load_model_chain(folder, device=device, dtype=dtype)
+    model, root = load_model_chain(folder, device=device, dtype=dtype, base=base)
     tokenizer = Tokenizer.from_folder(root)
     check_vocab(model, tokenizer)
     return model, tokenizer

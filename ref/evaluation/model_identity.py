@@ -40,7 +40,7 @@ def _finish_time(run: dict[str, Any], path: Path) -> datetime:
         raise ValueError(f"{what} must be {expected} (got {text!r:.60})") from None
 
 
-def model_identity(model: str) -> tuple[str, str]:
+def model_identity(model: str, *, base: str | None = None) -> tuple[str, str]:
     """Return "owner/name" and revision: a hub id and its commit, or "local/FOLDER" and a hash of the model's files."""
     folder = Path(model)
     if not folder.is_dir():
@@ -49,7 +49,7 @@ def model_identity(model: str) -> tuple[str, str]:
         files = ("config.json", "adapter_config.json")
         cached = (huggingface_hub.try_to_load_from_cache(model, file) for file in files)
         return model_label(model), next((Path(path).parent.name for path in cached if isinstance(path, str)), "main")
-    hashes = [_hash_model(part) for part in adapter_chain(resolve_checkpoint(model))]
+    hashes = [_hash_model(part) for part in adapter_chain(resolve_checkpoint(model), base=base)]
     return model_label(model), "-".join(digest[:16] for digest in hashes)
 
 

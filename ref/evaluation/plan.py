@@ -105,20 +105,19 @@ def make_plan(
     return plans, [text for plan in plans.values() for text in plan.sample]
 
 
-def estimate_plan(task: AbsTask, prompt_encoder: PromptEncoder) -> TaskPlan | None:
+def estimate_plan(task: AbsTask, *, rate: float, max_text_tokens: int) -> TaskPlan | None:
     """A plan from the statistics that mteb ships; None if the task has none.
 
-    Tokens: unique texts x average characters x the tokenizer's tokens per character (on the descriptions of the
-    benchmark's tasks), at most the token limit. For clustering an upper estimate: mteb embeds a part of the texts.
+    Tokens: unique texts x average characters x `rate` (tokens per character), at most the token limit. For
+    clustering an upper estimate: mteb embeds a part of the texts.
     """
     statistics = task.metadata.descriptive_stats or {}
-    rate, limit = tokens_per_character(prompt_encoder), prompt_encoder.max_text_tokens
     plan = TaskPlan("")
 
     def add(part: dict[str, Any], unique: float, texts: float) -> None:
         plan.texts += round(texts)
         plan.unique += round(unique)
-        plan.tokens += round(unique * (min(rate * part["average_text_length"], limit) + 1))
+        plan.tokens += round(unique * (min(rate * part["average_text_length"], max_text_tokens) + 1))
     for split in task.eval_splits:
         for part in _text_statistics(statistics.get(split)):
             add(part, part["unique_texts"], part["total_text_length"] / max(part["average_text_length"], 1e-9))
@@ -152,7 +151,7 @@ def _english_texts() -> list[str]:
 
 
 def tokens_per_character(prompt_encoder: PromptEncoder) -> float:
-    """Tokens per character of English prose."""
+    """Tokens per character of English prose: the descriptions of the benchmark's tasks."""
     texts = _english_texts()
     ids = prompt_encoder.tokenizer.encode(texts, max_tokens=2**16)
     return sum(map(len, ids)) / sum(map(len, texts))

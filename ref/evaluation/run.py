@@ -67,6 +67,7 @@ class EvalConfig:
     embedding_cache_gb: float = 50.0
     max_text_tokens: int | None = None
     dtype: str = "auto"
+    base: str | None = None
 
 
 def silence_libraries() -> None:
@@ -111,7 +112,8 @@ def _evaluate(
     if distributed.rank == 0:
         print(f"dtype: {dtype} ({why})")
     embedder = Embedder.from_pretrained(
-        config.model, dtype=dtype, max_text_tokens=config.max_text_tokens, template=config.template)
+        config.model, dtype=dtype, max_text_tokens=config.max_text_tokens, template=config.template,
+        base=config.base)
     if distributed.rank == 0:
         print(f"template: {template_reason(config, embedder)}")
     sharded = DistributedEmbedder(embedder, distributed)
@@ -130,7 +132,8 @@ def _evaluate(
 
 def estimated_plans(tasks: Sequence[AbsTask], embedder: Embedder) -> dict[str, plan.TaskPlan]:
     """Plans of tasks whose data would have to be downloaded."""
-    found = {task.metadata.name: plan.estimate_plan(task, embedder.prompt_encoder)
+    rate, limit = plan.tokens_per_character(embedder.prompt_encoder), embedder.prompt_encoder.max_text_tokens
+    found = {task.metadata.name: plan.estimate_plan(task, rate=rate, max_text_tokens=limit)
              for task in tasks if not isinstance(task, LocalDataMixin)}
     return {name: each for name, each in found.items() if each is not None}
 
@@ -167,7 +170,7 @@ def make_encoder(
     few_shot: Mapping[str, FewShotExamples],
 ) -> MtebEncoder:
     """The encoder for mteb, with an embedding cache if the options name one."""
-    name, revision = model_identity(config.model)
+    name, revision = model_identity(config.model, base=config.base)
     if config.data_dir is not None:
         revision += "-local-data"  # a folder apart from results on official data
     # not "precision", which mteb interprets

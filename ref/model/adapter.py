@@ -31,16 +31,36 @@ PLAIN_LORA: dict[str, tuple[Any, ...]] = {
 }
 
 
-def load_model_chain(folder: Path, *, device: torch.device, dtype: torch.dtype | None) -> tuple[Mistral, Path]:
-    """The model of a checkpoint or adapter folder, adapters merged, and the folder of the model under them."""
-    base = adapter_base(folder)
-    check_declared(folder, is_adapter=base is not None)
-    if base is None:
-        return load_model(folder, device=device, dtype=dtype), folder
-    model, root = load_model_chain(base, device=device, dtype=dtype)
-    load_adapter(model, folder)
-    merge_lora(model)
+def load_model_chain(
+    folder: Path, *, device: torch.device, dtype: torch.dtype | None, base: str | None = None,
+) -> tuple[Mistral, Path]:
+    """The model of a checkpoint or adapter folder, adapters merged, and the folder of the model under them.
+
+    `base`: folder or hub id to use instead of the one that the adapter names.
+    """
+    *adapters, root = chain = adapter_chain(folder, base=base)
+    for part in chain:
+        check_declared(part, is_adapter=part != root)
+    model = load_model(root, device=device, dtype=dtype)
+    for adapter in reversed(adapters):
+        load_adapter(model, adapter)
+        merge_lora(model)
     return model, root
+
+
+def adapter_chain(folder: Path, *, base: str | None = None) -> list[Path]:
+    """A checkpoint folder and, for an adapter, the folders of its bases: all that its embeddings depend on."""
+    if base is not None and not (folder / ADAPTER_CONFIG).exists():
+        raise ValueError(f"--base is for adapters, but {folder} has no {ADAPTER_CONFIG}")
+    chain = [folder]
+    under = adapter_base(folder) if base is None else resolve_checkpoint(base)
+    while under is not None:
+        if under.resolve() in [part.resolve() for part in chain]:
+            raise ValueError(f"{chain[-1] / ADAPTER_CONFIG}: 'base_model_name_or_path' must be the model under the "
+                             f"adapter (got {under}, whose base is this adapter)")
+        chain.append(under)
+        under = adapter_base(under)
+    return chain
 
 
 def adapter_base(folder: Path) -> Path | None:
@@ -57,19 +77,11 @@ def adapter_base(folder: Path) -> Path | None:
     elif Path(name).is_absolute() and not Path(name).is_dir():
         if Path(name).name != "base" or not beside.is_dir():
             raise ValueError(f"{path}: 'base_model_name_or_path' must be a folder of this machine or a hub id (got "
-                             f"{name!r:.200}); write there where the base is now")
+                             f"{name!r:.200}); write there where the base is now, or give --base to run_eval.py")
         base = beside
     else:
         base = resolve_checkpoint(name)
-    if base.resolve() == folder.resolve():
-        raise ValueError(f"{path}: 'base_model_name_or_path' must be the model under the adapter (got the adapter)")
     return base
-
-
-def adapter_chain(folder: Path) -> list[Path]:
-    """A checkpoint folder and, for an adapter, the folders of its bases: all that its embeddings depend on."""
-    base = adapter_base(folder)
-    return [folder] if base is None else [folder, *adapter_chain(base)]
 
 
 def save_adapter(model: Mistral, folder: Path, *, base: str) -> None:

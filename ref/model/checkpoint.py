@@ -70,8 +70,8 @@ def _download(repository: str, *, weights: bool) -> Path:
                          "HF_TOKEN") from None
     except (hub.HTTPError, OSError) as error:  # the hub, a proxy, the network, no local copy
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise ValueError(f"{repository}: cannot be downloaded ({reason:.200}); check the network, HF_HUB_OFFLINE and "
-                         "HF_TOKEN, or give a local folder") from None
+        raise ValueError(f"{repository}: cannot be downloaded ({reason:.200}); check the network, HF_HUB_OFFLINE, "
+                         "HF_TOKEN and the cache folder HF_HOME, or give a local folder") from None
 
 
 def shards(folder: Path, *, must_exist: bool = True) -> list[str]:

@@ -7,7 +7,7 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,8 +37,10 @@ class DataReport:
             self.entropy += _entropy(scores, self.teacher_temperature)
             self.largest_score[path] = max(self.largest_score.get(path, 0.0), *map(abs, scores))
 
-    def lines(self, batches: Sequence[np.ndarray], *, instructions_per_task: float, batch_size: int) -> list[str]:
-        """What to print; `batches` are those of an epoch."""
+    def lines(
+        self, batches: Callable[[], Sequence[np.ndarray]], *, instructions_per_task: float, batch_size: int,
+    ) -> list[str]:
+        """What to print; `batches` draws those of an epoch."""
         lines = []
         if self.num_dropped:
             lines.append(f"dropped: {self.num_dropped:,} negatives that are positives of the same line")
@@ -51,12 +53,15 @@ class DataReport:
         elif self.num_labels and self.entropy / self.num_labels < LOW_ENTROPY:
             lines.append(f"warning: the soft labels have an entropy of {self.entropy / self.num_labels:.3f} nats, "
                          "nearly that of hard labels (0); a higher --teacher-temperature makes them softer")
-        median = sorted(map(len, batches))[len(batches) // 2]
-        if instructions_per_task >= 2 and median < batch_size / 4:
+        if instructions_per_task >= 2 and (median := _median_size(batches())) < batch_size / 4:
             lines.append(f"warning: a task has {instructions_per_task:.0f} different instructions on average and a "
                          f"batch has one: the median batch has {median:,} queries instead of {batch_size:,}; give the "
                          "lines of a task the same 'prompt'")
         return lines
+
+
+def _median_size(batches: Sequence[np.ndarray]) -> int:
+    return sorted(map(len, batches))[len(batches) // 2]
 
 
 def _entropy(scores: Sequence[float], temperature: float) -> float:
@@ -68,8 +73,9 @@ def _entropy(scores: Sequence[float], temperature: float) -> float:
 
 
 def _says_logits(path: Path) -> bool:
-    """Whether run_label.py's description beside the file says so."""
+    """Whether run_label.py's description beside the file says so; it is small, another file of that name may be not."""
+    description = path.with_suffix(".json")
     try:
-        return read_json(path.with_suffix(".json")).get("scale") == "logit"
-    except ValueError:
+        return description.stat().st_size < 10**6 and read_json(description).get("scale") == "logit"
+    except (OSError, ValueError):
         return False

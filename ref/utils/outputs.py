@@ -51,6 +51,17 @@ def claim_output(
             folder.rmdir()
 
 
+def check_cache(variable: str, default: str) -> None:
+    """Raise ValueError if a library's cache cannot be written: the folder in `variable`, or `default` in the home."""
+    folder = Path(os.environ.get(variable) or Path("~").expanduser() / default)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_writable(folder)
+    except OSError as error:
+        raise ValueError(f"{folder}: the cache cannot be written ({error.strerror}); set {variable} to a folder that "
+                         "can be") from None
+
+
 def _make_folder(path: Path, *, numbered: bool) -> tuple[Path, bool]:
     """Create a folder, or the first free numbered one; returns it and whether it is new."""
     names = (path.with_name(f"{path.name}-{number}") for number in count(2))

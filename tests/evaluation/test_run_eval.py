@@ -15,11 +15,15 @@ from typing import Any
 import mteb
 import numpy as np
 import pytest
+import torch
+from conftest import adapted
 from sample_sets import WordHash, world, write_retrieval
 from tiny_mteb import write_json, write_lines
 
 import run_eval
 from ref.embedder import Embedder
+from ref.model.adapter import save_adapter
+from ref.model.checkpoint import load_model
 
 __all__ = ["world"]  # a fixture
 ROOT = Path(__file__).parents[2]
@@ -84,6 +88,18 @@ def test_a_folder_of_the_user_is_not_an_output(
     assert run_eval.main(command(model, world, world / "out", "--tasks", "STS")) == 2
     assert "must not be an input or lie in one" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["report.html"] and not (world / "out").exists()
+
+
+def test_a_home_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    """As in a container whose user is unknown; mteb creates its cache when it is imported."""
+    (tmp_path / "home").write_text("")
+    environment = {**os.environ, "HOME": str(tmp_path / "home")}
+    environment.pop("MTEB_CACHE", None)
+    call = [sys.executable, ROOT / "run_eval.py", "--model", "owner/name", "--tasks", "STS"]
+    done = subprocess.run(call, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (f"error: {tmp_path}/home/.cache/mteb: the cache cannot be written (Not a directory); set "
+                           "MTEB_CACHE to a folder that can be\n")
 
 
 def test_without_a_network_every_task_fails_at_once_and_the_first_line_says_why(
@@ -311,6 +327,17 @@ def test_a_second_evaluation_of_a_run_reads_the_results_beside_its_weights(
     arguments = ["--model", str(run), "--data-dir", str(world), "--tasks", "BIOSSES"]
     assert run_eval.main(arguments) == 0 and run_eval.main(arguments) == 0
     assert "from the result cache" in capsys.readouterr().out
+
+
+def test_the_base_of_an_adapter_that_was_moved(world: Path, tiny_run: Path, tmp_path: Path, capsys: Any) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_adapter(adapted(load_model(tiny_run / "model", device=torch.device("cpu"))), adapter, base="/nowhere/model")
+    arguments = command(adapter, world, tmp_path / "out", "--tasks", "BIOSSES")
+    assert run_eval.main(arguments) == 2
+    assert "write there where the base is now, or give --base to run_eval.py" in capsys.readouterr().err
+    assert run_eval.main([*arguments, "--base", str(tiny_run)]) == 0
+    assert set(scores_of(tmp_path / "out")) == {"BIOSSES"}
 
 
 def test_a_result_of_another_precision_is_not_reused(

@@ -1,5 +1,6 @@
 """Adapter files: exchanged with PEFT in both directions, the chain of bases, and the files that are rejected."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,8 +159,32 @@ def test_a_base_that_is_none(base: object, message: str, adapter: tuple[Path, Mi
     folder, _ = adapter
     edit_json(folder / ADAPTER_CONFIG, {"base_model_name_or_path": str(folder) if base == "." else base})
     with pytest.raises(ValueError, match="must be") as caught:
-        adapter_base(folder)
+        adapter_chain(folder)
     assert message in str(caught.value)
+
+
+def test_adapters_that_name_each_other_are_rejected(adapter: tuple[Path, Mistral], tmp_path: Path) -> None:
+    folder, _ = adapter
+    shutil.copytree(folder, tmp_path / "other")
+    edit_json(folder / ADAPTER_CONFIG, {"base_model_name_or_path": str(tmp_path / "other")})
+    edit_json(tmp_path / "other" / ADAPTER_CONFIG, {"base_model_name_or_path": str(folder)})
+    with pytest.raises(ValueError, match=r"other/adapter_config\.json: .* must be the model under the adapter"):
+        adapter_chain(folder)
+
+
+@torch.no_grad()
+def test_a_base_that_has_moved_can_be_given(adapter: tuple[Path, Mistral], tmp_path: Path) -> None:
+    folder, model = adapter
+    (tmp_path / "base").rename(tmp_path / "moved")
+    edit_json(folder / ADAPTER_CONFIG, {"base_model_name_or_path": str(tmp_path / "base")})
+    with pytest.raises(ValueError, match="must be a folder of this machine .*give --base to run_eval.py"):
+        load_model_chain(folder, device=CPU, dtype=None)
+    load_adapter(model, folder)
+    loaded, root = load_model_chain(folder, device=CPU, dtype=None, base=str(tmp_path / "moved"))
+    assert root == tmp_path / "moved"
+    assert_close(hidden(loaded), hidden(model), 1e-6)
+    with pytest.raises(ValueError, match=r"--base is for adapters, but .* has no adapter_config\.json"):
+        adapter_chain(root, base=str(folder))
 
 
 # ---- files that are rejected --------------------------------------------------------------------------------

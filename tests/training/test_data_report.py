@@ -24,7 +24,8 @@ def line(number, *, scores=(0.9, 0.8), prompt="Find it.", **changes):
 
 def said(data, batch_size=512):
     tasks = len({(task.name, task.type) for task in data.tasks})
-    return data.report.lines(data.batches(0), instructions_per_task=len(data.tasks) / tasks, batch_size=batch_size)
+    return data.report.lines(
+        lambda: data.batches(0), instructions_per_task=len(data.tasks) / tasks, batch_size=batch_size)
 
 
 def test_ordinary_data_need_no_words(tmp_path):
@@ -51,7 +52,8 @@ def test_logits_at_a_cosines_temperature_are_a_warning(tmp_path, scores, compani
 
 
 def test_a_description_of_cosines_or_of_something_else_is_no_warning(tmp_path):
-    for content in ('{"scale": "cosine"}', "[]", "{", "{}"):
+    too_large_for_a_description = f'{{"scale": "logit", "x": "{"x" * 10**6}"}}'
+    for content in ('{"scale": "cosine"}', "[]", "{", "{}", too_large_for_a_description):
         (tmp_path / "a.json").write_text(content)
         assert said(load(tmp_path / "a.jsonl", [line(n) for n in range(4)])) == []
 
