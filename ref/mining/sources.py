@@ -13,6 +13,7 @@ sorted, and 20 per pair. Texts stay in the files.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,7 +117,8 @@ class Pairs:
 
     def __init__(self, path: Path, corpus: Corpus, *, split: str = "train") -> None:
         """Check every line and the id of each positive. Raises ValueError that names file, line and field."""
-        self.path, self.corpus, self.name = path, corpus, path.name.removesuffix(".jsonl")
+        self.path, self.corpus = path, corpus
+        self.name = Path(os.path.abspath(path)).name.removesuffix(".jsonl")  # also of `.`
         self.qrels: dict[str, list[str]] = {}  # for BEIR: ids of the positives by query id
         files = [path]
         if path.is_dir():

@@ -1,6 +1,7 @@
 """Pairs and corpus: three layouts of the same data, and bad input."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +36,15 @@ def test_all_layouts_give_the_same_pairs(tmp_path):
     assert found[0] == found[1] == found[2] == [
         ("one", ["A title and a text"]), ("two", ["another text", "A title and a text"])]
     assert no_ids.row("not there") is None
+
+
+def test_the_task_of_the_present_folder_is_the_folders_name(tmp_path, monkeypatch):
+    write(tmp_path / "corpus.jsonl", [{"_id": "d1", "text": "a text"}])
+    write(tmp_path / "queries.jsonl", [{"_id": "q0", "text": "one"}])
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels/train.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td1\t1\n")
+    monkeypatch.chdir(tmp_path)
+    assert Pairs(Path(), Corpus(Path()))[0].task == tmp_path.name
 
 
 def test_white_space_around_a_text_does_not_hide_it(tmp_path):
