@@ -98,6 +98,7 @@ class ModelConfig:
         return {**values, **({"sliding_window": self.sliding_window} if self.model_type == "mistral" else {})}
 
 
+ARCHITECTURES = ("MistralModel", "MistralForCausalLM", "LlamaModel", "LlamaForCausalLM")
 # What the forward pass computes: for each field of config.json its only supported value.
 PLAIN_TRANSFORMER = {"hidden_act": "silu", "quantization_config": None, "attention_bias": False, "mlp_bias": False,
                      "partial_rotary_factor": 1.0, "is_causal": True, "use_bidirectional_attention": False,
@@ -114,7 +115,7 @@ def _model_type(values: dict[str, Any], path: Path) -> str:
     model_type = values.get("model_type") or ("llama" if names and str(names[0]).startswith("Llama") else "mistral")
     if model_type not in ("mistral", "llama"):
         raise ValueError(f"{path}: model_type {model_type!r:.80} is not supported (only 'mistral', 'llama')")
-    classes = [f"{model_type.capitalize()}{kind}" for kind in ("Model", "ForCausalLM")]
+    classes = [name for name in ARCHITECTURES if name.lower().startswith(model_type)]
     for name in names:
         if name not in classes:
             raise ValueError(f"{path}: architecture {name!r:.80} is not supported (only {', '.join(classes)})")
@@ -140,11 +141,12 @@ def _positive(value: Any, what: str) -> float:
 
 def _rope_theta(values: dict[str, Any], path: Path) -> float:
     """rope_theta, at the top level or in transformers 5's rope_parameters; scaled variants are rejected."""
-    given = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    rope = check_type(given, dict, f"{path}: 'rope_parameters'", "an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"{path}: rope_type {kind!r:.80} is not supported (only 'default')")
+    rope: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = check_type(values.get(name) or {}, dict, f"{path}: {name!r}", "an object") or rope
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"{path}: {name}: rope_type {kind!r:.80} is not supported (only 'default')")
     return _positive(rope.get("rope_theta", values.get("rope_theta", 10000.0)), f"{path}: 'rope_theta'")
 
 
@@ -166,12 +168,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "temperature": 0.05, "teacher_temperature": 0.05, "learning_rate": 2e-3, "lr_scheduler": "cosine",
         "weight_decay": 0.3, "max_examples": 0, "max_text_tokens": 96, "epochs": 24, "mini_batch_tokens": 32768,
     },
-    # For pretrained models below a billion parameters, such as SmolLM2-135M; learning rate, rank and temperatures were
-    # compared on a held-out part of the training data, the rest not yet: benchmarks/RECORDS.md.
+    # For pretrained models below a billion parameters, such as SmolLM2-135M, and an hour on a laptop; compared on a
+    # held-out part of the training data: benchmarks/RECORDS.md.
     "small-pretrained": {
-        "lora_rank": 16, "lora_alpha": 32.0, "batch_size": 64, "batch_size_symmetric": 64, "num_negatives": 3,
+        "lora_rank": 16, "lora_alpha": 32.0, "batch_size": 32, "batch_size_symmetric": 32, "num_negatives": 2,
         "in_batch_negatives": "all", "temperature": 0.02, "teacher_temperature": 0.05, "learning_rate": 2e-3,
-        "lr_scheduler": "cosine", "max_examples": 0, "max_text_tokens": 128,
+        "lr_scheduler": "cosine", "max_examples": 0, "max_text_tokens": 256,
     },
 }
 
