@@ -11,6 +11,7 @@ another rule takes seconds. Several GPUs: torchrun --nproc-per-node 8 run_label.
 """
 
 import argparse
+import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -22,10 +23,11 @@ from ref.mining.rules import RULES
 from ref.mining.sources import Corpus, Pairs, corpus_from_pairs
 from ref.mining.statistics import plot_histogram
 from ref.mining.teachers import load_reranker, load_retriever
+from ref.model.checkpoint import resolve_checkpoint
 from ref.utils.block_cache import BlockCache
 from ref.utils.device import Dtype
 from ref.utils.distributed import Distributed
-from ref.utils.outputs import claim_output
+from ref.utils.outputs import check_outside, claim_output
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -74,6 +76,7 @@ def label_config(given: argparse.Namespace) -> LabelConfig:
 
 def build_pipeline(given: argparse.Namespace, distributed: Distributed) -> LabellingPipeline:
     """Check pairs and corpus, and find the teachers."""
+    check_outside(given.cache, model_folders(given), f"--cache {given.cache}")
     try:
         given.cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -100,9 +103,14 @@ def build_pipeline(given: argparse.Namespace, distributed: Distributed) -> Label
                              device=given.device, instruction=given.instruction)
 
 
+def model_folders(given: argparse.Namespace) -> list[Path]:
+    """The teachers that are folders."""
+    return [resolve_checkpoint(name) for name in (given.retriever, given.reranker) if name and os.path.isdir(name)]
+
+
 def claim_labels(given: argparse.Namespace) -> AbstractContextManager[Path]:
     """Hold --output and what is written beside it; labels of an earlier call may be replaced."""
-    inputs = [path for path in (given.pairs, given.corpus) if path is not None]
+    inputs = [path for path in (given.pairs, given.corpus, *model_folders(given)) if path is not None]
     companions = [given.output.with_suffix(suffix) for suffix in (".json", ".png")]
     return claim_output(given.output, inputs=inputs, companions=companions, is_ours=lambda: is_label_file(given.output))
 

@@ -21,13 +21,13 @@ import torch
 from ref.config import PRESETS, TrainConfig
 from ref.embedder import Embedder
 from ref.evaluation.retrieval import evaluate_retrieval
-from ref.text.prompts import template_of_vocabulary
+from ref.model.card import write_model_cards
 from ref.training.arguments import parse_args, train_config
 from ref.training.data import SoftLabelDataset
 from ref.training.export import remove_results, save_merged, save_result
 from ref.training.memory import auto_mini_batch_tokens
 from ref.training.metrics import plot_loss
-from ref.training.model_source import ModelSource, build_model, resolve_model
+from ref.training.model_source import ModelSource, build_model, declared_template, resolve_model
 from ref.training.run_dir import (
     check_resumed,
     open_run_dir,
@@ -57,6 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the first step, or after the last
+        print("stopped; --resume continues a run that has begun", file=sys.stderr)
+        return 130
     except torch.cuda.OutOfMemoryError as error:
         print(f"error: out of GPU memory ({str(error).splitlines()[0]:.200}); lower --mini-batch-tokens or add "
               "--gradient-checkpointing; --resume continues", file=sys.stderr)
@@ -89,9 +92,8 @@ def set_up(arguments: list[str] | None, claims: ExitStack) -> tuple[Trainer, Pat
     describe_data(data, log)
     folder = claims.enter_context(open_run_dir(config, source, create=distributed.rank == 0))
     model, prompt_encoder = build_model(source, config, data, device=device)
-    usual = template_of_vocabulary(prompt_encoder.tokenizer)
-    if usual not in ("paper", config.template):
-        log(f"note: the vocabulary has the markers of --template {usual}; --template is {config.template}")
+    if (declared := declared_template(source, prompt_encoder)) not in (None, config.template):
+        log(f"note: the checkpoint's own template is {declared}; --template is {config.template}")
     parameters = list(trainable_parameters(model).values())
     if config.mini_batch_tokens == "auto":
         tokens, why = auto_mini_batch_tokens(model, resolve_backend(config.backend, device))
@@ -160,6 +162,7 @@ def run(trainer: Trainer, folder: Path, source: ModelSource) -> int:
     if config.merge and config.train == "lora":
         save_merged(folder, trainer.model, trainer.prompt_encoder, data)
     write_json(folder / "run.json", {**metadata, "complete": True, "finished": utc_now()})
+    write_model_cards(folder)
     print(f"done: {folder}\nevaluate it: python run_eval.py --model {folder}")
     return 0
 

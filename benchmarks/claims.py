@@ -1,4 +1,4 @@
-"""The report's claims as paired experiments: `python -m benchmarks claims [--dataset world|real] [--plan] [--quick]`.
+"""The report's claims as paired experiments: `python -m benchmarks claims [--ground world|real|llm] [--plan]`.
 
 An arm is an entry of ARMS: options of run_train.py and, for some, a change of the data (experiment.py). A claim
 compares two arms on the same seeds. Its result is the difference by seed: mean, 95 % interval (bootstrap) and verdict:
@@ -10,10 +10,14 @@ compares two arms on the same seeds. Its result is the difference by seed: mean,
 For "not zero" Student's interval must exclude zero as well, because the bootstrap is too narrow for few seeds: without
 an effect it excludes zero in a quarter of all cases with three seeds, in a tenth with ten.
 
-Data sets: `world`, the sample world (held-out nDCG@10 x 100), and `real`, five files of soft labels and ten tasks (mean
-of mteb's main scores x 100) in the folder LG_ANNA_DATA. Each row is cached in benchmarks/results/claims under a hash of
-arm, setting, seed, code and data, so that an interrupted study continues. --device cuda trains a larger model
-(configs/medium.json) for more steps and writes its own tables.
+    world    the sample world, held-out nDCG@10 x 100; a randomly initialised model (tiny)
+    real     five files of soft labels and ten tasks (mean of mteb's main scores x 100) in the folder LG_ANNA_DATA; a
+             randomly initialised model (configs/small.json)
+    llm      the same data; SmolLM2-135M with LoRA
+
+Each row is cached in benchmarks/results/claims under a hash of arm, setting, seed, code and data, so that an
+interrupted study continues. --device cuda trains a larger model (configs/medium.json) for more steps in the first two
+and writes its own tables.
 """
 
 import argparse
@@ -35,11 +39,12 @@ from benchmarks.world import bootstrap_interval
 from ref.utils.environment import environment_info, utc_now
 from ref.utils.files import read_json
 
-MODEL = {"world": "tiny", "real": "configs/small.json"}
-STEPS, GPU_STEPS = {"world": 400, "real": 400}, {"world": 3000, "real": 10_000}
-GPU_MODEL = "configs/medium.json"
-SEEDS = {"world": 10, "real": 3}
-SECONDS_PER_STEP = {"world": 0.1, "real": 0.3}  # on one thread of a server's CPU, for --plan
+MODEL = {"world": "tiny", "real": "configs/small.json", "llm": "checkpoints/smollm2"}
+STEPS, GPU_STEPS = {"world": 400, "real": 400, "llm": 200}, {"world": 3000, "real": 10_000, "llm": 2000}
+GPU_MODEL = {"world": "configs/medium.json", "real": "configs/medium.json", "llm": MODEL["llm"]}
+SEEDS = {"world": 10, "real": 3, "llm": 3}
+BATCH = {"world": 64, "real": 64, "llm": 32}  # queries of the preset
+SECONDS_PER_STEP = {"world": 0.1, "real": 0.3, "llm": 25.0}  # on one thread of a server's CPU, for --plan
 Rows = dict[tuple[str, int], dict[str, Any]]  # by arm and seed
 
 ARMS = {
@@ -57,6 +62,8 @@ ARMS = {
     "no false-negative margin": Arm(("--false-negative-margin", "none")),
     "batch of 16": Arm(("--batch-size", "16", "--batch-size-symmetric", "16")),
     "batch of 256": Arm(("--batch-size", "256", "--batch-size-symmetric", "256", "--mini-batch-tokens", "8192")),
+    "batch of 16, equal texts": Arm(("--batch-size", "16", "--batch-size-symmetric", "16"), steps=2.0),
+    "batch of 256, equal texts": Arm(("--batch-size", "256", "--batch-size-symmetric", "256"), steps=1 / 8),
     "mined, percentage 0.95": Arm(change="mined percentage 0.95"),
     "mined, margin 0.05": Arm(change="mined margin 0.05"),
     "mined, absolute 0.7": Arm(change="mined absolute 0.7"),
@@ -74,6 +81,7 @@ class Claim:
     baseline: str
     expected: str  # the sign, with the report's size in points if it gives one, or with the source of the expectation
     task: str = ""  # one task instead of the mean over all
+    ground: str = ""  # only on this one
 
     @property
     def sign(self) -> int:
@@ -99,8 +107,12 @@ CLAIMS = [
     Claim("trained with fixed instead of random examples, evaluated with none", "fixed examples", "random examples",
           "-3.17 (BGE-EN-ICL)"),
     Claim("false negatives masked by a margin instead of not", "default", "no false-negative margin", OURS),
-    Claim("64 queries per batch instead of 16, equal steps", "default", "batch of 16", "+ (it uses 512)"),
-    Claim("256 queries per batch instead of 64, equal steps", "batch of 256", "default", "+ (it uses 512)"),
+    Claim("{batch} queries per batch instead of 16, equal steps", "default", "batch of 16", "+ (it uses 512)"),
+    Claim("256 queries per batch instead of {batch}, equal steps", "batch of 256", "default", "+ (it uses 512)"),
+    Claim("{batch} queries per batch instead of 16, equal numbers of texts", "default", "batch of 16, equal texts",
+          "+ (it uses 512)", ground="llm"),
+    Claim("256 queries per batch instead of {batch}, equal numbers of texts", "batch of 256, equal texts", "default",
+          "+ (it uses 512)", ground="llm"),
     Claim("mining by percentage 0.95 instead of no rule", "mined, percentage 0.95", "mined, none",
           "+0.39 (other sampling)"),
     Claim("mining by percentage 0.95 instead of margin 0.05", "mined, percentage 0.95", "mined, margin 0.05", METHOD),
@@ -109,6 +121,12 @@ CLAIMS = [
 ]
 CLAIMS += [replace(claim, text=f"{claim.text}, {MEDQUAD}", expected=METHOD, task=MEDQUAD)
            for claim in CLAIMS if claim.arm.startswith("mined")]
+
+
+def arms_on(ground: str) -> list[str]:
+    """The arms of the claims that are tested on this ground."""
+    used = {arm for claim in CLAIMS if claim.ground in ("", ground) for arm in (claim.arm, claim.baseline)}
+    return [arm for arm in ARMS if arm in used]
 
 
 # ---- statistics --------------------------------------------------------------------------------------------
@@ -132,25 +150,40 @@ def verdict(low: float, high: float, sign: int) -> str:
     return "reproduced" if (low > 0) == (sign > 0) else "not reproduced"
 
 
-def compare(rows: Rows, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """The result of each claim whose two arms have run with all seeds."""
+def detectable_difference(scores: Sequence[float], seeds: int) -> float:
+    """The difference that `seeds` paired runs detect in four of five studies, from a few runs of one arm.
+
+    (t(0.975) + t(0.8)) x standard deviation of a difference / sqrt(seeds), with seeds - 1 degrees of freedom; the two
+    arms of a pair are taken as independent.
+    """
+    from scipy.stats import t
+
+    deviation = float(np.std(scores, ddof=1)) * 2**0.5
+    return float(t.ppf(0.975, seeds - 1) + t.ppf(0.8, seeds - 1)) * deviation / seeds**0.5
+
+
+def compare(rows: Rows, ground: str = "world") -> list[dict[str, Any]]:
+    """The result of each claim, on the seeds with which both its arms have run."""
     def score(arm: str, seed: int, task: str) -> float | None:
         row = rows.get((arm, seed), {"task_scores": {}})
         return row["task_scores"].get(task) if task else row.get("score")
 
     results = []
     for claim in CLAIMS:
-        pairs = [(score(claim.arm, seed, claim.task), score(claim.baseline, seed, claim.task)) for seed in seeds]
-        if not pairs or any(a is None or b is None for a, b in pairs):
+        scores = [(score(claim.arm, seed, claim.task), score(claim.baseline, seed, claim.task))
+                  for seed in sorted({seed for _, seed in rows})]
+        pairs = [(a, b) for a, b in scores if a is not None and b is not None]
+        if not pairs or claim.ground not in ("", ground):
             continue
-        gain = [a - b for a, b in pairs if a is not None and b is not None]
+        gain = [a - b for a, b in pairs]
         (low, high), (wide_low, wide_high) = bootstrap_interval(gain), student_interval(gain)
         results.append({
-            "claim": claim.text, "difference": float(np.mean(gain)), "low": low, "high": high, "seeds": len(gain),
+            "claim": claim.text.format(batch=BATCH[ground]), "difference": float(np.mean(gain)), "low": low,
+            "high": high, "seeds": len(gain),
             "expected": claim.expected, "student_interval": [wide_low, wide_high] if len(gain) > 1 else None,
             "verdict": verdict(min(low, wide_low), max(high, wide_high), claim.sign) if len(gain) > 2
             else "inconclusive",
-            "mean": float(np.mean([a for a, _ in pairs if a is not None]))})
+            "mean": float(np.mean([a for a, _ in pairs]))})
     return results
 
 
@@ -192,8 +225,12 @@ def plot_claims(name: str, results: list[dict[str, Any]], path: Path) -> str:
 def write_report(name: str, study: dict[str, Any], *, write: bool = True) -> None:
     """Print the table; with `write` also write rows (.json), table (.md) and figure (.svg) under `name`."""
     rows = {(row["arm"], row["seed"]): row for row in study["rows"]}
-    results = compare(rows, sorted({seed for _, seed in rows}))
+    results = compare(rows, name.split("-")[0])
     print("\n" + as_markdown(results))
+    default = [row["score"] for (arm, _), row in rows.items() if arm == "default"]
+    if len(default) > 2:
+        print("detectable differences, from the runs of the arm `default`: " + ", ".join(
+            f"{detectable_difference(default, seeds):.2f} points with {seeds} seeds" for seeds in (3, 5, 10)))
     if write:
         study = {**{key: value for key, value in study.items() if key != "rows"}, "claims": results,
                  "rows": study["rows"]}
@@ -210,10 +247,10 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks claims", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--dataset", choices=("world", "real"), default="world", help="(default: world)")
-    add("--seeds", type=int, help="(default: 10 for world, 3 for real)")
-    add("--steps", type=int, help="of each run (default: 400; on a GPU 3,000 for world and 10,000 for real)")
-    add("--model", help=f"(default: tiny for world, configs/small.json for real; on a GPU {GPU_MODEL})")
+    add("--ground", choices=tuple(MODEL), default="world", help="data and kind of model (default: world)")
+    add("--seeds", type=int, help=f"(default: {SEEDS})")
+    add("--steps", type=int, help=f"of each run (default: {STEPS}; on a GPU {GPU_STEPS})")
+    add("--model", help=f"(default: {MODEL}; on a GPU {GPU_MODEL})")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
     add("--only", nargs="+", metavar="ARM", choices=list(ARMS), help="run these arms; the table is only printed")
     add("--workers", type=int, choices=range(1, 65), default=min(4, os.cpu_count() or 1), metavar="N",
@@ -229,27 +266,30 @@ def main(arguments: list[str] | None = None) -> int:
     """Run what is missing and print the table; a complete study is also written. Returns 1 if a run failed."""
     parser = argument_parser()
     given = parser.parse_args(arguments)
-    gpu, dataset = given.device == "cuda", given.dataset
-    usual = Setting(dataset, STEPS[dataset], MODEL[dataset])
-    steps = given.steps or (GPU_STEPS if gpu else STEPS)[dataset]
-    setting = Setting(dataset, 10 if given.quick else steps, given.model or (GPU_MODEL if gpu else usual.model),
+    gpu, ground = given.device == "cuda", given.ground
+    usual = Setting(ground, STEPS[ground], MODEL[ground])
+    steps = given.steps or (GPU_STEPS if gpu else STEPS)[ground]
+    setting = Setting(ground, 10 if given.quick else steps, given.model or (GPU_MODEL if gpu else MODEL)[ground],
                       given.device)
     if given.one:
         run_and_store(setting, given.one[0], int(given.one[1]))
         return 0
-    name = dataset if setting == usual else "-".join(
-        map(str, (dataset, Path(setting.model).stem, setting.steps, setting.device)))
+    name = ground if setting == usual else "-".join(
+        map(str, (ground, Path(setting.model).stem, setting.steps, setting.device)))
     stored = RESULTS / f"{name}.json"
     if given.table:
         if not stored.exists():
             parser.error(f"--table: {stored} does not exist; run the study first")
         write_report(name, read_json(stored))
         return 0
-    num_seeds = 1 if given.quick else given.seeds or SEEDS[dataset]
-    arms = [arm for arm in ARMS if not given.only or arm in given.only]
-    paths = {(arm, seed): row_path(setting, ARMS[arm], seed) for seed in range(num_seeds) for arm in ARMS}
+    num_seeds = 1 if given.quick else given.seeds or SEEDS[ground]
+    if unknown := set(given.only or []) - set(arms_on(ground)):
+        parser.error(f"--only: {sorted(unknown)[0]!r} is no arm of --ground {ground}")
+    arms = [arm for arm in arms_on(ground) if not given.only or arm in given.only]
+    paths = {(arm, seed): row_path(setting, ARMS[arm], seed) for seed in range(num_seeds) for arm in arms_on(ground)}
     missing = [item for item, path in paths.items() if item[0] in arms and not path.exists()]
-    hours = len(missing) * setting.steps * SECONDS_PER_STEP[dataset] / given.workers / 3600
+    steps = sum(ARMS[arm].steps for arm, _ in missing) * setting.steps
+    hours = steps * SECONDS_PER_STEP[ground] / given.workers / 3600
     duration = f"about {hours:.1f} hours" if setting.model == usual.model and not gpu else "duration unknown"
     print(f"{len(arms)} arms x {num_seeds} seeds, missing: {len(missing)} runs of {setting.steps} steps, {duration}, "
           f"{given.workers} in parallel", flush=True)
@@ -261,12 +301,12 @@ def run_study(
 ) -> int:
     """Run the missing rows, then report all that exist; returns 1 if a run failed."""
     if any(ARMS[arm].change.startswith("mined") for arm, _ in missing):
-        prepare_mining(setting.dataset)
+        prepare_mining(setting.ground)
     failed = run_missing(setting, missing, paths, workers)
     rows = [{**json.loads(path.read_text()), "arm": arm, "code": code_hash()} for (arm, _), path in paths.items()
             if path.exists()]
-    study = {"date": utc_now(), **environment_info(), "dataset": setting.dataset, "steps": setting.steps, "rows": rows}
-    complete = len(rows) == len(paths) and len(paths) >= len(ARMS) * SEEDS[setting.dataset]
+    study = {"date": utc_now(), **environment_info(), "ground": setting.ground, "steps": setting.steps, "rows": rows}
+    complete = len(rows) == len(paths) and len(paths) >= len(arms_on(setting.ground)) * SEEDS[setting.ground]
     write_report(name, study, write=complete)
     if not complete:
         print("not written: a complete study has all arms and at least the default number of seeds")
@@ -281,7 +321,7 @@ def run_missing(
     start_s = time.perf_counter()
 
     def run(item: tuple[str, int]) -> bool:
-        call = [sys.executable, "-m", "benchmarks.claims", "--dataset", setting.dataset, "--steps", str(setting.steps),
+        call = [sys.executable, "-m", "benchmarks.claims", "--ground", setting.ground, "--steps", str(setting.steps),
                 "--model", setting.model, "--device", setting.device, "--one", item[0], str(item[1])]
         done = subprocess.run(call, cwd=ROOT, env=environment, check=False, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, text=True)

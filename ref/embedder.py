@@ -13,6 +13,7 @@ ids of two windows and two batches.
 """
 
 from collections.abc import Iterable, Mapping, Sequence, Set
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,8 @@ class Embedder:
         backend: Backend | None = None,
     ) -> None:
         check_vocab(model, prompt_encoder.tokenizer)
+        if tokens_per_batch is not None and not (isinstance(tokens_per_batch, Integral) and tokens_per_batch >= 1):
+            raise ValueError(f"tokens_per_batch must be an integer >= 1 (got {tokens_per_batch!r:.60})")
         self.device = model.norm.weight.device
         self.model, self.prompt_encoder = model, prompt_encoder
         self.tokens_per_batch = tokens_per_batch or TOKENS_PER_BATCH[self.device.type]
@@ -56,9 +59,9 @@ class Embedder:
         """Load a run folder of run_train.py, a checkpoint or adapter folder, or a hub id.
 
         Template and token limits come from the model's embedder.json, for a known hub id from
-        ref/model/known_models.py, else they are the paper's. `dtype`: auto, bfloat16 or float32 (device.py). Adapters
-        are merged; `base` replaces the model that an adapter names, for one that has moved. Raises ValueError that
-        names file and tensor for anything malformed.
+        ref/model/known_models.py, the token limit else from sentence_bert_config.json; otherwise they are the paper's.
+        `dtype`: auto, bfloat16 or float32 (device.py). Adapters are merged; `base` replaces the model that an adapter
+        names, for one that has moved. Raises ValueError that names file and tensor for anything malformed.
         """
         where = resolve_device(device)
         precision = DTYPES[resolve_dtype(dtype, where)[0]]
@@ -88,10 +91,12 @@ class Embedder:
         """Unit vectors of texts, (texts, embedding_dim) float32 on the host, in the order of iteration.
 
         With an `instruction` the texts are queries of that task, preceded by the in-context `examples`; without, they
-        are passages. Raises ValueError for anything that is not a string, for a set or mapping, whose order says
-        nothing, and for an instruction that leaves no room.
+        are passages. Raises ValueError for anything that is not a string, for a set, mapping or table, whose order says
+        nothing, for what is no prompt (`check_prompt`), for an instruction that leaves no room, and for a result that
+        is not finite.
         """
         texts = list_of_texts(texts)
+        check_prompt(instruction, examples)
         prefix = self.prompt_encoder.prefix(instruction, examples)
         shared = None
         if prefix.is_shared:
@@ -117,6 +122,7 @@ class Embedder:
         bar.close()
         copies.finish()
         scatter_to_duplicates(vectors, first, rows_at_a_time=TEXTS_PER_WINDOW)
+        check_finite(vectors, texts)
         return vectors
 
 
@@ -125,7 +131,8 @@ def list_of_texts(texts: Iterable[str]) -> list[str]:
 
     Raises ValueError for a set or mapping, and for anything in it that is not a string.
     """
-    if isinstance(texts, (str, bytes, Set, Mapping)) or not isinstance(texts, Iterable):
+    is_table = getattr(texts, "ndim", 1) != 1  # a DataFrame's iterator gives the names of its columns
+    if isinstance(texts, (str, bytes, Set, Mapping)) or not isinstance(texts, Iterable) or is_table:
         raise ValueError(f"texts must be a sequence of str (got {texts!r:.60})")
     listed = list(texts)
     for text in listed:
@@ -134,12 +141,33 @@ def list_of_texts(texts: Iterable[str]) -> list[str]:
     return listed
 
 
+def check_finite(vectors: np.ndarray, texts: Sequence[str]) -> None:
+    """Raise ValueError with the first text whose vector has a value that is infinite or not a number."""
+    if not np.isfinite(vectors.sum()):
+        row = int((~np.isfinite(vectors).all(1)).argmax())
+        raise ValueError(f"the embedding of {texts[row]!r:.60} is not finite; check the weights, or use float32")
+
+
+def check_prompt(instruction: str | None, examples: Sequence[InContextExample]) -> None:
+    """Raise ValueError for anything but one instruction, or none, and in-context examples of a query and a response."""
+    if instruction is not None and not isinstance(instruction, str):
+        raise ValueError(f"instruction must be a str for all texts, or None (got {instruction!r:.60})")
+    for example in examples:
+        if not isinstance(example, InContextExample) or not (
+                isinstance(example.query, str) and isinstance(example.response, str)):
+            raise ValueError(f"examples must be InContextExample(query, response) of two str (got {example!r:.80})")
+    if examples and instruction is None:
+        raise ValueError("examples are of a task, so they need its instruction (got None)")
+
+
 def load_model_and_tokenizer(
     folder: Path, *, device: torch.device, dtype: torch.dtype | None, base: str | None = None,
 ) -> tuple[Mistral, Tokenizer]:
-    """Model and tokenizer of a checkpoint or adapter folder, adapters merged; the tokenizer is that of their base."""
+    """Model and tokenizer of a checkpoint or adapter folder, adapters merged; the tokenizer is their own, else that of
+    their base.
+    """
     model, root = load_model_chain(folder, device=device, dtype=dtype, base=base)
-    tokenizer = Tokenizer.from_folder(root)
+    tokenizer = Tokenizer.from_folder(folder if (folder / "tokenizer.json").exists() else root)
     check_vocab(model, tokenizer)
     return model, tokenizer
 

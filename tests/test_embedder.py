@@ -87,6 +87,31 @@ def test_what_is_no_sequence_of_texts_is_rejected(small_embedder, texts):
         small_embedder.encode(texts)
 
 
+def test_a_table_is_rejected(small_embedder):
+    """Its iterator gives the names of the columns."""
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(ValueError, match="texts must be a sequence of str"):
+        small_embedder.encode(pandas.DataFrame({"text": ["tea", "ale"], "other": ["cake", "tea"]}))
+
+
+@pytest.mark.parametrize(("prompt", "message"), [
+    ({"instruction": ["Who?", "What?"]}, r"instruction must be a str for all texts, or None \(got \['Who"),
+    ({"instruction": 5}, r"instruction must be a str"),
+    ({"instruction": "Who?", "examples": [("tea", "ale")]}, r"must be InContextExample\(query, response\)"),
+    ({"instruction": "Who?", "examples": [InContextExample("tea", None)]}, "of two str"),
+    ({"examples": [InContextExample("tea", "ale")]}, r"examples are of a task, so they need its instruction")])
+def test_what_is_no_prompt_is_rejected(small_embedder, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        small_embedder.encode(["tea"], **prompt)
+
+
+def test_a_weight_that_is_not_a_number_is_an_error_with_the_text(small_embedder):
+    with torch.no_grad():
+        small_embedder.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="the embedding of 'tea' is not finite; check the weights"):
+        small_embedder.encode(["tea"])
+
+
 def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows(small_embedder):
     model = Mistral(replace(SMALL, vocab_size=9))
     with pytest.raises(ValueError, match=r"the tokenizer must have at most 9 tokens.* \(got \d+\)"):
@@ -97,12 +122,31 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows(small_embedder
     ({"dtype": "float16"}, r"--dtype must be auto, bfloat16 or float32 \(got 'float16'\)"),
     ({"device": "tpu"}, r"--device must be cpu or cuda \(got 'tpu'\)"),
     ({"template": "e5"}, r"template must be one of paper, bge-en-icl \(got 'e5'\)"),
+    ({"tokens_per_batch": 0}, r"tokens_per_batch must be an integer >= 1 \(got 0\)"),
+    ({"tokens_per_batch": 1.5}, r"tokens_per_batch must be an integer >= 1 \(got 1.5\)"),
     ({"max_text_tokens": 0}, r"max_text_tokens must be a number of tokens >= 1 \(got 0\)")])
 def test_bad_options(options, message, tiny_checkpoint, small_embedder):
     folder = tiny_checkpoint()
     small_embedder.prompt_encoder.tokenizer.save(folder)
     with pytest.raises(ValueError, match=message):
         Embedder.from_pretrained(folder, **{"device": "cpu", **options})
+
+
+def test_the_token_limit_that_only_sentence_transformers_file_declares(tiny_checkpoint, small_embedder):
+    """It includes begin and end token."""
+    folder = tiny_checkpoint()
+    small_embedder.prompt_encoder.tokenizer.save(folder)
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 5}')
+    embedder = Embedder.from_pretrained(folder, device="cpu")
+    assert embedder.prompt_encoder.max_text_tokens == 3
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 2}')
+    with pytest.raises(ValueError, match=r"config\.json: 'max_seq_length' must be an integer >= 3 \(got 2"):
+        Embedder.from_pretrained(folder, device="cpu")
+
+
+def test_a_name_that_is_too_long_for_a_path_is_no_model():
+    with pytest.raises(ValueError, match=r"model must be a folder with config\.json or a hub id"):
+        Embedder.from_pretrained("x" * 5000, device="cpu")
 
 
 def test_from_pretrained(tiny_checkpoint, small_embedder):

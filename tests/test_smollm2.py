@@ -11,6 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from ref import Embedder
 from ref.text.tokenizer import Tokenizer
@@ -52,6 +53,11 @@ def theirs(file):
     """transformers' model from the GGUF file."""
     transformers = pytest.importorskip("transformers")
     return transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+
+
+def test_the_checkpoint_names_its_licence_and_its_base(folder):
+    data = ModelCard.load(folder / "README.md").data
+    assert (data.license, data.base_model) == ("apache-2.0", "HuggingFaceTB/SmolLM2-135M-Instruct")
 
 
 def test_embeddings_equal_transformers_own_gguf_loader(folder, theirs):

@@ -196,15 +196,19 @@ def _declared_splits(task: AbsTask) -> list[str]:
     """
     dataset = task.metadata.dataset
     path, revision, config = dataset["path"], dataset.get("revision"), dataset.get("name")
-    if EXAMPLE_GROUPS[str(task.metadata.type)] is _relevant_pairs:
-        configs = datasets.get_dataset_config_names(path, revision=revision)
-        if "corpus" not in configs:  # a folder without README.md: test data only
-            return []
-        config = "default" if "default" in configs else "qrels"
-    elif task.metadata.is_multilingual and not task.fast_loading:
-        config = task.hf_subsets[0]
-    with tempfile.TemporaryDirectory() as cache:  # uncached for a folder, as in LocalDataMixin
-        options = {"cache_dir": cache} if Path(path).is_dir() else {}
+    with tempfile.TemporaryDirectory() as scratch:
+        options = {}
+        if Path(path).is_dir():  # uncached and through a link, as in LocalDataMixin
+            options = {"cache_dir": f"{scratch}/cache"}
+            (Path(scratch) / "data").symlink_to(path, target_is_directory=True)
+            path = f"{scratch}/data"
+        if EXAMPLE_GROUPS[str(task.metadata.type)] is _relevant_pairs:
+            configs = datasets.get_dataset_config_names(path, revision=revision)
+            if "corpus" not in configs:  # a folder without README.md: test data only
+                return []
+            config = "default" if "default" in configs else "qrels"
+        elif task.metadata.is_multilingual and not task.fast_loading:
+            config = task.hf_subsets[0]
         return datasets.get_dataset_split_names(path, config, revision=revision, **options)
 
 
@@ -216,7 +220,7 @@ def _load(task: AbsTask, split: str) -> AbsTask:
     for data in _by_subset(loaded):
         if split not in data:  # most clustering classes drop it
             with tempfile.TemporaryDirectory() as cache:
-                rows = datasets.load_dataset(**task.metadata.dataset, split=split, cache_dir=cache)
+                rows = datasets.load_dataset(**loaded.metadata.dataset, split=split, cache_dir=cache)
                 data[split] = datasets.Dataset.from_dict(rows.to_dict())
     return loaded
 

@@ -102,6 +102,8 @@ def make_plan(
         plans[name].sample = counting.sample[:: max(1, len(counting.sample) // SAMPLE_SIZE)][:SAMPLE_SIZE]
         known[name] = asdict(plans[name])
         write_json(path, known)
+    if not path.exists():  # every task failed: the folder is still this command's
+        write_json(path, {})
     return plans, [text for plan in plans.values() for text in plan.sample]
 
 

@@ -150,8 +150,10 @@ def read_judgements(path: Path) -> Iterator[tuple[str, str, str, int]]:
     for line in read_jsonl(path):
         query, document = (check_id(line.value.get(field), f"{line.where}: {field!r}")
                            for field in ("query-id", "corpus-id"))
-        score = check_type(line.value.get("score"), int, f"{line.where}: 'score'", "an integer")
-        yield line.where, query, document, score
+        score = check_type(line.value.get("score"), (int, float), f"{line.where}: 'score'", "an integer")
+        if score != int(score):
+            raise ValueError(f"{line.where}: 'score' must be an integer (got {score})")
+        yield line.where, query, document, int(score)
 
 
 def _not_empty(rows: dict[str, Any], path: Path) -> dict[str, Any]:

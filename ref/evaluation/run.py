@@ -37,6 +37,7 @@ from ref.evaluation.tasks import (
     select_tasks,
     task_folders,
 )
+from ref.model.card import Score, add_scores
 from ref.model.checkpoint import resolve_checkpoint
 from ref.model.known_models import defaults_for
 from ref.text.prompts import PROMPT_FILE
@@ -44,6 +45,7 @@ from ref.utils.block_cache import BlockCache
 from ref.utils.device import resolve_device, resolve_dtype
 from ref.utils.distributed import Distributed
 from ref.utils.environment import environment_info, utc_now
+from ref.utils.files import read_json
 from ref.utils.outputs import claim_output
 
 HUB_TIMEOUT_S = 10.0
@@ -216,8 +218,25 @@ def score_selection(
     for path in write_run_report(encoder, tasks, scores, output, model=config.model, plans=timed, failed=failed,
                                  missing=missing):
         print(f"report: {path}")
+    update_cards(Path(config.model), encoder, tasks, scores)
     print(f"results: {output}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
+
+
+def update_cards(run: Path, encoder: MtebEncoder, tasks: Sequence[AbsTask], scores: Sequence[TaskScore]) -> None:
+    """Put the scores into the model cards of a complete run. What cannot be written there is only reported."""
+    by_name = {task.metadata.name: task for task in tasks}
+    found = {score.task: Score(
+        score.category, score.metric, round(100 * score.score, 2),
+        len(encoder.prompt_settings(by_name[score.task].metadata)["examples"]),
+        str(by_name[score.task].metadata.dataset["path"]), str(by_name[score.task].metadata.revision),
+        ", ".join(by_name[score.task].eval_splits), is_official(by_name[score.task])) for score in scores}
+    try:
+        if found and (run / "run.json").exists() and read_json(run / "run.json").get("complete"):
+            for path in add_scores(run, found):
+                print(f"model card: {path} was edited and is left as it is")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"model card: not updated ({str(error).splitlines()[0]:.200})")
 
 
 def fit_examples(
@@ -274,7 +293,7 @@ def score_tasks(
         try:
             score = score_task(encoder, task, output)
         except Exception as error:  # any error: the other tasks do not depend on it
-            failed[name] = f"{type(error).__name__}: {error}"
+            failed[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.300}"
             print(f"  failed: {failed[name]}")
             continue
         scores.append(score)

@@ -26,7 +26,7 @@ from mteb.abstasks.abstask import AbsTask
 from mteb.get_tasks import TASK_LIST
 
 from ref.evaluation.report.leaderboard import BENCHMARK
-from ref.evaluation.retrieval import BEIR_QRELS, read_judgements, read_task_file
+from ref.evaluation.retrieval import BEIR_QRELS, read_judgements, read_retrieval_folder, read_task_file
 from ref.utils.files import hash_files
 
 CATEGORIES = ("Classification", "Clustering", "PairClassification", "Reranking", "Retrieval", "STS", "Summarization")
@@ -105,11 +105,12 @@ def local_task(folder: Path, base: AbsTask) -> AbsTask:
 
 
 class LocalDataMixin(AbsTask):
-    """Makes a task class load a local folder, uncached.
+    """Makes a task class load a local folder, uncached and through a link.
 
     `datasets` caches what it has loaded and, for a folder with a README.md, does not notice changed files; so each task
-    has a cache of its own, deleted with the task. For a retrieval folder without README.md, one with the configurations
-    that mteb loads is written beside links to the files.
+    has a cache of its own, deleted with the task. It takes brackets in a path for a pattern, so it is given a link. For
+    a retrieval folder without README.md, one with the configurations that mteb loads is written beside links to the
+    files, which are checked first: mteb's own errors name neither file nor line.
     """
 
     official = False  # unchanged since `download`
@@ -118,10 +119,16 @@ class LocalDataMixin(AbsTask):
         if self.data_loaded:
             return
         self._scratch = tempfile.TemporaryDirectory(prefix="ref-data-")  # removed with the task, and at exit
-        folder = Path(self.metadata.dataset["path"])
+        folder, link = Path(self.metadata.dataset["path"]), Path(self._scratch.name) / "data"
         if not (folder / "README.md").is_file() and any(folder.glob("corpus.*")):
-            dataset = {**self.metadata.dataset, "path": str(_with_card(folder, Path(self._scratch.name)))}
-            self.metadata = self.metadata.model_copy(update={"dataset": dataset})  # until unload_data
+            judged = [path for path in (folder / "qrels.jsonl", folder / BEIR_QRELS) if path.is_file()]
+            if judged and all((folder / name).is_file() for name in ("corpus.jsonl", "queries.jsonl")):
+                read_retrieval_folder(folder)
+            _link_with_card(folder, link)
+        else:
+            link.symlink_to(folder, target_is_directory=True)
+        self.metadata = self.metadata.model_copy(  # until unload_data
+            update={"dataset": {**self.metadata.dataset, "path": str(link)}})
         shared = datasets.config.HF_DATASETS_CACHE
         datasets.config.HF_DATASETS_CACHE = Path(self._scratch.name) / "cache"
         try:
@@ -134,12 +141,12 @@ class LocalDataMixin(AbsTask):
 
     def unload_data(self) -> None:
         super().unload_data()
+        self.__dict__.pop("metadata", None)
         self._scratch.cleanup()
 
 
-def _with_card(folder: Path, scratch: Path) -> Path:
-    """A folder in `scratch` with links to the retrieval files and a README.md that declares them."""
-    linked = scratch / folder.name
+def _link_with_card(folder: Path, linked: Path) -> None:
+    """Make the folder `linked` with links to the retrieval files and a README.md that declares them."""
     linked.mkdir()
     card = ["---", "configs:"]
     for name, config in RETRIEVAL_FILES.items():
@@ -152,7 +159,6 @@ def _with_card(folder: Path, scratch: Path) -> Path:
         (linked / "qrels.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         card += ["- config_name: default", "  data_files: [{split: test, path: qrels.jsonl}]"]
     (linked / "README.md").write_text("\n".join([*card, "---", ""]), encoding="utf-8")
-    return linked
 
 
 def is_official(task: AbsTask) -> bool:

@@ -9,7 +9,6 @@ each process computes its shard of the blocks, in dense search its shard of the 
 through the cache and wait for each other after each stage; the result is the same for any number of them.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -27,7 +26,7 @@ from ref.mining.teachers import Reranker, Retriever, check_finite
 from ref.utils.block_cache import Arrays, BlockCache, hash_key
 from ref.utils.device import resolve_device
 from ref.utils.distributed import Distributed
-from ref.utils.files import atomic_write, hash_file, write_json
+from ref.utils.files import atomic_write, hash_file, read_json, write_json
 from ref.utils.progress import progress_bar
 
 PASSAGES_PER_BLOCK, QUERIES_PER_BLOCK = 4096, 1024
@@ -76,10 +75,9 @@ class LabellingPipeline:
     def print_changes(self) -> None:
         """Print which model or corpus differs from those of the last run with this cache."""
         path = self.cache.folder / "last.json"
-        try:
-            before = json.loads(path.read_text())
-        except (OSError, ValueError):
-            before = {}
+        before = read_json(path) if path.exists() else {}
+        if before and "retriever" not in before:
+            raise ValueError(f"--cache: {path} exists and was not written by this command; give another folder")
         keys = {"retriever": self.retriever.key, "reranker": self.reranker and self.reranker.key,
                 "corpus": self.corpus.sha256}
         for name, key in keys.items():

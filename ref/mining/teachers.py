@@ -64,8 +64,10 @@ class EmbedderRetriever:
 
     @property
     def tokenizer_file(self) -> Path:
-        """tokenizer.json of the model, of an adapter's base."""
-        return adapter_chain(resolve_checkpoint(self.name))[-1] / "tokenizer.json"
+        """tokenizer.json of the model; of an adapter its own, else its base's."""
+        chain = adapter_chain(resolve_checkpoint(self.name))
+        own, root = (folder / "tokenizer.json" for folder in (chain[0], chain[-1]))
+        return own if own.exists() else root
 
     @cached_property
     def embedder(self) -> Embedder:

@@ -10,6 +10,7 @@ model the host holds at most one shard. Only JSON and safetensors are read: a pi
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,8 +27,10 @@ from ref.utils.files import read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-SMALL_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "embedder.json",
-               "modules.json", "1_Pooling/config.json", INDEX, ADAPTER_CONFIG, ADAPTER_WEIGHTS]
+SMALL_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+               "embedder.json", "modules.json", "1_Pooling/config.json", "sentence_bert_config.json",
+               "config_sentence_transformers.json", "llm2vec_config.json", "README.md", INDEX, ADAPTER_CONFIG,
+               ADAPTER_WEIGHTS]
 
 
 def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
@@ -36,7 +39,7 @@ def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
     Of a hub repository only the index, the small files and, with `weights`, the files it names are fetched. Raises
     ValueError if `name` is none of these, if a run has no model yet, or with the reason why the hub refuses.
     """
-    if name and Path(name).is_dir():
+    if name and os.path.isdir(name):  # False for a name that is too long for a path
         return _model_in_run(Path(name))
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise ValueError(f"model must be a folder with config.json or a hub id OWNER/NAME (got {name!r})")

@@ -208,9 +208,11 @@ def template_of_vocabulary(tokenizer: Tokenizer) -> str:
 
 def load_prompt_encoder(folder: Path, tokenizer: Tokenizer, **given: str | int) -> PromptEncoder:
     """Template and token limits from a model's embedder.json, if it has one, overridden by `given`; without either the
-    template that the vocabulary has markers of.
+    template that the vocabulary has markers of, and sentence-transformers' token limit.
     """
     path = folder / PROMPT_FILE
+    if not path.exists():
+        given = {**_library_limits(folder, tokenizer), **given}
     settings = {**(read_json(path) if path.exists() else {}), **given}
     where = {key: key if key in given else f"{path}: {key!r}" for key in settings}
     name = settings.pop("template", None) or template_of_vocabulary(tokenizer)
@@ -229,6 +231,18 @@ def load_prompt_encoder(folder: Path, tokenizer: Tokenizer, **given: str | int) 
         raise ValueError(f"{path}: 'max_prompt_tokens' must be at least 'max_text_tokens' + 2 "
                          f"(got {encoder.max_prompt_tokens} and {encoder.max_text_tokens})")
     return encoder
+
+
+def _library_limits(folder: Path, tokenizer: Tokenizer) -> dict[str, int]:
+    """sentence-transformers' max_seq_length, which includes BOS and EOS, if the folder has one."""
+    path = folder / "sentence_bert_config.json"
+    limit = read_json(path).get("max_seq_length") if path.exists() else None
+    if limit is None:
+        return {}
+    least = 2 + (tokenizer.bos is not None)
+    if check_type(limit, int, f"{path}: 'max_seq_length'", f"an integer >= {least}") < least:
+        raise ValueError(f"{path}: 'max_seq_length' must be an integer >= {least} (got {limit})")
+    return {"max_text_tokens": limit - least + 1}
 
 
 def save_prompt_encoder(folder: Path, encoder: PromptEncoder) -> None:

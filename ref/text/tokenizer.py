@@ -27,7 +27,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from ref.utils.files import read_json
+from ref.utils.files import check_type, read_json
 
 BOS, EOS, UNK = "<s>", "</s>", "<unk>"
 LONGEST_TOKEN_CHARS = 32  # of a vocabulary that is trained here
@@ -56,10 +56,11 @@ class Tokenizer:
     def from_folder(cls, folder: Path) -> "Tokenizer":
         """Read folder/tokenizer.json; raises ValueError if it is missing, malformed or without an end token."""
         path = folder / "tokenizer.json"
-        layout = read_json(path)
+        layout = json.dumps(read_json(path))
         try:
-            library = tokenizers.Tokenizer.from_str(json.dumps(layout))
-            bos, eos = special_tokens(folder, library, layout)
+            library = tokenizers.Tokenizer.from_str(layout)
+            add_declared_tokens(folder, library)
+            bos, eos = special_tokens(folder, library)
             tokenizer = cls(library, bos=bos, eos=eos)
             tokenizer.mark_special([BOS, EOS, UNK, eos, *([bos] if bos else []), *_named_specials(folder)])
             return tokenizer
@@ -142,6 +143,31 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
 
 
+def add_declared_tokens(folder: Path, library: tokenizers.Tokenizer) -> None:
+    """Add the words that only tokenizer_config.json ('added_tokens_decoder') or added_tokens.json lists.
+
+    Special tokens are left out: a text cannot contain them. Raises ValueError if a word does not get the id it is
+    listed with.
+    """
+    specials = set(_named_specials(folder))
+    path = folder / "added_tokens.json"
+    listed = [(path, number, {"content": text}) for text, number in (read_json(path) if path.exists() else {}).items()]
+    path = folder / "tokenizer_config.json"
+    decoder = (read_json(path) if path.exists() else {}).get("added_tokens_decoder") or {}
+    decoder = check_type(decoder, dict, f"{path}: 'added_tokens_decoder'", "an object")
+    listed += [(path, int(number) if number.isdigit() else number, token) for number, token in decoder.items()]
+    for path, number, token in listed:
+        where = f"{path}: added token {number!r:.60}"
+        text = check_type(check_type(token, dict, where, "an object").get("content"), str, where, "a text")
+        added = {each.content for each in library.get_added_tokens_decoder().values()}
+        if text in added or text in specials or token.get("special"):
+            continue
+        flags = {key: bool(token[key]) for key in ("single_word", "lstrip", "rstrip", "normalized") if key in token}
+        library.add_tokens([AddedToken(text, **flags)])
+        if library.token_to_id(text) != number:
+            raise ValueError(f"{where}: {text!r:.60} must have that id (got {library.token_to_id(text)})")
+
+
 def _named_specials(folder: Path) -> list[str]:
     """Padding and unknown token, and what tokenizer_config.json lists as additional or extra special tokens."""
     path = folder / "tokenizer_config.json"
@@ -154,7 +180,7 @@ def _named_specials(folder: Path) -> list[str]:
     return [text for text in texts if isinstance(text, str)]
 
 
-def special_tokens(folder: Path, library: tokenizers.Tokenizer, layout: dict[str, Any]) -> tuple[str | None, str]:
+def special_tokens(folder: Path, library: tokenizers.Tokenizer) -> tuple[str | None, str]:
     """BOS, if the checkpoint's tokenizer puts it in front of a text, and EOS. Raises ValueError without an EOS."""
     files = [read_json(path) for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json")
              if (path := folder / name).exists()]
@@ -171,9 +197,26 @@ def special_tokens(folder: Path, library: tokenizers.Tokenizer, layout: dict[str
     bos, eos = found["bos"], found["eos"]
     if eos is None:
         raise ValueError(f"no end token: tokenizer_config.json must name 'eos_token', or the vocabulary contain {EOS}")
-    if add_bos is None:  # not declared: by the post-processor, or by Mistral's name for it
-        add_bos = bos == BOS or json.dumps(bos) in json.dumps(layout.get("post_processor") or {}, ensure_ascii=False)
-    return bos if add_bos else None, eos
+    before, after = _added_by_post_processor(library)
+    if add_bos is None and (before or after):  # not declared: as the checkpoint's own tokenizer does
+        return before, after or eos
+    if add_bos is None:  # nor a post-processor: by Mistral's name for it
+        add_bos = bos == BOS
+    return bos if add_bos else None, after or eos
+
+
+def _added_by_post_processor(library: tokenizers.Tokenizer) -> tuple[str | None, str | None]:
+    """The token that tokenizer.json's post-processor puts before a text, and the one behind it; None without."""
+    library.no_padding()
+    library.no_truncation()
+    plain, whole = (library.encode("a", add_special_tokens=special).tokens for special in (False, True))
+    starts = [n for n in range(len(whole)) if whole[n : n + len(plain)] == plain] if plain else []
+    if not starts:
+        return None, None
+    before, after = whole[: starts[0]], whole[starts[0] + len(plain) :]
+    if len(before) > 1 or len(after) > 1:
+        raise ValueError(f"its post-processor must add one token before and one behind a text (got {before}, {after})")
+    return before[0] if before else None, after[0] if after else None
 
 
 def _surrogate_error(texts: Sequence[str]) -> ValueError:

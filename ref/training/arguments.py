@@ -32,7 +32,19 @@ def train_config(given: argparse.Namespace, source: ModelSource) -> TrainConfig:
     if name not in PRESETS:
         raise ValueError(f"--preset must be one of {', '.join(PRESETS)} (got {name!r})")
     train = "lora" if source.config is None else "all"
-    return TrainConfig(**{**PRESETS[name], "train": train, **vars(given), "preset": name})
+    config = TrainConfig(**{**PRESETS[name], "train": train, **vars(given), "preset": name})
+    if not getattr(given, "resume", False):
+        _check_used(given, config, source)
+    return config
+
+
+def _check_used(given: argparse.Namespace, config: TrainConfig, source: ModelSource) -> None:
+    """Raise ValueError for a given option that the run would not use."""
+    for flag in vars(given):
+        if config.train == "all" and (flag.startswith("lora_") or (flag == "merge" and given.merge)):
+            raise ValueError(f"--{flag.replace('_', '-')} is for --train lora (this run has --train all)")
+        if flag == "lowercase" and source.config is None:
+            raise ValueError(f"--lowercase is for random initialisation ({source.name} has a tokenizer)")
 
 
 def _argument(item: "dataclasses.Field[Any]") -> dict[str, Any]:

@@ -31,7 +31,7 @@ from ref.config import TrainConfig
 from ref.loss.contrastive import CandidateIndex
 from ref.task_types import TASK_TYPES, check_task_type
 from ref.text.prompts import InContextExample
-from ref.training.data_report import DataReport
+from ref.training.data_report import FIELDS, DataReport
 from ref.utils.files import check_text, hash_file, parse_json_object, read_jsonl
 from ref.utils.text import normalize_whitespace
 
@@ -101,6 +101,9 @@ class SoftLabelDataset:
         self.offset, self.file = np.array(offsets, np.int64), np.array(files, np.uint16)
         self.task = np.array(tasks, np.int32)
         self._check_single_lines()
+        if config.contrastive_weight == 0 and self.num_with_labels == 0:
+            raise ValueError("--contrastive-weight 0 trains on soft labels alone, but no line has 'pos_scores' and "
+                             "'neg_scores'")
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -229,7 +232,7 @@ class SoftLabelDataset:
         for line in read_jsonl(path):
             example = parse_example(line.value, line.where, name, self.config.instruction)
             scores = [*(example.positive_scores or []), *(example.negative_scores or [])]
-            self.report.add(path, scores, example.num_dropped)
+            self.report.add(path, scores, example.num_dropped, line.value.keys() - set(FIELDS))
             in_batch = self.has_in_batch_negatives(example.task) and self.config.batch_size > 1
             if not in_batch and not example.negatives[: self._num_negatives(example.task)]:
                 got = "--num-negatives 0" if example.negatives else "none"

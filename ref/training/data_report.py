@@ -1,13 +1,14 @@
 """What is worth knowing about the training data before the first step: counts of what was dropped, and warnings.
 
     negatives dropped     texts that are also a positive of the same line
+    fields not read       'negs' for 'neg' would go unnoticed
     scores                beyond [-1, 1] they are a reranker's logits, which need --teacher-temperature 1
     entropy of labels     near 0 the soft labels say no more than the hard ones
     small batches         a batch has one instruction: with many of them in a task, batches have few queries
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from ref.utils.files import read_json
 
+FIELDS = ("query", "pos", "neg", "pos_scores", "neg_scores", "prompt", "type", "task")  # of a line
 LOW_ENTROPY = 0.05  # nats; a hard label has 0
 LARGEST_COSINE = 1.001  # rounded scores may exceed 1
 
@@ -28,10 +30,12 @@ class DataReport:
     num_labels: int = 0
     entropy: float = 0.0  # sum over lines, nats
     largest_score: dict[Path, float] = field(default_factory=dict)  # absolute value, by file
+    not_read: set[str] = field(default_factory=set)  # names of fields
 
-    def add(self, path: Path, scores: Sequence[float], num_dropped: int) -> None:
-        """`scores` of the positives and negatives of one line of a file; none without labels."""
+    def add(self, path: Path, scores: Sequence[float], num_dropped: int, not_read: Iterable[str] = ()) -> None:
+        """`scores` of the positives and negatives of one line of a file (none without labels), fields not read."""
         self.num_dropped += num_dropped
+        self.not_read.update(not_read)
         if scores:
             self.num_labels += 1
             self.entropy += _entropy(scores, self.teacher_temperature)
@@ -44,6 +48,8 @@ class DataReport:
         lines = []
         if self.num_dropped:
             lines.append(f"dropped: {self.num_dropped:,} negatives that are positives of the same line")
+        if self.not_read:
+            lines.append(f"fields not read: {', '.join(sorted(self.not_read)[:8])!s:.200} (read: {', '.join(FIELDS)})")
         logits = [path for path, score in self.largest_score.items() if score > LARGEST_COSINE or _says_logits(path)]
         if logits and self.teacher_temperature < 0.5:
             lines.append(f"warning: the scores of {', '.join(path.name for path in logits[:3])} are logits (up to "

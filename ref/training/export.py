@@ -7,6 +7,7 @@ together, we truncate the text alone: the limits agree for passages without an i
 """
 
 import json
+import re
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
@@ -23,6 +24,10 @@ from ref.text.prompts import PromptEncoder, save_prompt_encoder
 from ref.training.data import SoftLabelDataset
 from ref.training.model_source import ModelSource
 from ref.utils.files import atomic_write, remove_path
+
+# Names of the files that save_result and save_merged write, as a regular expression.
+WRITTEN = (r"(config|tokenizer|tokenizer_config|embedder|modules|sentence_bert_config|config_sentence_transformers"
+           r"|adapter_config)\.json|(model|adapter_model)[\w-]*\.safetensors(\.index\.json)?")
 
 
 def save_result(
@@ -55,9 +60,13 @@ def save_merged(folder: Path, model: Mistral, prompt_encoder: PromptEncoder, dat
 
 
 def remove_results(folder: Path) -> None:
-    """Remove what these two functions write."""
-    for name in ("model", "adapter", "base", "merged"):
-        remove_path(folder / name)
+    """Remove what these two functions write. Raises ValueError, and removes nothing, if it holds another file."""
+    results = [folder / name for name in ("model", "adapter", "base", "merged")]
+    for path in (path for result in results for path in sorted(result.rglob("*"))):
+        if not path.is_dir() and not re.fullmatch(WRITTEN, path.name):
+            raise ValueError(f"{path} was not written by this command, which replaces its folder; move it first")
+    for result in results:
+        remove_path(result)
 
 
 def exported_prompts(data: SoftLabelDataset) -> dict[str, str | None]:

@@ -12,10 +12,11 @@ from ref.model.adapter import adapter_chain
 from ref.model.checkpoint import resolve_checkpoint
 from ref.model.lora import apply_lora
 from ref.model.transformer import Mistral, init_weights
-from ref.text.prompts import PromptEncoder, get_template
+from ref.text.prompts import PROMPT_FILE, PromptEncoder, get_template, template_of_vocabulary
 from ref.text.tokenizer import Tokenizer, train_tokenizer
 from ref.training.data import SoftLabelDataset
 from ref.utils.device import DTYPES, resolve_dtype
+from ref.utils.files import read_json
 
 SMALL = 10**9  # parameters
 
@@ -79,6 +80,16 @@ def build_model(
         except ValueError as error:
             raise ValueError(f"{data.first_location(task)}: 'prompt': {error}") from None
     return model, prompt_encoder
+
+
+def declared_template(source: ModelSource, prompt_encoder: PromptEncoder) -> str | None:
+    """The template in a checkpoint's embedder.json, else the one whose markers its vocabulary has, else None."""
+    if source.config is not None:
+        return None
+    path = resolve_checkpoint(source.name) / PROMPT_FILE
+    by_vocabulary = template_of_vocabulary(prompt_encoder.tokenizer)
+    declared = read_json(path).get("template") if path.exists() else None
+    return declared if declared is not None else by_vocabulary if by_vocabulary != "paper" else None
 
 
 def _random_model(config: ModelConfig, tokenizer: Tokenizer, seed: int) -> Mistral:

@@ -14,6 +14,7 @@ during a save the previous state is complete, and --resume continues from it.
 
 import dataclasses
 import json
+import os
 import re
 from argparse import Namespace
 from collections.abc import Iterator
@@ -27,12 +28,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ref.config import TrainConfig
-from ref.model.checkpoint import read_tensors
+from ref.model.card import base_of
+from ref.model.checkpoint import read_tensors, resolve_checkpoint
 from ref.model.transformer import Mistral
 from ref.training.data import SoftLabelDataset
 from ref.training.model_source import ModelSource
 from ref.utils.environment import environment_info, utc_now
-from ref.utils.files import atomic_write, read_json, remove_path
+from ref.utils.files import atomic_write, read_json, remove_drafts, remove_path
 from ref.utils.outputs import claim_output
 
 # Options that a resumed run may change: they change rounding at most.
@@ -63,7 +65,8 @@ def open_run_dir(config: TrainConfig, source: ModelSource, *, create: bool = Tru
     Raises ValueError if it holds another run (without --resume), none (with it), anything else, or cannot be written.
     """
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    folder = Path(config.output or f"runs/{Path(source.name).name.removesuffix('.json')}-{stamp}")
+    name = Path(os.path.abspath(source.name)).name.removesuffix(".json")  # also of `.`
+    folder = Path(config.output or f"runs/{name}-{stamp}")
     if not create:
         yield folder
         return
@@ -73,9 +76,11 @@ def open_run_dir(config: TrainConfig, source: ModelSource, *, create: bool = Tru
     if config.resume and not has_run:
         raise ValueError(f"--resume: {folder} holds no run")
     inputs = [Path(path) for path in config.data]
+    if os.path.isdir(source.name) and not config.resume:
+        inputs.append(resolve_checkpoint(source.name))
     with claim_output(folder, inputs=inputs, is_ours=lambda: has_run, numbered=not config.output) as folder:
-        for draft in list(folder.rglob(".*.draft")) if config.resume else []:  # of a killed process
-            remove_path(draft)
+        if config.resume:
+            remove_drafts(folder)
         yield folder
 
 
@@ -84,6 +89,7 @@ def run_metadata(config: TrainConfig, source: ModelSource, model: Mistral, data:
     return {
         "complete": False, "started": utc_now(), "model": source.name, "options": dataclasses.asdict(config),
         "model_config": dataclasses.asdict(model.config),
+        "base": None if source.config is not None else base_of(source.name, resolve_checkpoint(source.name)),
         "data": [{"file": path.name, "sha256": digest, "bytes": path.stat().st_size}
                  for path, digest in zip(data.paths, data.sha256, strict=True)],
         "num_lines": len(data), "num_lines_with_labels": data.num_with_labels, **environment_info(),
@@ -157,5 +163,5 @@ def load_state(folder: Path, model: nn.Module, optimiser: torch.optim.AdamW) -> 
 
 def _states(folder: Path) -> list[Path]:
     """Complete states of a run, newest last; one whose renaming was interrupted is found by its old name."""
-    found = [path for path in (folder / "state").glob("*") if re.fullmatch(r"\d{8}|\.\d{8}\.old", path.name)]
-    return sorted(found, key=lambda path: (re.sub(r"\D", "", path.name), not path.name.startswith(".")))
+    found = [path for path in (folder / "state").glob("*") if re.fullmatch(r"\d{8}|\.\d{8}\.\d+\.old", path.name)]
+    return sorted(found, key=lambda path: (path.name.lstrip(".")[:8], not path.name.startswith(".")))

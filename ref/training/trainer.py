@@ -244,10 +244,12 @@ def train_step(
 
 
 class NotFiniteError(ValueError):
-    """The loss or its gradient is not finite: names the lines of the batch."""
+    """The loss or its gradient is not finite: names the task and the first lines of the batch."""
 
     def __init__(self, prepared: PreparedBatch, data: SoftLabelDataset, loss: float, norm: float) -> None:
+        lines = prepared.batch.lines
+        more = f" and {len(lines) - 3} more lines" if len(lines) > 3 else ""
         super().__init__(
-            f"step {prepared.step}: loss and gradient norm must be finite (got {loss} and {norm}); the batch has "
-            f"{data.locations(prepared.batch.lines)}; check these lines or start a new run with a lower "
-            "--learning-rate, earlier saved states are complete")
+            f"step {prepared.step}: loss and gradient norm must be finite (got {loss} and {norm}); the batch of task "
+            f"{prepared.batch.task.name} has {data.locations(lines[:3])}{more}; check these lines or start a new run "
+            "with a lower --learning-rate, earlier saved states are complete")

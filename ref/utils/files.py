@@ -6,6 +6,7 @@ All writers of a run go through `atomic_write`: the target appears complete or n
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -132,12 +133,20 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
             raise ValueError(f"{path}: cannot be written ({reason:.200}); what was written before is intact; free "
                              "space or fix the permissions, then continue") from None
         raise
-    old = path.with_name(f".{path.name}.old")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
     remove_path(old)
     if path.is_dir():
         path.rename(old)
     os.replace(draft, path)
     remove_path(old)
+
+
+def remove_drafts(folder: Path) -> None:
+    """Delete what `atomic_write` left in a folder and below when its process was killed."""
+    for path in list(folder.rglob(".*")):
+        match = re.fullmatch(r"\.(.+)\.\d+\.(draft|old)", path.name)
+        if match and (match[2] == "draft" or path.with_name(match[1]).exists()):  # else the old one is the only copy
+            remove_path(path)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

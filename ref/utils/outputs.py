@@ -25,9 +25,7 @@ def claim_output(
     did not write itself (`is_ours`), is being written by another process, or cannot be written.
     """
     for target in (output, *(companions or [])):
-        for source in inputs:
-            if source.resolve() in (target.resolve(), *target.resolve().parents):
-                raise ValueError(f"--output {output}: must not be an input or lie in one (got {source})")
+        check_outside(target, inputs, f"--output {output}")
     is_file = companions is not None
     try:
         folder, is_new = _make_folder(output.parent if is_file else output, numbered=numbered)
@@ -49,6 +47,13 @@ def claim_output(
         os.close(lock)
         if is_new and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def check_outside(path: Path, inputs: Sequence[Path], what: str) -> None:
+    """Raise ValueError that starts with `what` if `path` is an input, or lies in one."""
+    for source in inputs:
+        if source.resolve() in (path.resolve(), *path.resolve().parents):
+            raise ValueError(f"{what}: must not be an input or lie in one (got {source}); give another place")
 
 
 def check_cache(variable: str, default: str) -> None:
@@ -79,7 +84,9 @@ def _make_folder(path: Path, *, numbered: bool) -> tuple[Path, bool]:
 
 
 def _lock(path: Path) -> int:
-    """The descriptor of a folder or lock file that no other process holds; the system releases it with the process."""
+    """The descriptor of a folder or empty lock file that no other process holds; the system releases it at its end."""
+    if path.is_file() and path.stat().st_size:
+        raise ValueError(f"{path} exists and was not written by this command; move it, or give a new name")
     descriptor = os.open(path, os.O_RDONLY | (0 if path.is_dir() else os.O_CREAT), 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -35,21 +35,34 @@ def test_verdicts():
 def test_differences_are_paired_by_seed_and_a_claim_needs_both_arms():
     rows = {(arm, seed): {"score": 10.0 * seed + more, "task_scores": {}}
             for seed in range(4) for arm, more in (("default", 1), ("contrastive term only", 0))}
-    [row] = compare(rows, range(4))
+    [row] = compare(rows)
     assert row["difference"] == row["low"] == row["high"] == 1.0  # the seeds differ by tens, the pairs by one
     assert row["verdict"] == "reproduced" and row["claim"] == "soft labels added to hard labels"
-    assert compare(rows, range(2))[0]["verdict"] == "inconclusive"  # two seeds are too few
+    two = {(arm, seed): row for (arm, seed), row in rows.items() if seed < 2}
+    assert compare(two)[0]["verdict"] == "inconclusive"  # two seeds are too few
+    del rows["default", 3]
+    assert compare(rows)[0]["seeds"] == 3  # the pairs that are complete
+
+
+def test_a_difference_that_seeds_can_detect_is_found_in_four_of_five_studies():
+    """By simulation: independent arms whose runs have a standard deviation of 1."""
+    draw = np.random.default_rng(0)
+    for seeds in (3, 10):
+        effect = claims.detectable_difference([-1.0, 0.0, 1.0], seeds)
+        gains = effect + draw.normal(size=(4000, seeds)) - draw.normal(size=(4000, seeds))
+        found = np.mean([claims.student_interval(gain)[0] > 0 for gain in gains])
+        assert 0.75 < found < 0.85
 
 
 def test_a_claim_on_one_task_uses_its_score_if_there_is_one():
     arms = ("mined, percentage 0.95", 7.0), ("mined, none", 5.0)
     rows = {(arm, seed): {"score": 0.0, "task_scores": {claims.MEDQUAD: 10.0 * seed + more}}
             for seed in range(3) for arm, more in arms}
-    mean, task = compare(rows, range(3))
+    mean, task = compare(rows)
     assert mean["difference"] == 0 and task["difference"] == 2.0 and task["claim"].endswith(claims.MEDQUAD)
     for row in rows.values():
         row["task_scores"] = {"IsleHome": 1.0}
-    assert len(compare(rows, range(3))) == 1
+    assert len(compare(rows)) == 1
 
 
 def test_random_negatives_are_any_passages_but_known_positives(tmp_path, monkeypatch, tiny_run):
@@ -74,6 +87,7 @@ def test_random_negatives_are_any_passages_but_known_positives(tmp_path, monkeyp
 
 def test_every_claim_has_two_arms_and_every_arm_is_in_a_claim():
     assert {arm for claim in CLAIMS for arm in (claim.arm, claim.baseline)} == ARMS.keys()
+    assert set(claims.arms_on("llm")) == ARMS.keys() > set(claims.arms_on("real")) == set(claims.arms_on("world"))
     assert all(claim.arm != claim.baseline for claim in CLAIMS)
 
 
@@ -97,7 +111,7 @@ def test_another_seed_arm_setting_code_or_data_is_another_row(monkeypatch, tmp_p
     assert one == row_path(Setting("world", 10, "tiny"), Arm(), 0)  # the name of the arm does not count
     others = {row_path(usual, ARMS["default"], 1), row_path(usual, ARMS["contrastive term only"], 0),
               *(row_path(setting, ARMS["default"], 0) for setting in (
-                  Setting("real", 10, "tiny"), Setting("world", 11, "tiny"), Setting("world", 10, GPU_MODEL),
+                  Setting("real", 10, "tiny"), Setting("world", 11, "tiny"), Setting("world", 10, GPU_MODEL["world"]),
                   Setting("world", 10, "tiny", "cuda")))}
     (tmp_path / "pairs/some.jsonl").write_text("x")
     experiment.data_hash.cache_clear()
@@ -133,7 +147,7 @@ def test_a_verdict_needs_more_than_the_bootstrap():
     assert bootstrap_interval(gain)[0] > 0 > claims.student_interval(gain)[0]
     rows = {(arm, n): {"score": score, "task_scores": {}}
             for n, one in enumerate(gain) for arm, score in (("default", one), ("contrastive term only", 0.0))}
-    assert compare(rows, range(3))[0]["verdict"] == "inconclusive"
+    assert compare(rows)[0]["verdict"] == "inconclusive"
     assert claims.student_interval([1.0, 2.0, 3.0, 4.0]) == pytest.approx((2.5 - 2.0540, 2.5 + 2.0540), abs=1e-3)
 
 

@@ -1,11 +1,13 @@
 """The plan: counts of texts and tokens, and no effect on the scores."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import mteb
 import pytest
 from sample_sets import WordHash, encoder_of, world
+from tiny_mteb import write_lines
 
 import run_eval
 from ref.embedder import Embedder
@@ -56,6 +58,14 @@ def test_a_score_is_the_same_after_a_plan_and_with_mteb_alone(world: Path, tiny_
     official = mteb.evaluate(encoder, theirs, cache=mteb.ResultCache(tmp_path / "official"), co2_tracker=False)
     assert after.score == alone.score == pytest.approx(official.task_results[0].get_score(), abs=5e-7)
     assert score_task(encoder, planned, tmp_path / "again").score == after.score
+
+
+def test_a_plan_is_written_when_all_tasks_fail(tiny_run: Path, tmp_path: Path) -> None:
+    """It marks the folder as this command's."""
+    write_lines(tmp_path / "data/STS12/test.jsonl", [{"wrong": "columns"}])
+    command = ["--model", str(tiny_run), "--data-dir", str(tmp_path / "data"), "--output", str(tmp_path / "out")]
+    assert run_eval.main(command) == run_eval.main(command) == 1
+    assert json.loads((tmp_path / "out/plan.json").read_text()) == {}
 
 
 # ---- estimates without data ---------------------------------------------------------------------------------

@@ -19,6 +19,43 @@ from ref.evaluation.tasks import CATEGORIES, download, is_official, select_tasks
 __all__ = ["world"]  # a fixture
 
 
+@pytest.mark.parametrize("name", ["brackets [v2]", "a:b", "ümlaut and space", "*?"])
+def test_a_path_may_have_any_characters(world: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(world, tmp_path / name)
+    embedder = encoder_of(WordHash())
+    for task in select_tasks("BIOSSES,MyRetrieval", tmp_path / name).tasks:
+        score = score_task(embedder, task, tmp_path / "out").score
+        (usual,) = select_tasks(task.metadata.name, world).tasks
+        assert score == score_task(embedder, usual, tmp_path / "usual").score
+
+
+def test_judgements_may_be_written_as_floats(world: Path, tmp_path: Path) -> None:
+    """As pandas writes a column with missing values."""
+    path = world / "MyRetrieval" / "qrels.jsonl"
+    (task,) = select_tasks("MyRetrieval", world).tasks
+    before = score_task(encoder_of(WordHash()), task, tmp_path / "one").score
+    write_lines(path, [{**row, "score": float(row["score"])} for row in map(json.loads, path.read_text().splitlines())])
+    (task,) = select_tasks("MyRetrieval", world).tasks
+    assert score_task(encoder_of(WordHash()), task, tmp_path / "two").score == before
+
+
+@pytest.mark.parametrize(("file", "line", "message"), [
+    ("qrels.jsonl", {"query-id": "x0", "corpus-id": "x1", "score": 0.7}, r"qrels\.jsonl:1: 'score' must be an integer"),
+    ("qrels.jsonl", {"query-id": "x0", "corpus-id": "no", "score": 1}, r"qrels\.jsonl:1: 'corpus-id' must be an id of"),
+    ("qrels.jsonl", {"query-id": "no", "corpus-id": "x1", "score": 1}, r"qrels\.jsonl:1: 'query-id' must be an id of"),
+    ("corpus.jsonl", {"_id": "x1", "text": "twice"}, r"corpus\.jsonl:3: '_id' must be unique \(got 'x1' again\)"),
+    ("queries.jsonl", {"_id": "x0", "text": None}, r"queries\.jsonl:1: 'text' must be a string \(got None\)"),
+])
+def test_a_malformed_retrieval_folder_is_an_error_with_file_and_line(
+    world: Path, tmp_path: Path, file: str, line: dict[str, Any], message: str,
+) -> None:
+    path = world / "MyRetrieval" / file
+    path.write_text(json.dumps(line) + "\n" + path.read_text())
+    (task,) = select_tasks("MyRetrieval", world).tasks
+    with pytest.raises(ValueError, match=message):
+        score_task(encoder_of(WordHash()), task, tmp_path / "out")
+
+
 # ---- selection ---------------------------------------------------------------------------------------------
 
 

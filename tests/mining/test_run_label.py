@@ -188,6 +188,24 @@ def test_a_damaged_block_is_noticed_and_computed_again(label, tmp_path, capsys):
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("content", ['{"my": "own"}', "[1, 2]", "{"])
+def test_a_file_of_the_user_in_the_cache_is_not_overwritten(label, tmp_path, content, capsys):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/last.json").write_text(content)
+    assert label() == 2
+    assert re.match(r"error: .*last\.json.*(was not written by this command|JSON)", capsys.readouterr().err)
+    assert (tmp_path / "cache/last.json").read_text() == content and not (tmp_path / "out.jsonl").exists()
+
+
+def test_nothing_is_written_into_a_model(label, tmp_path, retriever, capsys):
+    before = sorted(retriever.rglob("*"))
+    inside = str(retriever / "model/x")
+    for options in (["--output", f"{inside}.jsonl"], ["--cache", inside]):
+        assert label(*options) == 2
+        assert "must not be an input or lie in one" in capsys.readouterr().err
+    assert sorted(retriever.rglob("*")) == before
+
+
 def test_a_cache_of_another_model_is_not_used(label, tmp_path, retriever, capsys):
     assert label() == 0
     assert "differs from the last run" not in capsys.readouterr().out

@@ -180,6 +180,7 @@ def test_a_base_that_has_moved_can_be_given(adapter: tuple[Path, Mistral], tmp_p
     with pytest.raises(ValueError, match="must be a folder of this machine .*give --base to run_eval.py"):
         load_model_chain(folder, device=CPU, dtype=None)
     load_adapter(model, folder)
+    merge_lora(model)
     loaded, root = load_model_chain(folder, device=CPU, dtype=None, base=str(tmp_path / "moved"))
     assert root == tmp_path / "moved"
     assert_close(hidden(loaded), hidden(model), 1e-6)

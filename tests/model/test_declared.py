@@ -31,6 +31,13 @@ def modules(*kinds):
     ({"1_Pooling/config.json": {"pooling_mode_lasttoken": True, "pooling_mode_cls_token": True}}, "'cls_token'"),
     ({"1_Pooling/config.json": {"pooling_mode": "mean"}}, "pooling 'mean' is not supported"),
     ({"1_Pooling/config.json": {"pooling_mode": "lasttoken+max"}}, "pooling 'max' is not supported"),
+    ({"1_Pooling/config.json": {"pooling_mode": ["mean", "lasttoken"]}}, "pooling 'mean' is not supported"),
+    ({"sentence_bert_config.json": {"do_lower_case": True}},
+     r"sentence_bert_config\.json: do_lower_case True is not supported \(only False\)"),
+    ({"config_sentence_transformers.json": {"default_prompt_name": "query"}},
+     r"config_sentence_transformers\.json: default_prompt_name 'query' is not supported \(only None\)"),
+    ({"tokenizer_config.json": {"truncation_side": "left"}}, "truncation_side 'left' is not supported"),
+    ({"llm2vec_config.json": {"pooling_mode": "mean"}}, r"llm2vec_config\.json: LLM2Vec's bidirectional models are"),
 ])
 def test_modules_and_pooling(tiny_checkpoint, files, message):
     folder = tiny_checkpoint()
@@ -67,4 +74,9 @@ def test_the_class_that_an_adapter_was_trained_with(tiny_checkpoint, tmp_path):
     write(folder / "adapter_config.json", {"base_model_name_or_path": str(base), "peft_type": "LORA"})
     write(folder / "config.json", {**config, "architectures": ["MistralBiModel"]})
     with pytest.raises(ValueError, match=r"adapter/config\.json: architecture 'MistralBiModel' is not supported"):
+        load_model_chain(folder, device=CPU, dtype=None)
+    (folder / "config.json").unlink()
+    write(folder / "adapter_config.json", {"base_model_name_or_path": str(base), "peft_type": "LORA",
+                                           "auto_mapping": {"base_model_class": "MistralBiModel"}})
+    with pytest.raises(ValueError, match=r"adapter_config\.json: 'auto_mapping' names the class 'MistralBiModel'"):
         load_model_chain(folder, device=CPU, dtype=None)

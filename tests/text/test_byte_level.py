@@ -115,3 +115,78 @@ def test_digits_are_split_one_by_one_where_the_checkpoint_says_so(tmp_path):
 def test_control_tokens_in_a_text_are_characters(tmp_path):
     tokenizer = Tokenizer.from_folder(checkpoint(tmp_path / "model", **SMOLLM2))
     assert tokenizer.eos_id not in tokenizer.encode(["a<|im_end|>b"], max_tokens=99)[0]
+
+
+# ---- what the checkpoint's own tokenizer adds ---------------------------------------------------------------
+
+
+def post_processed(folder: Path, single: str, *tokens: str) -> Path:
+    """Give a folder's tokenizer.json a post-processor."""
+    library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    library.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[(token, library.token_to_id(token)) for token in tokens])
+    library.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def by_transformers(folder: Path, text: str) -> list[int]:
+    transformers = pytest.importorskip("transformers")
+    return transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))(text)["input_ids"]
+
+
+@pytest.mark.parametrize(("single", "tokens"), [
+    ("<s> $A <unk>", ["<s>", "<unk>"]), ("$A </s>", ["</s>"]), ("$A <unk>", ["<unk>"]),
+    ("<unk> $A </s>", ["<unk>", "</s>"])])
+def test_begin_and_end_are_those_of_the_post_processor(tmp_path, single, tokens):
+    """Qwen3-Embedding closes texts with another token than eos_token."""
+    folder = post_processed(checkpoint(tmp_path / "model", **TEKKEN), single, *tokens)
+    layout = json.loads((folder / "tokenizer.json").read_text())
+    layout["padding"] = {"strategy": {"Fixed": 20}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0,
+                         "pad_type_id": 0, "pad_token": "<unk>"}
+    (folder / "tokenizer.json").write_text(json.dumps(layout))  # stored padding changes nothing
+    encoder = PromptEncoder(Tokenizer.from_folder(folder))
+    prefix = encoder.prefix(None)
+    assert [*prefix.ids, *encoder.encode(["a river"], prefix)[0]] == by_transformers(folder, "a river")
+
+
+def test_a_post_processor_that_adds_more_is_rejected(tmp_path):
+    folder = post_processed(checkpoint(tmp_path / "model", **TEKKEN), "<s> <unk> $A </s>", "<s>", "<unk>", "</s>")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: its post-processor must add one token before .*'<unk>'"):
+        Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "added_tokens.json"])
+def test_a_token_that_only_a_side_file_lists(tmp_path, file):
+    """As older checkpoints store the names they were extended by."""
+    folder = checkpoint(tmp_path / "model", **TEKKEN)
+    size = Tokenizer.from_folder(folder).vocab_size
+    token = {"content": "BRCA1", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False,
+             "special": False}
+    values = {"BRCA1": size} if file == "added_tokens.json" else {
+        **TEKKEN["settings"], "added_tokens_decoder": {str(size): token}}
+    (folder / file).write_text(json.dumps(values))
+    found = Tokenizer.from_folder(folder)
+    assert found.vocab_size == size + 1 and size in found.encode(["the gene BRCA1 is"], max_tokens=99)[0]
+    (folder / file).write_text(json.dumps(values).replace(str(size), str(size + 7)))
+    with pytest.raises(ValueError, match=rf"{file}: added token {size + 7}: 'BRCA1' must have that id \(got {size}\)"):
+        Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize(("file", "values", "message"), [
+    ("added_tokens.json", {"x1": "5"}, r"added_tokens\.json: added token '5': 'x1' must have that id"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"5": {}}}, r"_config\.json: added token 5 must be a text"),
+    ("tokenizer_config.json", {"added_tokens_decoder": [1]}, r"'added_tokens_decoder' must be an object"),
+])
+def test_malformed_lists_of_added_tokens(tmp_path, file, values, message):
+    folder = checkpoint(tmp_path / "model", **TEKKEN)
+    (folder / file).write_text(json.dumps({**TEKKEN["settings"], **values} if "config" in file else values))
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.from_folder(folder)
+
+
+def test_a_padding_token_without_a_row_changes_nothing(tmp_path):
+    folder = checkpoint(tmp_path / "model", **TEKKEN)
+    size = Tokenizer.from_folder(folder).vocab_size
+    (folder / "added_tokens.json").write_text(json.dumps({"<pad>": size}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({**TEKKEN["settings"], "pad_token": "<pad>"}))
+    assert Tokenizer.from_folder(folder).vocab_size == size

@@ -58,6 +58,12 @@ def test_a_description_of_cosines_or_of_something_else_is_no_warning(tmp_path):
         assert said(load(tmp_path / "a.jsonl", [line(n) for n in range(4)])) == []
 
 
+def test_fields_that_are_not_read_are_named(tmp_path):
+    rows = [{**line(n), "negs": ["a"], "pos_score": [1.0]} for n in range(4)]
+    (said_line,) = said(load(tmp_path / "a.jsonl", rows))
+    assert said_line.startswith("fields not read: negs, pos_score (read: query, pos, neg, pos_scores,")
+
+
 def test_nearly_hard_labels_are_a_warning(tmp_path):
     rows = [line(n, scores=(1.0, 0.5)) for n in range(4)]
     (warning,) = said(load(tmp_path / "a.jsonl", rows))

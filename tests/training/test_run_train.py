@@ -265,6 +265,75 @@ def test_what_a_killed_process_was_writing_is_swept_by_the_resume(place):
     assert not list(folder.rglob("*.draft"))
 
 
+def test_a_resume_keeps_files_of_the_user(place, capsys):
+    with ctrl_c_at(2):
+        assert place.train("kept") == 130
+    folder = place.folder / "kept"
+    kept = [folder / ".letter.draft", folder / ".loss.png.old", folder / "model/notes.txt"]
+    for path in kept:
+        path.write_text("mine")
+    assert run_train.main(["--resume", "--output", str(folder)]) == 2
+    assert re.search(r"model/notes\.txt was not written by this command, .* move it first", capsys.readouterr().err)
+    kept.pop().rename(folder / "notes.txt")
+    assert run_train.main(["--resume", "--output", str(folder)]) == 0
+    assert [path.read_text() for path in [*kept, folder / "notes.txt"]] == ["mine"] * 3
+
+
+@pytest.mark.parametrize("where", ["run_train.describe_data", "run_train.plot_loss"])
+def test_ctrl_c_before_the_first_and_after_the_last_step(place, where, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(where, interrupted)
+    name = where.replace(".", "-")
+    assert place.train(name) == 130
+    assert capsys.readouterr().err == "stopped; --resume continues a run that has begun\n"
+    monkeypatch.undo()
+    if where == "run_train.plot_loss":
+        assert run_train.main(["--resume", "--output", str(place.folder / name)]) == 0
+
+
+def test_the_present_folder_as_the_model_names_the_run(place, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole / "model", tmp_path / "mine")
+    monkeypatch.chdir(tmp_path / "mine")
+    config = train_config(parse_args(["--model", ".", "--data", str(place.data)]), model_source.resolve_model("."))
+    with pytest.raises(ValueError, match=r"--output runs/mine-.*must not be an input or lie in one"), \
+            run_dir.open_run_dir(config, model_source.resolve_model(".")):
+        pass
+
+
+def test_soft_labels_alone_without_soft_labels_is_an_error(place, tmp_path, capsys):
+    unlabelled = [{key: value for key, value in row.items() if not key.endswith("scores")} for row in lines(8)]
+    data = write_data(tmp_path / "none.jsonl", unlabelled)
+    assert place.train("bad", "--data", data, "--contrastive-weight", "0") == 2
+    assert "but no line has 'pos_scores' and 'neg_scores'" in capsys.readouterr().err
+
+
+def test_another_template_than_the_checkpoints_own_is_a_note(place, whole, tmp_path, capsys):
+    shutil.copytree(whole / "model", tmp_path / "model")
+    settings = json.loads((tmp_path / "model/embedder.json").read_text())
+    (tmp_path / "model/embedder.json").write_text(json.dumps({**settings, "template": "bge-en-icl"}))
+    for name, expected in (("noted", True), ("not-noted", False)):
+        model = tmp_path / "model" if expected else whole / "model"
+        assert place.train(name, "--model", model, "--train", "lora", "--steps", 1) == 0
+        note = "note: the checkpoint's own template is bge-en-icl; --template is paper"
+        assert (note in capsys.readouterr().out) == expected
+
+
+def test_an_adapters_own_tokenizer_is_used(adapter, tmp_path):
+    shutil.copytree(adapter / "adapter", tmp_path / "adapter")
+    path = tmp_path / "adapter/tokenizer.json"
+    layout = json.loads(path.read_text())
+    assert Embedder.from_pretrained(tmp_path / "adapter").prompt_encoder.tokenizer.encode(["ANNA"], max_tokens=9) != [
+        [layout["model"]["vocab"][layout["model"]["unk_token"]]]]
+    layout["normalizer"] = None  # no lower case: the word is not in the vocabulary
+    path.write_text(json.dumps(layout))
+    unknown = Embedder.from_pretrained(tmp_path / "adapter").prompt_encoder.tokenizer.encode(["ANNA"], max_tokens=9)
+    assert set(unknown[0]) == {layout["model"]["vocab"][layout["model"]["unk_token"]]}
+    path.unlink()
+    base = Embedder.from_pretrained(tmp_path / "adapter").prompt_encoder.tokenizer
+    assert base.encode(["ANNA"], max_tokens=9) == base.encode(["anna"], max_tokens=9)
+
+
 def test_a_run_that_crashed_before_its_first_save_starts_again(place, whole, monkeypatch):
     def update(self, rate):
         raise RuntimeError("power cut")
@@ -496,6 +565,10 @@ def test_why_prompts_have_no_examples(place, options, words, capsys):
     (["--max-text-tokens", "4096"], r"--max-prompt-tokens must be at least --max-text-tokens . 2 .got 2048 and 4096"),
     (["--train", "lora", "--lora-target-modules", "x_proj"], r"must be some of .*got 'x_proj'"),
     (["--eval-data", "."], r"--eval-data .*must hold folders with task.json"),
+    (["--model", "whole/model", "--output", "whole/model/bad"], r"--output .*must not be an input or lie in one"),
+    (["--lora-rank", "8"], r"--lora-rank is for --train lora"),
+    (["--merge"], r"--merge is for --train lora"),
+    (["--model", "whole/model", "--no-lowercase"], r"--lowercase is for random initialisation"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_bad_input_is_one_clear_error(place, whole, capsys, monkeypatch, options, message):
     monkeypatch.chdir(place.folder)

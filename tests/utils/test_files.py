@@ -19,6 +19,7 @@ from ref.utils.files import (
     hash_files,
     read_json,
     read_jsonl,
+    remove_drafts,
     remove_path,
     write_json,
 )
@@ -184,6 +185,20 @@ def test_pipes_and_compressed_files_are_rejected_at_once(tmp_path):
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}'))
     with pytest.raises(ValueError, match=r"x\.jsonl\.gz: is compressed; unpack it first: gunzip -k .*x\.jsonl\.gz$"):
         next(read_jsonl(tmp_path / "x.jsonl.gz"))
+
+
+def test_hidden_files_of_the_user_beside_an_output_stay(tmp_path):
+    """Drafts and replaced files bear the process's number."""
+    names = [".x.old", ".x.draft", ".x.y.draft", ".x.12.backup", ".gone.12.old"]
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    for name in (".x.12.old", ".x.12.draft"):
+        (tmp_path / name).write_text("left by a kill")
+    atomic_write(tmp_path / "x", lambda draft: draft.write_text("1"))
+    atomic_write(tmp_path / "x", lambda draft: draft.write_text("2"))
+    remove_drafts(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*names, "x"}
+    assert (tmp_path / ".x.old").read_text() == "mine" and (tmp_path / "x").read_text() == "2"
 
 
 @contextmanager

@@ -47,6 +47,17 @@ def test_a_folder_with_anything_else_in_it_is_rejected_untouched(tmp_path, name)
     assert snapshot(tmp_path) == before
 
 
+def test_a_file_with_the_name_of_the_lock_is_not_deleted(tmp_path):
+    """A lock file is empty; one that a killed process left is used again."""
+    (tmp_path / ".out.jsonl.lock").write_text("mine")
+    with pytest.raises(ValueError, match=r"\.out\.jsonl\.lock exists and was not written by this command"):
+        claim_output(tmp_path / "out.jsonl", inputs=[], companions=[], is_ours=never).__enter__()
+    assert (tmp_path / ".out.jsonl.lock").read_text() == "mine"
+    (tmp_path / ".out.jsonl.lock").write_text("")
+    with claim_output(tmp_path / "out.jsonl", inputs=[], companions=[], is_ours=never):
+        pass
+
+
 @pytest.mark.parametrize("name", ["out.jsonl", "out.json", "out.png"])
 def test_a_file_and_its_companions_are_not_overwritten(tmp_path, name):
     (tmp_path / name).write_text("mine")

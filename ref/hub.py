@@ -1,0 +1,104 @@
+"""Upload the result of a run to the hub.
+
+    python -m ref.hub RUN OWNER/NAME [--private] [--merged|--adapter] [--dry-run]
+
+The exported folder goes there as it is (by default model/, else merged/, else adapter/), with OWNER/NAME in its model
+card. Files that the hub already has are not sent again, so the same command continues an interrupted upload. The token
+is HF_TOKEN or that of `hf auth login`; the hub's address is HF_ENDPOINT.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HTTPError
+
+from ref.model.card import PLACEHOLDER
+from ref.model.checkpoint import ADAPTER_CONFIG
+from ref.utils.files import check_type, read_json
+
+HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0; 2 with a message if the run is not complete or the hub refuses; 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="python -m ref.hub", description="Upload the result of a run to the hub.")
+    parser.add_argument("run", type=Path, help="run folder of run_train.py")
+    parser.add_argument("repository", metavar="OWNER/NAME", help="repository on the hub, created if it is missing")
+    parser.add_argument("--private", action="store_true", help="create it as a private one")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--merged", dest="which", action="store_const", const="merged", help="upload merged/")
+    which.add_argument("--adapter", dest="which", action="store_const", const="adapter", help="upload adapter/")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be uploaded")
+    given = parser.parse_args(arguments)
+    try:
+        folder = result_folder(given.run, given.which)
+        if not re.fullmatch(HUB_ID, given.repository):
+            raise ValueError(f"the repository must be OWNER/NAME (got {given.repository!r:.80})")
+        files = upload_list(folder, given.repository)
+        for file in files:
+            print(f"{file.path_in_repo}  {file.upload_info.size:,} bytes")
+        if given.dry_run:
+            print(f"dry run: {len(files)} files of {folder} would go to {given.repository}")
+            return 0
+        print(f"uploaded: {upload(files, given.repository, folder.name, private=given.private)}")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, RuntimeError, HTTPError) as error:  # the client wraps errors of large files in RuntimeError
+        cause = error.__cause__ or error
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        print(f"error: {given.repository}: {reason:.300}; the same command continues", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+def result_folder(run: Path, which: str | None) -> Path:
+    """The folder of a complete run to upload. Raises ValueError if there is none, or if others could not load it."""
+    if not (run / "run.json").exists():
+        raise ValueError(f"{run}: must be a run folder of run_train.py")
+    if not read_json(run / "run.json").get("complete"):
+        raise ValueError(f"{run}: the run is not complete; continue it: run_train.py --resume --output {run}")
+    names = [which] if which else ["model", "merged", "adapter"]
+    folder = next((run / name for name in names if (run / name).is_dir()), None)
+    if folder is None:
+        raise ValueError(f"{run}: has no {' or '.join(f'{name}/' for name in names)}; merged/ is written by "
+                         "run_train.py --merge")
+    path = folder / ADAPTER_CONFIG
+    if path.exists():
+        field = f"{path}: 'base_model_name_or_path'"
+        base = check_type(read_json(path).get("base_model_name_or_path"), str, field, "the base's hub id")
+        if not re.fullmatch(HUB_ID, base) or Path(base).exists():
+            raise ValueError(f"{field} must be the base's hub id (got {base!r:.200}), or others cannot load it; write "
+                             "it there, or upload the merged model (run_train.py --merge)")
+    return folder
+
+
+def upload(files: Sequence[CommitOperationAdd], repository: str, result: str, *, private: bool) -> str:
+    """Create the repository if it is missing, and commit the files; returns the commit's address."""
+    api = HfApi()
+    api.create_repo(repository, private=private, exist_ok=True)
+    if private and not api.model_info(repository).private:
+        raise ValueError(f"--private: {repository} exists and is public")
+    return str(api.create_commit(repository, files, commit_message=f"Upload {result}/ of a run").commit_url)
+
+
+def upload_list(folder: Path, repository: str) -> list[CommitOperationAdd]:
+    """All files of a folder; in the model card the repository's name replaces the placeholder."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "README.md"]
+    operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+    card = folder / "README.md"
+    if card.exists():
+        text = card.read_text(encoding="utf-8").replace(PLACEHOLDER, repository)
+        operations.append(CommitOperationAdd("README.md", text.encode()))
+    return operations
+
+
+if __name__ == "__main__":
+    sys.exit(main())

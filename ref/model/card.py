@@ -1,0 +1,176 @@
+"""The model card of a run: README.md in the hub's format in model/, adapter/ and merged/.
+
+Metadata for the hub's search, three ways to use the model, its prompts, options and data, and the scores of run_eval.py
+as a table and, on the benchmark's own data, as `model-index`. Everything is read from the run: run.json, scores.json
+and the exported folder. The model is called OWNER/NAME, which ref/hub.py replaces. A card that somebody edited is left
+alone.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ref.model.checkpoint import ADAPTER_CONFIG
+from ref.utils.files import atomic_write, read_json, write_json
+
+BEFORE_TEXT = "\nQuery: "  # end of the paper's template
+PLACEHOLDER = "OWNER/NAME"
+RESULTS = ("model", "adapter", "merged")
+SIGNATURE = "<!-- written by this project; SHA-256 of the text above: {} -->\n"
+SHOWN = ("learning_rate", "batch_size", "batch_size_symmetric", "num_negatives", "temperature", "teacher_temperature",
+         "soft_label_weight", "contrastive_weight", "max_examples", "max_text_tokens", "seed", "dtype")
+
+
+class Score(NamedTuple):
+    """The main score of a task, as stored in scores.json under the task's name."""
+
+    category: str
+    metric: str
+    value: float  # x 100
+    examples: int  # in-context examples
+    dataset: str  # on the hub, or a local folder
+    revision: str
+    split: str
+    is_official: bool  # the benchmark's own data
+
+
+def add_scores(run: Path, scores: Mapping[str, Score]) -> list[Path]:
+    """Add scores by task to those of earlier evaluations of a run, and write its cards; returns the edited ones."""
+    path = run / "scores.json"
+    stored = read_json(path) if path.exists() else {}
+    write_json(path, {**stored, **{task: score._asdict() for task, score in scores.items()}})
+    return write_model_cards(run)
+
+
+def write_model_cards(run: Path) -> list[Path]:
+    """Write README.md into each result of a complete run; returns those left alone because somebody edited them."""
+    edited = []
+    for folder in (run / result for result in RESULTS if (run / result).is_dir()):
+        path = folder / "README.md"
+        if path.exists() and not _is_ours(path.read_text(encoding="utf-8")):
+            edited.append(path)
+            continue
+        card = _signed(model_card(run, folder))
+        atomic_write(path, partial(Path.write_text, data=card, encoding="utf-8"))
+    return edited
+
+
+def model_card(run: Path, folder: Path) -> str:
+    """The card of one exported folder of a run."""
+    facts, path = read_json(run / "run.json"), run / "scores.json"
+    scores = {task: Score(**values) for task, values in (read_json(path) if path.exists() else {}).items()}
+    base, name = facts.get("base") or {}, run.resolve().name
+    data = ModelCardData(
+        base_model=base.get("id"), license=base.get("license"), pipeline_tag="sentence-similarity", model_name=name,
+        library_name="peft" if (folder / ADAPTER_CONFIG).exists() else "sentence-transformers",
+        tags=["sentence-transformers", "feature-extraction", "text-embeddings", "mteb", "arxiv:2506.07438"],
+        eval_results=[EvalResult(
+            task_type=score.category, dataset_type=score.dataset, dataset_name=f"MTEB {task}",
+            dataset_split=score.split, dataset_revision=score.revision, metric_type=score.metric,
+            metric_value=score.value) for task, score in scores.items() if score.is_official] or None)
+    sections = [
+        f"# {name}\n\nA text embedder, trained by a reference implementation of LG-ANNA-Embedding "
+        "(arXiv 2506.07438) from soft labels.",
+        "## Usage\n\n" + usage(folder), "## Prompts\n\n" + _prompt_table(folder),
+        "## Training\n\n" + _training(facts), *(["## Scores\n\n" + _score_table(scores)] if scores else [])]
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
+
+
+def base_of(name: str, folder: Path) -> dict[str, Any]:
+    """The base model's hub id and licence, where known, from its own card; `name`: a hub id or the folder."""
+    card = folder / "README.md"
+    try:
+        data = ModelCard.load(card, ignore_metadata_errors=True).data if card.exists() else ModelCardData()
+    except Exception:  # any error in somebody else's card: nothing is known
+        data = ModelCardData()
+    return {"id": data.base_model if os.path.isdir(name) else name, "license": data.license}
+
+
+def usage(folder: Path) -> str:
+    """Three snippets that print the same cosine of a query and a passage."""
+    prompts = _prompts(folder)
+    query, passage = "Who bakes bread?", "Mira kneads dough at dawn."
+    before = prompts.get("query", next(iter(prompts.values()), "")), prompts.get("document", "")
+    texts = [before[0] + query, before[1] + passage]
+    ours = [f", instruction={text.removeprefix('Instruct: ').removesuffix(BEFORE_TEXT)!r}" if text else ""
+            for text in before]
+    limit = read_json(folder / "sentence_bert_config.json")["max_seq_length"]
+    return f"""With sentence-transformers:
+
+```python
+from sentence_transformers import SentenceTransformer
+model = SentenceTransformer({PLACEHOLDER!r})
+queries, passages = model.encode([{query!r}], prompt={before[0]!r}), model.encode([{passage!r}], prompt={before[1]!r})
+print(model.similarity(queries, passages))
+```
+
+With transformers:
+
+```python
+import torch
+from transformers import AutoModel, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained({PLACEHOLDER!r}, padding_side="right")
+model = AutoModel.from_pretrained({PLACEHOLDER!r})
+texts = {texts!r}
+batch = tokenizer(texts, padding=True, truncation=True, max_length={limit}, return_tensors="pt")
+with torch.inference_mode():
+    hidden = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+vectors = hidden[torch.arange(len(texts)), batch["attention_mask"].sum(1) - 1]  # the end token's
+print(torch.cosine_similarity(vectors[:1], vectors[1:]))
+```
+
+With this project:
+
+```python
+from ref import Embedder
+embedder = Embedder.from_pretrained({PLACEHOLDER!r})
+print(embedder.encode([{query!r}]{ours[0]}) @ embedder.encode([{passage!r}]{ours[1]}).T)
+```"""
+
+
+def _prompts(folder: Path) -> dict[str, str]:
+    """The exported prompts by name."""
+    prompts: dict[str, str] = read_json(folder / "config_sentence_transformers.json")["prompts"]
+    return prompts
+
+
+def _prompt_table(folder: Path) -> str:
+    rows = [f"| `{name}` | {json.dumps(text, ensure_ascii=False)} |" for name, text in _prompts(folder).items()]
+    if not rows:
+        return "None: training had no instruction, or its template puts markers behind a text too."
+    return "\n".join([
+        "In sentence-transformers `encode_query` and `encode_document` use those named `query` and `document`, "
+        "`prompt_name` any.\n", "| name | prompt |", "|---|---|", *rows])
+
+
+def _training(facts: dict[str, Any]) -> str:
+    options = ", ".join(f"{name} {facts['options'].get(name)}" for name in SHOWN)
+    rows = [f"| {file['file']} | {file['bytes']:,} | {file['sha256']} |" for file in facts["data"]]
+    return "\n".join([
+        f"{facts['num_lines']:,} lines, {facts['num_lines_with_labels']:,} with soft labels. Options: {options}. "
+        f"Commit {facts['commit']}, torch {facts['versions']['torch']}.\n",
+        "| data | bytes | SHA-256 |", "|---|---|---|", *rows])
+
+
+def _score_table(scores: Mapping[str, Score]) -> str:
+    return "\n".join([
+        "mteb's main scores x 100; a revision that begins with `local-` is not the benchmark's own data.\n",
+        "| task | metric | score | in-context examples | revision of the data |", "|---|---|---|---|---|",
+        *(f"| {task} | {score.metric} | {score.value:.2f} | {score.examples} | {score.revision} |"
+          for task, score in sorted(scores.items()))])
+
+
+def _signed(text: str) -> str:
+    return text + SIGNATURE.format(hashlib.sha256(text.encode()).hexdigest())
+
+
+def _is_ours(text: str) -> bool:
+    """Whether a card is as `write_model_cards` left it."""
+    body = text.rpartition("<!-- written by")[0]
+    return text == _signed(body)

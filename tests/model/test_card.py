@@ -1,0 +1,98 @@
+"""Model cards: the three snippets print one cosine, metadata that huggingface_hub reads, and edited cards."""
+
+import contextlib
+import io
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import draw_training_lines
+from huggingface_hub import ModelCard
+from tiny_mteb import write_json, write_lines
+
+import run_train
+from ref import Embedder
+from ref.model.card import Score, add_scores, base_of, write_model_cards
+
+CONFIG = {"model_type": "mistral", "vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2,
+          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48}
+WORDS = ["who", "bakes", "bread", "mira", "kneads", "dough", "at", "dawn", "tends", "goats"]
+SCORES = {
+    "STSBenchmark": Score("STS", "cosine_spearman", 78.4, 0, "mteb/stsbenchmark-sts", "abc", "test", True),
+    "IsleHome": Score("Retrieval", "ndcg_at_10", 76.6, 2, "data/held_out/IsleHome", "local-1", "test", False)}
+
+
+@pytest.fixture(scope="module")
+def adapter_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with adapter/ and merged/ on a checkpoint whose card names base and licence."""
+    folder = tmp_path_factory.mktemp("cards")
+    write_json(folder / "config.json", CONFIG)
+    write_lines(folder / "data.jsonl", draw_training_lines(WORDS, {"Jobs": "Find a person with the same job."}, 16))
+    arguments = ["--data", str(folder / "data.jsonl"), "--steps", "2", "--batch-size", "4", "--eval-data", "none"]
+    assert run_train.main([*arguments, "--model", str(folder / "config.json"), "--output", str(folder / "base")]) == 0
+    base = folder / "base/model"
+    (base / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: someone/base\n---\n\nA base.\n")
+    assert run_train.main([*arguments, "--model", str(base), "--merge", "--learning-rate", "0.1", "--output",
+                           str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def printed_by(snippet: str) -> float:
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        exec(snippet, {})
+    return float(re.search(r"-?\d\.\d+", output.getvalue())[0])
+
+
+@pytest.mark.parametrize("which", ["model", "adapter", "merged"])
+def test_the_three_snippets_print_the_same_cosine(adapter_run, which, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    run = adapter_run
+    if which == "model":  # the fixture replaced its card
+        run = shutil.copytree(adapter_run.parent / "base", tmp_path / "base")
+        (run / "model/README.md").unlink()
+        write_model_cards(run)
+    card = (run / which / "README.md").read_text().replace("OWNER/NAME", str(run / which))
+    snippets = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(snippets) == 3 and all("Find a person" in snippet for snippet in snippets)
+    embedder = Embedder.from_pretrained(run / which)
+    query = embedder.encode(["Who bakes bread?"], instruction="Find a person with the same job.")
+    truth = float((query @ embedder.encode(["Mira kneads dough at dawn."]).T)[0, 0])
+    np.testing.assert_allclose([printed_by(snippet) for snippet in snippets], truth, atol=1e-4)
+
+
+def test_metadata_and_scores(adapter_run, tmp_path):
+    """Only scores on the benchmark's own data are published as such; a later evaluation adds its own."""
+    run = shutil.copytree(adapter_run, tmp_path / "run")
+    for task, score in SCORES.items():
+        assert add_scores(run, {task: score}) == []
+    for which, library in (("adapter", "peft"), ("merged", "sentence-transformers")):
+        card = ModelCard.load(run / which / "README.md")
+        assert card.data.library_name == library
+        assert (card.data.license, card.data.base_model) == ("apache-2.0", "someone/base")
+        assert card.data.pipeline_tag == "sentence-similarity" and card.data.model_name == "run"
+        (result,) = card.data.eval_results
+        assert (result.dataset_name, result.dataset_type) == ("MTEB STSBenchmark", "mteb/stsbenchmark-sts")
+        assert (result.metric_type, result.metric_value) == ("cosine_spearman", 78.4)
+        assert "| STSBenchmark | cosine_spearman | 78.40 | 0 | abc |" in card.text
+        assert "| IsleHome | ndcg_at_10 | 76.60 | 2 | local-1 |" in card.text
+        assert "| data.jsonl | " in card.text and "learning_rate 0.1" in card.text
+
+
+@pytest.mark.parametrize("content", ["---\nlicense: a: b\n---\n", "no metadata", "---\n- a\n---\n"])
+def test_a_base_whose_card_says_nothing(tmp_path, content):
+    (tmp_path / "README.md").write_text(content)
+    assert base_of(str(tmp_path), tmp_path) == {"id": None, "license": None}
+    assert base_of("owner/name", tmp_path) == {"id": "owner/name", "license": None}
+
+
+def test_an_edited_card_is_left_alone(adapter_run, tmp_path):
+    run = shutil.copytree(adapter_run, tmp_path / "run")
+    path = run / "merged/README.md"
+    path.write_text(path.read_text().replace("A text embedder", "My text embedder"))
+    before = path.read_text()
+    assert add_scores(run, SCORES) == [path]
+    assert path.read_text() == before
+    assert "STSBenchmark" in (run / "adapter/README.md").read_text()

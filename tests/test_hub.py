@@ -1,0 +1,171 @@
+"""Upload to the hub, over HTTP against a small server on the loopback interface."""
+
+import base64
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_mteb import write_json
+
+from ref.hub import main, result_folder
+
+ROOT = Path(__file__).parent.parent
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The parts of the hub's interface that an upload uses: weights go to a store, the rest into the commit."""
+
+    files: dict[str, bytes]
+    blobs: dict[str, bytes]
+    repositories: list[dict[str, Any]]
+    sent: list[str]  # hashes that were uploaded to the store
+    refuse: bool
+    public: bool
+    broken_store: bool
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.refuse:
+            self.answer({"error": "no rights"}, 403)
+        elif self.path == "/api/repos/create":
+            self.repositories.append(json.loads(body))
+            self.answer({"url": f"{self.address}/owner/name"})
+        elif "/preupload/" in self.path:
+            self.answer({"files": [
+                {"path": file["path"], "shouldIgnore": False,
+                 "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular"}
+                for file in json.loads(body)["files"]]})
+        elif self.path.endswith("/info/lfs/objects/batch"):
+            self.answer({"transfer": "basic", "objects": [
+                {**each, "authenticated": True, **({} if each["oid"] in self.blobs else {"actions": {
+                    "upload": {"href": f"{self.address}/store/{each['oid']}"}}})}
+                for each in json.loads(body)["objects"]]})
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    self.files[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    self.files[value["path"]] = self.blobs[value["oid"]]
+            self.answer({"commitUrl": f"{self.address}/owner/name/commit/1", "commitOid": "1"})
+        else:
+            self.answer({})
+
+    def do_PUT(self) -> None:
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.broken_store:
+            self.answer({"error": "disk full"}, 507)
+            return
+        self.blobs[hashlib.sha256(content).hexdigest()] = content
+        self.sent.append(self.path.rpartition("/")[2])
+        self.answer({})
+
+    def do_GET(self) -> None:
+        if self.refuse:
+            self.answer({"error": "no rights"}, 403)
+        else:
+            self.answer({"id": "owner/name", "siblings": [], "sha": "0", "private": not self.public})
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def answer(self, value: Any, status: int = 200) -> None:
+        content = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[type[Hub]]:
+    state = type("State", (Hub,), {"files": {}, "blobs": {}, "repositories": [], "sent": [], "refuse": False,
+                                    "public": False, "broken_store": False})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), state)
+    state.url = f"http://127.0.0.1:{server.server_address[1]}"  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield state
+    server.shutdown()
+    server.server_close()
+
+
+def upload(hub: Any, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0",
+                   "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return subprocess.run([sys.executable, "-m", "ref.hub", *arguments], cwd=ROOT, env=environment, check=False,
+                          capture_output=True, text=True, timeout=300)
+
+
+def test_a_run_arrives_as_it_is_with_its_own_name_in_the_card(tiny_run, hub):
+    done = upload(hub, str(tiny_run), "owner/name", "--private")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"uploaded: {hub.url}/owner/name/commit/1"
+    created = hub.repositories[0]
+    assert (created["name"], created["organization"]) == ("name", "owner")
+    assert created.get("visibility") == "private" or created.get("private") is True  # by the version of the client
+    folder = tiny_run / "model"
+    local = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    card = local.pop("README.md").decode()
+    assert hub.files.pop("README.md").decode() == card.replace("OWNER/NAME", "owner/name") != card
+    assert str(tiny_run) not in card
+    assert hub.files == local
+    before = len(hub.sent)
+    assert before == len([name for name in local if name.endswith(".safetensors")]) == 1
+    assert upload(hub, str(tiny_run), "owner/name").returncode == 0
+    assert len(hub.sent) == before  # what the hub has is not sent again
+
+
+def test_a_dry_run_sends_nothing(tiny_run, hub):
+    done = upload(hub, str(tiny_run), "owner/name", "--dry-run")
+    assert done.returncode == 0 and "would go to owner/name" in done.stdout and "model.safetensors  " in done.stdout
+    assert not hub.repositories and not hub.files
+
+
+def test_a_refusal_is_one_line(tiny_run, hub):
+    hub.refuse = True
+    done = upload(hub, str(tiny_run), "owner/name")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "403" in done.stderr and "the same command continues" in done.stderr
+    hub.refuse, hub.broken_store = False, True
+    done = upload(hub, str(tiny_run), "owner/name")
+    assert done.returncode == 2 and done.stderr.startswith("error: owner/name: ") and done.stderr.count("\n") == 1
+    assert "507" in done.stderr and not hub.files
+
+
+def test_a_private_upload_into_a_public_repository_is_refused(tiny_run, hub):
+    hub.public = True
+    done = upload(hub, str(tiny_run), "owner/name", "--private")
+    assert done.returncode == 2 and done.stderr == "error: --private: owner/name exists and is public\n"
+    assert not hub.files
+
+
+def test_what_cannot_be_uploaded(tiny_run, tmp_path, capsys):
+    def error(*arguments: str) -> str:
+        assert main([*arguments, "--dry-run"]) == 2
+        return capsys.readouterr().err
+    assert "the repository must be OWNER/NAME (got 'name')" in error(str(tiny_run), "name")
+    assert "must be a run folder" in error(str(tmp_path), "owner/name")
+    message = "has no merged/; merged/ is written by run_train.py --merge"
+    assert message in error(str(tiny_run), "owner/name", "--merged")
+    write_json(tmp_path / "run.json", {"complete": False})
+    assert "the run is not complete; continue it" in error(str(tmp_path), "owner/name")
+    write_json(tmp_path / "run.json", {"complete": True})
+    assert "has no model/ or merged/ or adapter/" in error(str(tmp_path), "owner/name")
+    for base in ("/home/me/base", "../base", None):
+        write_json(tmp_path / "adapter/adapter_config.json", {"base_model_name_or_path": base})
+        assert "'base_model_name_or_path' must be the base's hub id (got" in error(str(tmp_path), "owner/name")
+    write_json(tmp_path / "adapter/adapter_config.json", {"base_model_name_or_path": "owner/base"})
+    assert result_folder(tmp_path, "adapter") == tmp_path / "adapter"
