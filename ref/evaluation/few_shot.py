@@ -25,7 +25,7 @@ from typing import Any
 import datasets
 from mteb.abstasks.abstask import AbsTask
 
-from ref.evaluation.tasks import benchmark_tasks, unknown_name
+from ref.evaluation.tasks import benchmark_tasks, link_files, unknown_name
 from ref.text.prompts import InContextExample
 from ref.utils.files import check_text, check_type, read_json
 from ref.utils.text import normalize_whitespace
@@ -198,9 +198,9 @@ def _declared_splits(task: AbsTask) -> list[str]:
     path, revision, config = dataset["path"], dataset.get("revision"), dataset.get("name")
     with tempfile.TemporaryDirectory() as scratch:
         options = {}
-        if Path(path).is_dir():  # uncached and through a link, as in LocalDataMixin
+        if Path(path).is_dir():  # uncached and through links, as in LocalDataMixin
             options = {"cache_dir": f"{scratch}/cache"}
-            (Path(scratch) / "data").symlink_to(path, target_is_directory=True)
+            link_files(Path(path), Path(scratch) / "data")
             path = f"{scratch}/data"
         if EXAMPLE_GROUPS[str(task.metadata.type)] is _relevant_pairs:
             configs = datasets.get_dataset_config_names(path, revision=revision)

@@ -13,6 +13,8 @@ Importing this file imports mteb (three seconds). Written for mteb 2.26.
 
 import difflib
 import json
+import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -105,10 +107,10 @@ def local_task(folder: Path, base: AbsTask) -> AbsTask:
 
 
 class LocalDataMixin(AbsTask):
-    """Makes a task class load a local folder, uncached and through a link.
+    """Makes a task class load a local folder, uncached and through links.
 
     `datasets` caches what it has loaded and, for a folder with a README.md, does not notice changed files; so each task
-    has a cache of its own, deleted with the task. It takes brackets in a path for a pattern, so it is given a link. For
+    has a cache of its own, deleted with the task. It takes brackets in a path for a pattern, so it is given links. For
     a retrieval folder without README.md, one with the configurations that mteb loads is written beside links to the
     files, which are checked first: mteb's own errors name neither file nor line.
     """
@@ -126,7 +128,7 @@ class LocalDataMixin(AbsTask):
                 read_retrieval_folder(folder)
             _link_with_card(folder, link)
         else:
-            link.symlink_to(folder, target_is_directory=True)
+            link_files(folder, link)
         self.metadata = self.metadata.model_copy(  # until unload_data
             update={"dataset": {**self.metadata.dataset, "path": str(link)}})
         shared = datasets.config.HF_DATASETS_CACHE
@@ -143,6 +145,11 @@ class LocalDataMixin(AbsTask):
         super().unload_data()
         self.__dict__.pop("metadata", None)
         self._scratch.cleanup()
+
+
+def link_files(folder: Path, linked: Path) -> None:
+    """Make the folder `linked` with links to the files of `folder`; a link to the folder itself would be resolved."""
+    shutil.copytree(folder.resolve(), linked, copy_function=os.symlink)
 
 
 def _link_with_card(folder: Path, linked: Path) -> None:

@@ -221,7 +221,7 @@ def test_files_are_written_atomically(tmp_path, monkeypatch):
         path.open("w").write(text[:100])
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(ValueError, match="No space"):
         write_report(make_report(model="other"), tmp_path)
     monkeypatch.undo()
     assert [(tmp_path / name).read_text() for name in ("report.html", "report.md")] == before
