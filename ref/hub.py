@@ -17,10 +17,8 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HTTPError
 
 from ref.model.card import PLACEHOLDER
-from ref.model.checkpoint import ADAPTER_CONFIG
+from ref.model.checkpoint import ADAPTER_CONFIG, HUB_ID
 from ref.utils.files import check_type, read_json
-
-HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -23,8 +23,8 @@ FILES = [*SCRIPTS, *sorted(path for path in ROOT.glob("ref/**/*.py") if "kernels
 # A module may import from its own subpackage and from lower numbers only.
 LAYERS = {
     "ref.utils": 0, "ref.config": 1, "ref.task_types": 1, "ref.model": 2, "ref.text": 2, "ref.loss": 2,
-    "ref.kernels": 3, "ref.embedder": 3, "ref": 4, "ref.training": 5, "ref.mining": 5, "ref.evaluation": 5, "ref.hub": 6,
-    "run_": 6}
+    "ref.kernels": 3, "ref.embedder": 3, "ref": 4, "ref.training": 5, "ref.mining": 5, "ref.evaluation": 5,
+    "ref.hub": 6, "run_": 6}
 # The backend "triton" is imported where it is used; the kernels themselves build on ref.loss.
 UPWARDS = {("ref.model.pooling", "ref.kernels.last_token_pool"),
            ("ref.loss.training_loss", "ref.kernels.soft_contrastive")}

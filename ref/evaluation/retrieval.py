@@ -151,7 +151,7 @@ def read_judgements(path: Path) -> Iterator[tuple[str, str, str, int]]:
         query, document = (check_id(line.value.get(field), f"{line.where}: {field!r}")
                            for field in ("query-id", "corpus-id"))
         score = check_type(line.value.get("score"), (int, float), f"{line.where}: 'score'", "an integer")
-        if score != int(score):
+        if not float(score).is_integer():  # nor infinite or not a number
             raise ValueError(f"{line.where}: 'score' must be an integer (got {score})")
         yield line.where, query, document, int(score)
 

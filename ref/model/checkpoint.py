@@ -25,6 +25,7 @@ from ref.model.transformer import Mistral
 from ref.utils.device import DTYPES
 from ref.utils.files import read_json
 
+HUB_ID = r"(?!\.)[\w.-]+/[\w.-]+"  # OWNER/NAME
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SMALL_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -41,7 +42,7 @@ def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
     """
     if name and os.path.isdir(name):  # False for a name that is too long for a path
         return _model_in_run(Path(name))
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+    if not re.fullmatch(HUB_ID, name):
         raise ValueError(f"model must be a folder with config.json or a hub id OWNER/NAME (got {name!r})")
     return _download(name, weights=weights)
 

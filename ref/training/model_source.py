@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -28,6 +29,11 @@ class ModelSource:
     name: str
     reason: str
     config: ModelConfig | None = None  # None: a checkpoint
+
+    @cached_property
+    def folder(self) -> Path:
+        """The checkpoint's folder, downloaded for a hub id."""
+        return resolve_checkpoint(self.name)
 
     def default_preset(self) -> str:
         """small for random initialisation; for a checkpoint by its size, which config.json tells."""
@@ -62,7 +68,7 @@ def build_model(
     template = get_template(config.template, "--template")
     dtype = DTYPES[resolve_dtype(config.dtype, device)[0]] if config.train == "lora" else torch.float32
     if source.config is None:
-        model, tokenizer = load_model_and_tokenizer(resolve_checkpoint(source.name), device=device, dtype=dtype)
+        model, tokenizer = load_model_and_tokenizer(source.folder, device=device, dtype=dtype)
     else:
         tokenizer = train_tokenizer(_all_texts(data), vocab_size=source.config.vocab_size, lowercase=config.lowercase,
                                     special_tokens=template.markers)
@@ -86,7 +92,7 @@ def declared_template(source: ModelSource, prompt_encoder: PromptEncoder) -> str
     """The template in a checkpoint's embedder.json, else the one whose markers its vocabulary has, else None."""
     if source.config is not None:
         return None
-    path = resolve_checkpoint(source.name) / PROMPT_FILE
+    path = source.folder / PROMPT_FILE
     by_vocabulary = template_of_vocabulary(prompt_encoder.tokenizer)
     declared = read_json(path).get("template") if path.exists() else None
     return declared if declared is not None else by_vocabulary if by_vocabulary != "paper" else None

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ref.config import TrainConfig
 from ref.model.card import base_of
-from ref.model.checkpoint import read_tensors, resolve_checkpoint
+from ref.model.checkpoint import read_tensors
 from ref.model.transformer import Mistral
 from ref.training.data import SoftLabelDataset
 from ref.training.model_source import ModelSource
@@ -77,7 +77,7 @@ def open_run_dir(config: TrainConfig, source: ModelSource, *, create: bool = Tru
         raise ValueError(f"--resume: {folder} holds no run")
     inputs = [Path(path) for path in config.data]
     if os.path.isdir(source.name) and not config.resume:
-        inputs.append(resolve_checkpoint(source.name))
+        inputs.append(source.folder)
     with claim_output(folder, inputs=inputs, is_ours=lambda: has_run, numbered=not config.output) as folder:
         if config.resume:
             remove_drafts(folder)
@@ -89,7 +89,7 @@ def run_metadata(config: TrainConfig, source: ModelSource, model: Mistral, data:
     return {
         "complete": False, "started": utc_now(), "model": source.name, "options": dataclasses.asdict(config),
         "model_config": dataclasses.asdict(model.config),
-        "base": None if source.config is not None else base_of(source.name, resolve_checkpoint(source.name)),
+        "base": None if source.config is not None else base_of(source.name, source.folder),
         "data": [{"file": path.name, "sha256": digest, "bytes": path.stat().st_size}
                  for path, digest in zip(data.paths, data.sha256, strict=True)],
         "num_lines": len(data), "num_lines_with_labels": data.num_with_labels, **environment_info(),

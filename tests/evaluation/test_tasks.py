@@ -41,6 +41,8 @@ def test_judgements_may_be_written_as_floats(world: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("file", "line", "message"), [
     ("qrels.jsonl", {"query-id": "x0", "corpus-id": "x1", "score": 0.7}, r"qrels\.jsonl:1: 'score' must be an integer"),
+    ("qrels.jsonl", {"query-id": "x0", "corpus-id": "x1", "score": float("inf")}, r"jsonl:1: 'score' must be an"),
+    ("qrels.jsonl", {"query-id": "x0", "corpus-id": "x1", "score": float("nan")}, r"jsonl:1: 'score' must be an"),
     ("qrels.jsonl", {"query-id": "x0", "corpus-id": "no", "score": 1}, r"qrels\.jsonl:1: 'corpus-id' must be an id of"),
     ("qrels.jsonl", {"query-id": "no", "corpus-id": "x1", "score": 1}, r"qrels\.jsonl:1: 'query-id' must be an id of"),
     ("corpus.jsonl", {"_id": "x1", "text": "twice"}, r"corpus\.jsonl:3: '_id' must be unique \(got 'x1' again\)"),
