@@ -42,8 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--runs", metavar="DIR", type=Path, default=Path("runs"), help="folder of runs (default: %(default)s)")
     add("--examples", metavar="K", type=int, default=0, help="in-context examples from each task's training split "
         "(default: 0, zero-shot)")
-    add("--examples-file", metavar="FILE", type=Path, help='JSON {"task": [{"query": …, "response": …}]}, instead of '
-        "--examples")
+    add("--examples-file", metavar="FILE|DIR", type=Path, help='JSON {"task": [{"query": …, "response": …}]}, or a '
+        "folder of TASK.json with such a list each, instead of --examples")
     add("--seed", type=int, default=0, help="random seed of --examples (default: 0)")
     add("--plan", action="store_true", help="print texts, tokens and hours, and stop")
     add("--download", metavar="DIR", type=Path, help="download the tasks' data into DIR, for --data-dir, and stop")

@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 from mteb.abstasks.abstask import get_abstask_prompt
 from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.get_tasks import TASK_LIST
 from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.get_model_meta import MODEL_REGISTRY
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
 
@@ -75,8 +77,9 @@ class MtebEncoder(AbsEncoder):
     def prompt_settings(self, task_metadata: TaskMetadata) -> dict[str, Any]:
         """Instruction, in-context examples and their source for a task, as recorded with its result."""
         few_shot = self.few_shot.get(task_metadata.name, FewShotExamples([], "zero-shot"))
-        return {"instruction": instruction_for(task_metadata, self.overrides),
-                "examples": [[e.query, e.response] for e in few_shot.examples], "examples_source": few_shot.source}
+        examples = [[e.query, e.response, *([e.instruction] if e.instruction else [])] for e in few_shot.examples]
+        return {"instruction": instruction_for(task_metadata, self.overrides), "examples": examples,
+                "examples_source": few_shot.source}
 
     def with_embedder(self, embedder: TextEmbedder) -> "MtebEncoder":
         """A copy with another embedder."""
@@ -96,6 +99,15 @@ def instruction_for(task_metadata: TaskMetadata, overrides: Mapping[str, str]) -
     if isinstance(prompt, dict):
         prompt = prompt.get("query")
     return prompt or get_abstask_prompt(task_metadata.name)
+
+
+def published_instructions(model: str) -> dict[str, str]:
+    """Task name -> instruction that mteb has for a model of the hub, as its authors gave it; empty if it has none."""
+    meta = MODEL_REGISTRY.get(model)
+    prompts = (meta.loader_kwargs.get("prompts_dict") or {}) if meta else {}
+    texts = {name: text.get("query") if isinstance(text, dict) else text for name, text in prompts.items()}
+    tasks = {task.metadata.name for task in TASK_LIST}
+    return {name: text for name, text in texts.items() if text and name in tasks}
 
 
 def read_instructions(path: str | Path, known_tasks: Iterable[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""In-context examples of a task: drawn from its training split, or read from a file.
+"""In-context examples of a task: drawn from its training split, or read from a file or a folder of files.
 
 An example is a query of the task with a correct response, which depends on the task's type:
 
@@ -25,9 +25,9 @@ from typing import Any
 import datasets
 from mteb.abstasks.abstask import AbsTask
 
-from ref.evaluation.tasks import benchmark_tasks, link_files, unknown_name
+from ref.evaluation.tasks import benchmark_tasks, earlier_names, link_files, unknown_name
 from ref.text.prompts import InContextExample
-from ref.utils.files import check_text, check_type, read_json
+from ref.utils.files import check_text, check_type, read_json, read_json_list
 from ref.utils.text import normalize_whitespace
 
 MIN_GOLD = 0.8  # of the gold scale: 4 on a scale of 0 to 5
@@ -75,35 +75,63 @@ def _zero_shot(reason: str) -> FewShotExamples:
 def load_examples(
     tasks: Sequence[AbsTask], known_tasks: Iterable[str], *, count: int, path: Path | None, seed: int,
 ) -> dict[str, FewShotExamples]:
-    """Examples by task name: those in the file `path` if it is given, else `count` from each task's training split."""
-    if path is not None:
-        return {name: FewShotExamples(examples, f"file {path.name}")
-                for name, examples in read_examples(path, known_tasks).items()}
-    return {task.metadata.name: draw_examples(task, count, seed=seed) for task in tasks} if count else {}
+    """Examples by task name: those in the file or folder `path`, else `count` from each task's training split."""
+    if path is None:
+        return {task.metadata.name: draw_examples(task, count, seed=seed) for task in tasks} if count else {}
+    read = read_example_folder if path.is_dir() else read_example_file
+    return read(path, known_tasks)
 
 
-def read_examples(path: str | Path, known_tasks: Iterable[str]) -> dict[str, list[InContextExample]]:
+# ---- from files ----------------------------------------------------------------------------------------------
+
+
+def read_example_file(path: Path, known_tasks: Iterable[str]) -> dict[str, FewShotExamples]:
     """Read task name -> examples from a JSON file {"STS12": [{"query": "...", "response": "..."}, ...], ...}.
 
-    Raises ValueError that names file, task and field for anything else, and for a name that is neither a task of the
-    benchmark nor in `known_tasks`.
+    An example may have its own `instruct`. Raises ValueError that names file, task and field for anything else, and for
+    a name that is neither a task of the benchmark nor in `known_tasks`.
     """
-    tasks = read_json(Path(path))
+    tasks = read_json(path)
     known = [*benchmark_tasks(), *known_tasks]
-    for name, rows in tasks.items():
+    for name in tasks:
         if name not in known:
             raise ValueError(f"{path}: {unknown_name('task', name, known)}")
-        check_type(rows, list, f"{path}: {name!r}", 'a list of {"query": "...", "response": "..."}')
-    return {name: [_parse_example(row, f"{path}: {name!r}, example {n}") for n, row in enumerate(rows, start=1)]
+    return {name: FewShotExamples(_parse_examples(rows, f"{path}: {name!r}"), f"file {path.name}")
             for name, rows in tasks.items()}
+
+
+def read_example_folder(folder: Path, known_tasks: Iterable[str]) -> dict[str, FewShotExamples]:
+    """Read a folder with one JSON list per task, `TASK.json`, the form in which BGE-EN-ICL's examples are published.
+
+    Files named after an earlier version of a task of the benchmark, or after a collection of tasks, serve those made
+    from it. Files of other tasks are listed and not read. Raises ValueError if none can be used or one is malformed.
+    """
+    sources = {name: (name, *earlier_names(name)) for name in (*benchmark_tasks(), *known_tasks)}
+    files = {path.stem: path for path in sorted(folder.glob("*.json"))}
+    chosen = {name: files[found[0]] for name, names in sources.items() if (found := [n for n in names if n in files])}
+    if not chosen:
+        raise ValueError(f"--examples-file {folder}: must hold a file TASK.json for a task, such as STS12.json")
+    unused = sorted(set(files) - {path.stem for path in chosen.values()})
+    if unused:
+        print(f"examples: {len(unused)} of {len(files)} files are of tasks that are not in the benchmark "
+              f"({', '.join(unused)})")
+    parsed = {path: _parse_examples(read_json_list(path), str(path)) for path in sorted(set(chosen.values()))}
+    return {name: FewShotExamples(parsed[path], f"file {path.name}") for name, path in chosen.items()}
+
+
+def _parse_examples(rows: Any, where: str) -> list[InContextExample]:
+    check_type(rows, list, where, 'a list of {"query": "...", "response": "..."}')
+    return [_parse_example(row, f"{where}, example {n}") for n, row in enumerate(rows, start=1)]
 
 
 def _parse_example(row: Any, where: str) -> InContextExample:
     check_type(row, dict, where, 'an object {"query": "...", "response": "..."}')
     for field in row:
-        if field not in ("query", "response"):
-            raise ValueError(f"{where}: {field!r:.60} is unknown (only query, response)")
-    return InContextExample(*(check_text(row.get(field), f"{where}: {field!r}") for field in ("query", "response")))
+        if field not in ("instruct", "query", "response"):
+            raise ValueError(f"{where}: {field!r:.60} is unknown (only instruct, query, response)")
+    query, response = (check_text(row.get(field), f"{where}: {field!r}") for field in ("query", "response"))
+    instruct = row.get("instruct")
+    return InContextExample(query, response, None if instruct is None else check_text(instruct, f"{where}: 'instruct'"))
 
 
 # ---- drawing -------------------------------------------------------------------------------------------------

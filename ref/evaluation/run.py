@@ -21,7 +21,7 @@ from ref.embedder import Embedder
 from ref.evaluation import plan, results
 from ref.evaluation.cached_embedder import CachedEmbedder
 from ref.evaluation.distributed_embedder import DistributedEmbedder
-from ref.evaluation.encoder import MtebEncoder, instruction_for, read_instructions
+from ref.evaluation.encoder import MtebEncoder, instruction_for, published_instructions, read_instructions
 from ref.evaluation.few_shot import FewShotExamples, load_examples
 from ref.evaluation.model_identity import PLAN_FILE, default_output, model_identity
 from ref.evaluation.plan import TaskPlan
@@ -88,12 +88,15 @@ def evaluate(config: EvalConfig) -> int:
     silence_libraries()
     selection = select_tasks(config.tasks or "all", config.data_dir)
     folders = [] if config.data_dir is None else [folder.name for folder in task_folders(config.data_dir)]
-    instructions = read_instructions(config.instructions, folders) if config.instructions else {}
+    given = read_instructions(config.instructions, folders) if config.instructions else {}
+    published = published_instructions(config.model)
     distributed = Distributed()
+    if published and distributed.rank == 0:
+        print(f"instructions: those that mteb has for this model ({len(published)} tasks)")
     if distributed.rank == 0 and not config.plan:
         read_caches_if_offline(selection.tasks)
     with claim_results(config) if distributed.rank == 0 else nullcontext(Path()) as output:
-        return _evaluate(config, selection, folders, instructions, distributed, output)
+        return _evaluate(config, selection, folders, published | given, distributed, output)
 
 
 def claim_results(config: EvalConfig) -> AbstractContextManager[Path]:

@@ -18,6 +18,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,25 @@ class TaskSelection:
 def benchmark_tasks() -> dict[str, AbsTask]:
     """The 41 tasks of MTEB(eng, v2) by name, with English subsets and test splits only."""
     return {task.metadata.name: task for task in mteb.get_benchmark(BENCHMARK).tasks}
+
+
+def earlier_names(name: str) -> list[str]:
+    """Other names that mteb has for a task's data: earlier versions, and collections that it is a part of."""
+    names = [name]
+    for later in names:  # grows: an earlier version may have earlier versions
+        names += [other for other in dict.fromkeys(_direct_predecessors().get(later, ())) if other not in names]
+    return names[1:]
+
+
+@cache
+def _direct_predecessors() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for metadata in (task.metadata for task in TASK_LIST):
+        found.setdefault(metadata.name, []).extend(metadata.adapted_from or ())
+        parts = [part.metadata.name for part in getattr(metadata, "tasks", None) or ()]
+        for later in (metadata.superseded_by, *parts):
+            found.setdefault(later or "", []).append(metadata.name)
+    return found
 
 
 def select_tasks(selection: str, data_dir: str | Path | None = None) -> TaskSelection:

@@ -55,10 +55,11 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class InContextExample:
-    """A query of the same task with a correct response, shown in the prompt."""
+    """A query of the same task with a correct response, shown in the prompt; its instruction, if not the task's."""
 
     query: str
     response: str
+    instruction: str | None = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class PromptEncoder:
         """`<s>`, then the pieces between markers, each encoded as one string."""
         limit = self.max_example_tokens
         blocks = [self._fill(self.template.example, {
-            "instruction": instruction,
+            "instruction": instruction if e.instruction is None else e.instruction,
             "query": self.tokenizer.truncate(e.query, max_tokens=limit),
             "response": self.tokenizer.truncate(e.response, max_tokens=limit)}) for e in examples]
         before_text = self.template.query.removesuffix("{text}").removesuffix(" ")

@@ -10,7 +10,7 @@ import pytest
 from sample_sets import WordHash, encoder_of, world
 from tiny_mteb import write_json
 
-from ref.evaluation.encoder import instruction_for, read_instructions
+from ref.evaluation.encoder import instruction_for, published_instructions, read_instructions
 from ref.evaluation.results import score_task
 from ref.evaluation.retrieval import read_retrieval_folder
 from ref.evaluation.tasks import CATEGORIES, benchmark_tasks, select_tasks
@@ -84,3 +84,21 @@ def test_a_malformed_file_of_instructions(content: str, message: str, tmp_path: 
     (tmp_path / "own.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         read_instructions(tmp_path / "own.json", [])
+
+
+@pytest.mark.parametrize("model", ["codefuse-ai/F2LLM-0.6B", "tencent/KaLM-Embedding-Gemma3-12B-2511"])
+def test_the_instructions_of_a_published_model_are_those_that_mteb_gives_it(model: str) -> None:
+    encoder = encoder_of(WordHash())
+    encoder.prompts_dict = mteb.get_model_meta(model).loader_kwargs["prompts_dict"]
+    published = published_instructions(model)
+    own = [task for name, task in benchmark_tasks().items() if name in published]
+    assert len(own) >= 20
+    for task in own:
+        assert instruction_for(task.metadata, published) == encoder.get_task_instruction(
+            task.metadata, mteb.types.PromptType.query)
+    assert any(instruction_for(task.metadata, published) != instruction_for(task.metadata, {}) for task in own)
+
+
+def test_no_published_instructions_for_prefixes_folders_and_unknown_models(tmp_path: Path) -> None:
+    for model in ("BAAI/bge-base-en-v1.5", "intfloat/e5-mistral-7b-instruct", "nobody/nothing", str(tmp_path)):
+        assert published_instructions(model) == {}

@@ -12,7 +12,7 @@ from mteb.abstasks.retrieval_dataset_loaders import RetrievalDatasetLoader
 from tiny_mteb import OFFSET, TOPICS, TRAINED, sentence, write_lines, write_task
 
 from ref.evaluation import few_shot
-from ref.evaluation.few_shot import FewShotExamples, draw_examples, read_examples
+from ref.evaluation.few_shot import FewShotExamples, draw_examples, read_example_file, read_example_folder
 from ref.evaluation.tasks import benchmark_tasks, select_tasks
 from ref.text.prompts import InContextExample
 
@@ -229,16 +229,50 @@ def test_on_real_data(data_dir: Path) -> None:
         assert not {example.query, example.response} & scored
 
 
-# ---- examples from a file -------------------------------------------------------------------------------------------
+# ---- examples from files --------------------------------------------------------------------------------------------
+
+GOOD = {"query": "a", "response": "b"}
 
 
 def test_examples_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "own.json"
     path.write_text(json.dumps({"STS12": [{"query": "a", "response": "b"}], "Mine": []}))
-    assert read_examples(path, ["Mine"]) == {"STS12": [InContextExample("a", "b")], "Mine": []}
+    found = read_example_file(path, ["Mine"])
+    assert {name: each.examples for name, each in found.items()} == {"STS12": [InContextExample("a", "b")], "Mine": []}
+    assert found["STS12"].source == "file own.json"
 
 
-GOOD = {"query": "a", "response": "b"}
+def test_a_folder_of_examples_as_bge_en_icl_publishes_them(tmp_path: Path, capsys: Any) -> None:
+    """Its files have the names of the tasks at that time; the tasks of today made from them use them."""
+    row = {"instruct": "Own instruction", "query": "q", "response": "r"}
+    names = ("STS12", "ClimateFEVER", "CQADupstackRetrieval", "ArxivClusteringP2P", "EmotionClassification", "SummEval",
+             "SummEvalSummarization.v2", "Mine")
+    for name in names:
+        rows = [GOOD, row] if name == "STS12" else [{**GOOD, "query": name}]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    (tmp_path / "law.jsonl").write_text("not read")
+    found = read_example_folder(tmp_path, ["Mine"])
+    queries = {name: [e.query for e in each.examples] for name, each in found.items()}
+    assert queries == {
+        "STS12": ["a", "q"], "ClimateFEVERHardNegatives": ["ClimateFEVER"], "Mine": ["Mine"],
+        "CQADupstackGamingRetrieval": ["CQADupstackRetrieval"], "CQADupstackUnixRetrieval": ["CQADupstackRetrieval"],
+        "ArXivHierarchicalClusteringP2P": ["ArxivClusteringP2P"],
+        "SummEvalSummarization.v2": ["SummEvalSummarization.v2"]}  # the file of its own name goes first
+    assert found["STS12"].examples == [InContextExample("a", "b"), InContextExample("q", "r", "Own instruction")]
+    assert found["ClimateFEVERHardNegatives"].source == "file ClimateFEVER.json"
+    assert "2 of 8 files" in (out := capsys.readouterr().out) and "EmotionClassification, SummEval)" in out
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("Other.json", [GOOD], r"--examples-file \S+: must hold a file TASK.json"),
+    ("STS12.json", {"a": 1}, r"STS12.json: must be a JSON list \(got dict\)"),
+    ("STS12.json", [GOOD, GOOD | {"instruct": ""}], r"STS12.json, example 2: 'instruct' must be a non-empty string"),
+    ("STS12.json", [{"query": "a"}], r"STS12.json, example 1: 'response' must be a non-empty string"),
+])
+def test_a_malformed_folder_of_examples(name: str, content: Any, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        read_example_folder(tmp_path, [])
 
 
 @pytest.mark.parametrize(("content", "message"), [
@@ -248,22 +282,22 @@ GOOD = {"query": "a", "response": "b"}
     ({"STS12": [GOOD, {"query": "a"}]}, r"'STS12', example 2: 'response' must be a non-empty string \(got None\)"),
     ({"STS12": [{"query": "a", "response": 3}]}, r"example 1: 'response' must be a non-empty string \(got 3\)"),
     ({"STS12": [{"query": "  ", "response": "b"}]}, r"example 1: 'query' must be a non-empty string \(got '  '\)"),
-    ({"STS12": [GOOD | {"answer": "c"}]}, r"'STS12', example 1: 'answer' is unknown \(only query, response\)"),
+    ({"STS12": [GOOD | {"answer": "c"}]}, r"example 1: 'answer' is unknown \(only instruct, query, response\)"),
     ({"STS12": ["a"]}, r"'STS12', example 1 must be an object .*\(got 'a'\)"),
 ])
 def test_a_malformed_file_is_named_with_task_and_field(content: Any, message: str, tmp_path: Path) -> None:
     (tmp_path / "own.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message) as error:
-        read_examples(tmp_path / "own.json", [])
+        read_example_file(tmp_path / "own.json", [])
     assert str(tmp_path / "own.json") in str(error.value)
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none\.json: file does not exist"):
-        read_examples(tmp_path / "none.json", [])
+        read_example_file(tmp_path / "none.json", [])
     (tmp_path / "own.json").write_text('{"STS12": ')
     with pytest.raises(ValueError, match=r"own\.json: invalid JSON \(Expecting value"):
-        read_examples(tmp_path / "own.json", [])
+        read_example_file(tmp_path / "own.json", [])
 
 
 def test_the_trained_tasks_of_the_tiny_data_are_tasks() -> None:

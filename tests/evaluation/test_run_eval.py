@@ -20,6 +20,7 @@ from conftest import adapted
 from sample_sets import WordHash, world, write_retrieval
 from tiny_mteb import write_json, write_lines
 
+import ref.evaluation.run as evaluation
 import run_eval
 from ref.embedder import Embedder
 from ref.model.adapter import save_adapter
@@ -220,6 +221,26 @@ def test_examples_are_on_the_query_side_and_are_recorded(
     capsys.readouterr()
     assert run_eval.main(command(tiny_run, world, tmp_path / "out", *options[:2])) == 0  # without: scored again
     assert "remaining" in capsys.readouterr().out
+
+
+def test_a_folder_of_examples_and_the_instructions_that_mteb_has_for_the_model(
+    world: Path, tiny_run: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = dict.fromkeys(["BIOSSES", "TwitterURLCorpus"], "Mine")
+    monkeypatch.setattr(evaluation, "published_instructions", lambda model: published)
+    rows = [{"instruct": "Another", "query": "one", "response": "two"}, {"query": "three", "response": "four"}]
+    write_json(tmp_path / "examples/BIOSSES.json", rows)
+    own = write_json(tmp_path / "instructions.json", {"TwitterURLCorpus": "Given"})
+    options = ("--tasks", "BIOSSES,TwitterURLCorpus", "--examples-file", tmp_path / "examples", "--instructions", own)
+    assert run_eval.main(command(tiny_run, world, tmp_path / "out", *options)) == 0
+    lines = [json.loads(line) for path in (tmp_path / "out").rglob("run_settings.jsonl")
+             for line in path.read_text().splitlines()]
+    recorded = {line["task"]: line["encode_kwargs"] for line in lines}
+    instructions = {name: each["instruction"] for name, each in recorded.items()}
+    assert instructions == {"BIOSSES": "Mine", "TwitterURLCorpus": "Given"}
+    assert recorded["BIOSSES"]["examples"] == [["one", "two", "Another"], ["three", "four"]]
+    assert recorded["BIOSSES"]["examples_source"] == "file BIOSSES.json"
+    assert "instructions: those that mteb has for this model (2 tasks)" in capsys.readouterr().out
 
 
 def test_k_examples_for_a_task_without_a_training_split(

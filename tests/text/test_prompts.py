@@ -323,3 +323,13 @@ def test_a_given_setting_is_named_without_a_file(tmp_path):
         load_prompt_encoder(tmp_path, mistral(), template="e5")
     with pytest.raises(ValueError, match="^--template must be one of"):
         get_template("e5", "--template")
+
+
+def test_an_example_may_have_an_instruction_of_its_own(prompt_encoder):
+    """The ids are those of the whole string, as in BGE-EN-ICL, whose examples carry their `instruct`."""
+    examples = [InContextExample("q1", "r1", "Find the cause"), InContextExample("q2", "r2")]
+    prefix = prompt_encoder.prefix("Find the answer", examples)
+    whole = ("Instruct: Find the cause\nQuery: q1\nResponse: r1\n\nInstruct: Find the answer\nQuery: q2\nResponse: r2"
+             "\n\nInstruct: Find the answer\nQuery:")
+    [ids] = prompt_encoder.tokenizer.encode([whole], max_tokens=999)
+    assert list(prefix.ids) == [prompt_encoder.tokenizer.bos_id, *ids]
