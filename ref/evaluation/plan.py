@@ -181,14 +181,20 @@ def measure_speed(embedder: Embedder, sample: Sequence[str]) -> float:
     return tokens / (time.perf_counter() - start_s)
 
 
-def table(plans: Mapping[str, TaskPlan], tokens_per_s: float) -> str:
-    """The plan as text: one line per task, the total and the estimated hours."""
-    width = max([5, *map(len, plans)])
+def table(plans: Mapping[str, TaskPlan], tokens_per_s: float, training_data: Mapping[str, str]) -> str:
+    """The plan as text: one line per task, the total and the estimated hours.
+
+    `training_data`: name of the model's training data by task, for tasks that it was trained on.
+    """
+    width = max([5, *(len(name) + 2 for name in plans)])
     lines = [f"{'task':<{width}}{'texts':>12}{'unique':>12}{'tokens':>14}{'minutes':>9}"]
     total = TaskPlan("", *(sum(getattr(plan, key) for plan in plans.values()) for key in ("texts", "unique", "tokens")))
     for name, plan in [*plans.items(), ("total", total)]:
-        lines.append(f"{name:<{width}}{plan.texts:>12,}{plan.unique:>12,}{plan.tokens:>14,}"
+        marked = f"{name} †" if name in training_data else name
+        lines.append(f"{marked:<{width}}{plan.texts:>12,}{plan.unique:>12,}{plan.tokens:>14,}"
                      f"{plan.tokens / tokens_per_s / 60:>9.1f}")
+    if trained := {name: data for name, data in training_data.items() if name in plans}:
+        lines.append(f"† the model's training data name the task ({', '.join(dict.fromkeys(trained.values()))})")
     lines.append(f"estimated: {total.tokens / tokens_per_s / 3600:.2f} hours at {tokens_per_s:,.0f} tokens/s, plus "
                  "mteb's own computation")
     return "\n".join(lines)

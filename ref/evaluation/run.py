@@ -37,6 +37,7 @@ from ref.evaluation.tasks import (
     select_tasks,
     task_folders,
 )
+from ref.evaluation.training_data import tasks_in_training_data
 from ref.model.card import Score, add_scores
 from ref.model.checkpoint import resolve_checkpoint
 from ref.model.known_models import defaults_for
@@ -203,7 +204,8 @@ def score_selection(
         print(f"{len(estimates)} tasks are estimated from mteb's statistics and {rate:.3f} tokens per character; exact "
               "counts need their data (--download)")
     plans = {**estimates, **plans}
-    print(plan.table(plans, plan.measure_speed(embedder, sample) * world_size))
+    trained = tasks_in_training_data(config.model, (task.metadata.name for task in tasks))
+    print(plan.table(plans, plan.measure_speed(embedder, sample) * world_size, trained))
     unplanned = [task.metadata.name for task in tasks if task.metadata.name not in plans]
     if unplanned:
         print(f"not in the plan because of an error: {', '.join(unplanned)}")
@@ -219,7 +221,7 @@ def score_selection(
               f"{config.data_dir})")
     timed = plans if config.embedding_cache is None else {}  # with cached embeddings the speed means nothing
     for path in write_run_report(encoder, tasks, scores, output, model=config.model, plans=timed, failed=failed,
-                                 missing=missing):
+                                 missing=missing, training_data=trained):
         print(f"report: {path}")
     update_cards(Path(config.model), encoder, tasks, scores)
     print(f"results: {output}" + (f"; failed: {', '.join(failed)}" if failed else ""))
@@ -307,7 +309,7 @@ def score_tasks(
 
 def write_run_report(
     encoder: MtebEncoder, tasks: Sequence[AbsTask], scores: Sequence[TaskScore], output: Path, *, model: str,
-    plans: Mapping[str, TaskPlan], failed: Mapping[str, str], missing: Sequence[str],
+    plans: Mapping[str, TaskPlan], failed: Mapping[str, str], missing: Sequence[str], training_data: Mapping[str, str],
 ) -> list[Path]:
     """Write report.html and report.md into `output`; returns their paths. Tasks without a plan have no token count."""
     by_name = {task.metadata.name: task for task in tasks}
@@ -318,7 +320,8 @@ def write_run_report(
             task=score.task, category=score.category, metric=score.metric, score=100 * score.score,
             instruction=prompt["instruction"], examples=len(prompt["examples"]),
             examples_source=prompt["examples_source"], seconds=score.elapsed_s,
-            tokens=plans[score.task].tokens if score.task in plans else None, official=is_official(task)))
+            tokens=plans[score.task].tokens if score.task in plans else None, official=is_official(task),
+            training_data=training_data.get(score.task, "")))
     versions = {name: version for name, version in environment_info()["versions"].items() if version}
     report = Report(model=model, date=utc_now(), versions=versions, tasks=task_results, failed=failed, missing=missing)
     return write_report(report, output)

@@ -92,6 +92,7 @@ def run_metadata(config: TrainConfig, source: ModelSource, model: Mistral, data:
         "base": None if source.config is not None else base_of(source.name, source.folder),
         "data": [{"file": path.name, "sha256": digest, "bytes": path.stat().st_size}
                  for path, digest in zip(data.paths, data.sha256, strict=True)],
+        "tasks": sorted({task.name for task in data.tasks}),
         "num_lines": len(data), "num_lines_with_labels": data.num_with_labels, **environment_info(),
     }
 

@@ -12,10 +12,11 @@ import numpy as np
 
 from ref.evaluation.report.charts import Chart, bar_chart, difference_chart
 from ref.evaluation.report.leaderboard import BENCHMARK, Comparison, ScoreTable, read_public_scores
-from ref.evaluation.report.run_results import Analysis, Report
+from ref.evaluation.report.run_results import Analysis, Report, TaskResult
 
 NUM_NEIGHBOURS = 3  # models above and below, in the table of ranks
 NO_VALUE = "–"
+IN_TRAINING = "†"  # behind the name of a task whose data the model was trained on
 WORD_BOUNDARY = re.compile(r"(?<=[a-z])(?=[A-Z])")  # PairClassification -> Pair Classification
 
 
@@ -106,7 +107,7 @@ def _summary(analysis: Analysis) -> Section:
         rows.append(("Mean of other tasks", format_number(mean), remark))
     blocks: list[Text | KeyFigures] = [Text(note, notice=True)] if note else []
     blocks += [KeyFigures(rows)] if rows else [Text("No task has a score.", notice=True)]
-    blocks += [Text(text, notice=True) for text in _notices(analysis)]
+    blocks += [Text(text, notice=True) for text in [*_notices(analysis), *_training_notice(analysis.report)]]
     return Section("Summary", blocks)
 
 
@@ -146,6 +147,14 @@ def _notices(analysis: Analysis) -> list[str]:
     if absent:
         texts.append(f"Not in the table of public scores, therefore not shown: {', '.join(absent)}.")
     return texts
+
+
+def _training_notice(report: Report) -> list[str]:
+    """The tasks whose data the model was trained on."""
+    found = [result for result in report.tasks if result.training_data]
+    names = ", ".join(f"{result.task} ({result.training_data})" for result in found)
+    return [f"{IN_TRAINING} The model's training data name {count(len(found), 'task')}: {names}. These scores are not "
+            "those of unseen data."] if found else []
 
 
 def _by_category(analysis: Analysis, comparison: Comparison) -> Section:
@@ -204,21 +213,25 @@ def _ranking(analysis: Analysis, comparison: Comparison) -> Section:
 def _by_task(analysis: Analysis, comparison: Comparison) -> Section:
     score_ME, reference_row = comparison.table.score_ME, analysis.reference_row
     rows, differences = [], []
-    metrics = {result.task: result.metric for result in analysis.compared}
+    results = {result.task: result for result in analysis.compared}
     for index, task in enumerate(comparison.table.tasks):
         score = score_ME[0, index]
-        cells = [task, format_number(score)]
+        cells = [_task_name(results[task]), format_number(score)]
         if reference_row is not None:
             difference = float(score - score_ME[reference_row, index])
             cells += [format_number(score_ME[reference_row, index]), format_signed(difference)]
             differences.append((task, difference))
         num_models = np.count_nonzero(~np.isnan(score_ME[:, index]))
         rank = f"{comparison.task_rank_ME[0, index]:g} of {num_models}"
-        rows.append([*cells, rank, comparison.table.categories[index], metrics[task]])
+        rows.append([*cells, rank, comparison.table.categories[index], results[task].metric])
     reference = [] if reference_row is None else [analysis.report.reference_model, "Difference"]
     header = ["Task", analysis.report.model, *reference, "Rank in task", "Category", "Metric"]
     table = Table("Scores by task", header, rows, frozenset({0, len(header) - 2, len(header) - 1}))
     return Section("Scores by task", [*_difference_blocks(analysis.report, differences), table])
+
+
+def _task_name(result: TaskResult) -> str:
+    return f"{result.task} {IN_TRAINING}" if result.training_data else result.task
 
 
 def _difference_blocks(report: Report, differences: Sequence[tuple[str, float]]) -> list[Text | Charts]:
@@ -238,8 +251,8 @@ def _not_compared(analysis: Analysis) -> Section:
     results, title = analysis.not_compared, "Not compared with public scores"
     if not results:
         return Section(title, [])
-    rows = [[result.task, format_number(result.score), analysis.data_status(result), result.category, result.metric]
-            for result in results]
+    rows = [[_task_name(result), format_number(result.score), analysis.data_status(result), result.category,
+             result.metric] for result in results]
     chart = bar_chart(f"{analysis.report.model}, not compared with public scores",
                       [(result.task, result.score) for result in results], highlighted=None)
     table = Table("Scores of other tasks", ["Task", "Score", "Data", "Category", "Metric"], rows,

@@ -33,6 +33,7 @@ class TaskResult:
     seconds: float | None = None  # None: not measured, e.g. for a cached result
     tokens: int | None = None
     official: bool = True  # the data are known to be the benchmark's own
+    training_data: str = ""  # the model was trained on this task's data, which have this name
 
 
 @dataclass(frozen=True)
