@@ -47,7 +47,7 @@ from ref.utils.device import resolve_device, resolve_dtype
 from ref.utils.distributed import Distributed
 from ref.utils.environment import environment_info, utc_now
 from ref.utils.files import read_json
-from ref.utils.outputs import claim_output
+from ref.utils.outputs import check_outside, claim_output
 
 HUB_TIMEOUT_S = 10.0
 
@@ -101,9 +101,12 @@ def evaluate(config: EvalConfig) -> int:
 
 
 def claim_results(config: EvalConfig) -> AbstractContextManager[Path]:
-    """Hold the output folder; results of an earlier call stay and are used."""
+    """Hold the output folder; results of an earlier call stay and are used. The embedding cache is checked too."""
     output = config.output or default_output(config.model)
     inputs = [path for path in (config.data_dir, config.instructions, config.examples_file) if path is not None]
+    if config.embedding_cache is not None:
+        model = [resolve_checkpoint(config.model)] if Path(config.model).is_dir() else []
+        check_outside(config.embedding_cache, [*inputs, *model], f"--embedding-cache {config.embedding_cache}")
     return claim_output(output, inputs=inputs, is_ours=lambda: any(
         (output / name).exists() for name in (PLAN_FILE, "results")))
 

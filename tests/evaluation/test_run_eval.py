@@ -88,6 +88,10 @@ def test_a_folder_of_the_user_is_not_an_output(
     assert "report.html exists and was not written by this command" in capsys.readouterr().err
     assert run_eval.main(command(model, world, world / "out", "--tasks", "STS")) == 2
     assert "must not be an input or lie in one" in capsys.readouterr().err
+    for cache in (world / "BIOSSES", model, model / "vectors"):
+        assert run_eval.main(command(model, world, tmp_path / "out", "--tasks", "STS", "--embedding-cache", cache)) == 2
+        assert f"--embedding-cache {cache}: must not be an input or lie in one" in capsys.readouterr().err
+        assert not (model / "vectors").exists() and not (tmp_path / "out").exists()
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["report.html"] and not (world / "out").exists()
 
 
