@@ -5,7 +5,7 @@ For each step:   lines of one task  ->  prompts, with 0 to k in-context examples
 
 All options: `python run_train.py --help`. The step and the loop: ref/training/trainer.py. The run folder:
 ref/training/run_dir.py. Ctrl-C stops after the current step with everything saved; `--resume --output FOLDER`
-continues.
+continues, and with a larger --steps, --epochs or --minutes extends a complete run.
 """
 
 import dataclasses
@@ -24,22 +24,24 @@ from ref.evaluation.retrieval import evaluate_retrieval
 from ref.model.card import write_model_cards
 from ref.training.arguments import parse_args, train_config
 from ref.training.data import SoftLabelDataset
-from ref.training.export import remove_results, save_merged, save_result
+from ref.training.export import earlier_results, save_merged, save_result
 from ref.training.memory import auto_mini_batch_tokens
 from ref.training.metrics import plot_loss
 from ref.training.model_source import ModelSource, build_model, declared_template, resolve_model
 from ref.training.run_dir import (
+    BEGINNING,
     check_resumed,
     open_run_dir,
     resume_options,
     run_metadata,
+    schedule_start,
     trainable_parameters,
 )
-from ref.training.trainer import Trainer, train
+from ref.training.trainer import Trainer, num_steps, train
 from ref.utils.device import Dtype, resolve_backend, resolve_device, resolve_dtype
 from ref.utils.distributed import Distributed, RankFailure
 from ref.utils.environment import utc_now
-from ref.utils.files import write_json
+from ref.utils.files import remove_path, write_json
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -136,20 +138,24 @@ def run(trainer: Trainer, folder: Path, source: ModelSource) -> int:
     """One run from its first step to its result."""
     config, data = trainer.config, trainer.data
     metadata = run_metadata(config, source, trainer.model, data)
-    is_first = trainer.distributed.rank == 0
+    is_first, start = trainer.distributed.rank == 0, BEGINNING
     if config.resume:
         saved = check_resumed(folder, metadata)
-        if saved.get("complete"):
-            print(f"{folder} is complete: nothing to resume")
+        begin = schedule_start(folder, saved, config, num_steps(config, data))
+        if begin is None:
+            print(f"{folder} is complete: nothing to resume; a larger --steps, --epochs or --minutes extends it")
             return 0
-        metadata |= {"started": saved["started"], "eval_before": saved.get("eval_before")}
+        start = begin
+        metadata |= {"started": saved["started"], "eval_before": saved.get("eval_before"), "schedule_start": start}
     elif is_first:
         metadata["eval_before"] = evaluate(trainer, "before training")
     if is_first:
+        results = earlier_results(folder)
         write_json(folder / "run.json", metadata)
-        remove_results(folder)  # of an interrupted run: older than the states from here on
+        for result in results:
+            remove_path(result)
     trainer.distributed.barrier(while_alive=True)
-    complete = train(trainer, folder)
+    complete = train(trainer, folder, start)
     if not is_first:
         return 0 if complete else 130
     save_result(folder, trainer.model, trainer.prompt_encoder, config, source, data)

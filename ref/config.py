@@ -159,6 +159,8 @@ def _stored_dtype(values: dict[str, Any], path: Path) -> str:
 
 # ---- training ----------------------------------------------------------------------------------------------
 
+LENGTHS = ("epochs", "steps", "minutes")  # options that set the length of a run; one of them
+
 PRESETS: dict[str, dict[str, Any]] = {
     # The paper and its closest lineage: the defaults of TrainConfig.
     "paper": {},
@@ -197,7 +199,8 @@ class TrainConfig:
     eval_data: str | None = _option(None, "folder of retrieval sets, scored before and after training; "
                                     "none: no scoring (default: held_out/ beside the first data file, if it has some)")
     output: str | None = _option(None, "run folder (default: runs/NAME)")
-    resume: bool = _option(False, "continue the run in --output from its last saved state")
+    resume: bool = _option(False, "continue the run in --output from its last saved state; with a larger --steps, "
+                           "--epochs or --minutes extend a complete run")
 
     train: Literal["lora", "all"] | None = _option(
         None, "trainable parameters (default: all for random initialisation, lora for a checkpoint)", group="model")

@@ -20,6 +20,7 @@ from ref.model.checkpoint import ADAPTER_CONFIG
 from ref.utils.files import atomic_write, read_json, write_json
 
 BEFORE_TEXT = "\nQuery: "  # end of the paper's template
+CARD_FILE, SCORES_FILE = "README.md", "scores.json"
 PLACEHOLDER = "OWNER/NAME"
 RESULTS = ("model", "adapter", "merged")
 SIGNATURE = "<!-- written by this project; SHA-256 of the text above: {} -->\n"
@@ -42,7 +43,7 @@ class Score(NamedTuple):
 
 def add_scores(run: Path, scores: Mapping[str, Score]) -> list[Path]:
     """Add scores by task to those of earlier evaluations of a run, and write its cards; returns the edited ones."""
-    path = run / "scores.json"
+    path = run / SCORES_FILE
     stored = read_json(path) if path.exists() else {}
     write_json(path, {**stored, **{task: score._asdict() for task, score in scores.items()}})
     return write_model_cards(run)
@@ -52,8 +53,8 @@ def write_model_cards(run: Path) -> list[Path]:
     """Write README.md into each result of a complete run; returns those left alone because somebody edited them."""
     edited = []
     for folder in (run / result for result in RESULTS if (run / result).is_dir()):
-        path = folder / "README.md"
-        if path.exists() and not _is_ours(path.read_text(encoding="utf-8")):
+        path = folder / CARD_FILE
+        if path.exists() and not is_unedited_card(path):
             edited.append(path)
             continue
         card = _signed(model_card(run, folder))
@@ -63,7 +64,7 @@ def write_model_cards(run: Path) -> list[Path]:
 
 def model_card(run: Path, folder: Path) -> str:
     """The card of one exported folder of a run."""
-    facts, path = read_json(run / "run.json"), run / "scores.json"
+    facts, path = read_json(run / "run.json"), run / SCORES_FILE
     scores = {task: Score(**values) for task, values in (read_json(path) if path.exists() else {}).items()}
     base, name = facts.get("base") or {}, run.resolve().name
     data = ModelCardData(
@@ -170,7 +171,8 @@ def _signed(text: str) -> str:
     return text + SIGNATURE.format(hashlib.sha256(text.encode()).hexdigest())
 
 
-def _is_ours(text: str) -> bool:
-    """Whether a card is as `write_model_cards` left it."""
+def is_unedited_card(path: Path) -> bool:
+    """Whether a file is a card as `write_model_cards` left it."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.name == CARD_FILE else ""
     body = text.rpartition("<!-- written by")[0]
-    return text == _signed(body)
+    return bool(text) and text == _signed(body)

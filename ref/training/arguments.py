@@ -5,12 +5,15 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
 
-from ref.config import PRESETS, TrainConfig
+from ref.config import LENGTHS, PRESETS, TrainConfig
 from ref.training.model_source import ModelSource
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options that were given; those not given are absent. `train_config` adds preset and defaults."""
+    """The options that were given; those not given are absent. `train_config` adds preset and defaults.
+
+    Raises ValueError for two lengths of the run.
+    """
     parser = argparse.ArgumentParser(
         description="Train an LLM text embedder from soft labels. The defaults below are those of --preset paper; "
         "--preset changes some (docs/training.md).",
@@ -20,14 +23,15 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         if "group" in item.metadata:
             group = parser.add_argument_group(item.metadata["group"])
         group.add_argument("--" + item.name.replace("_", "-"), **_argument(item))
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    ends = [flag for flag in LENGTHS if getattr(given, flag, None) is not None]
+    if len(ends) > 1:
+        raise ValueError(f"{' and '.join(f'--{flag}' for flag in ends)} exclude each other; give one")
+    return given
 
 
 def train_config(given: argparse.Namespace, source: ModelSource) -> TrainConfig:
     """Defaults, overridden by the preset, overridden by the given options."""
-    ends = [flag for flag in ("epochs", "steps", "minutes") if getattr(given, flag, None) is not None]
-    if len(ends) > 1 and not getattr(given, "resume", False):
-        raise ValueError(f"{' and '.join(f'--{flag}' for flag in ends)} exclude each other; give one")
     name = getattr(given, "preset", None) or source.default_preset()
     if name not in PRESETS:
         raise ValueError(f"--preset must be one of {', '.join(PRESETS)} (got {name!r})")

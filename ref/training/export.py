@@ -16,6 +16,7 @@ import numpy as np
 
 from ref.config import TrainConfig
 from ref.model.adapter import save_adapter
+from ref.model.card import SCORES_FILE, is_unedited_card
 from ref.model.checkpoint import resolve_checkpoint, save_model
 from ref.model.lora import frozen_base, merge_lora
 from ref.model.transformer import Mistral
@@ -23,7 +24,7 @@ from ref.task_types import TASK_TYPES
 from ref.text.prompts import PromptEncoder, save_prompt_encoder
 from ref.training.data import SoftLabelDataset
 from ref.training.model_source import ModelSource
-from ref.utils.files import atomic_write, remove_path
+from ref.utils.files import atomic_write
 
 # Names of the files that save_result and save_merged write, as a regular expression.
 WRITTEN = (r"(config|tokenizer|tokenizer_config|embedder|modules|sentence_bert_config|config_sentence_transformers"
@@ -59,14 +60,16 @@ def save_merged(folder: Path, model: Mistral, prompt_encoder: PromptEncoder, dat
     atomic_write(folder / "merged", lambda draft: export_model(model, prompt_encoder, prompts, draft))
 
 
-def remove_results(folder: Path) -> None:
-    """Remove what these two functions write. Raises ValueError, and removes nothing, if it holds another file."""
+def earlier_results(folder: Path) -> list[Path]:
+    """What these two functions write, and the scores in its model cards: not of the weights from here on.
+
+    Raises ValueError if there is another file, or a card that somebody edited: the folders will be replaced.
+    """
     results = [folder / name for name in ("model", "adapter", "base", "merged")]
     for path in (path for result in results for path in sorted(result.rglob("*"))):
-        if not path.is_dir() and not re.fullmatch(WRITTEN, path.name):
+        if not path.is_dir() and not re.fullmatch(WRITTEN, path.name) and not is_unedited_card(path):
             raise ValueError(f"{path} was not written by this command, which replaces its folder; move it first")
-    for result in results:
-        remove_path(result)
+    return [*results, folder / SCORES_FILE]
 
 
 def exported_prompts(data: SoftLabelDataset) -> dict[str, str | None]:

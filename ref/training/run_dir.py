@@ -21,13 +21,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ref.config import TrainConfig
+from ref.config import LENGTHS, TrainConfig
 from ref.model.card import base_of
 from ref.model.checkpoint import read_tensors
 from ref.model.transformer import Mistral
@@ -42,19 +42,35 @@ RESUMABLE_OPTIONS = (
     "mini_batch_tokens", "gradient_checkpointing", "save_steps", "save_total_limit", "distributed_timeout")
 
 
+class Position(TypedDict):
+    """A position in a run, as in position.json of a state."""
+
+    step: int
+    elapsed_s: float  # of training
+
+
+BEGINNING = Position(step=0, elapsed_s=0.0)
+
+
 def resume_options(given: Namespace) -> Namespace:
-    """The options of the run in --output, updated by RESUMABLE_OPTIONS. Raises ValueError if others differ."""
+    """The options of the run in --output, updated by RESUMABLE_OPTIONS, and by LENGTHS if it is complete.
+
+    Raises ValueError if others differ.
+    """
     folder = Path(getattr(given, "output", None) or "")
     saved = read_json(folder / "run.json")
     if not isinstance(saved.get("options"), dict) or "model" not in saved or "data" not in saved:
         raise ValueError(f"{folder / 'run.json'}: must have 'options', 'model' and 'data', as run_train.py writes it")
+    may_change = (*RESUMABLE_OPTIONS, *(LENGTHS if saved.get("complete") else ()))
     different = {k: v for k, v in vars(given).items()
-                 if k not in ("resume", "output", *RESUMABLE_OPTIONS) and v != saved["options"].get(k)}
+                 if k not in ("resume", "output", *may_change) and v != saved["options"].get(k)}
     if different:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in different)
         raise ValueError(f"--resume: {flags} must be as in {folder / 'run.json'}; only "
-                         f"{', '.join('--' + name.replace('_', '-') for name in RESUMABLE_OPTIONS)} may change")
+                         f"{', '.join('--' + name.replace('_', '-') for name in may_change)} may change")
     options = {**saved["options"], **{k: v for k, v in vars(given).items() if k in RESUMABLE_OPTIONS}}
+    if length := {k: v for k, v in vars(given).items() if k in LENGTHS}:
+        options |= {**{name: getattr(TrainConfig(), name) for name in LENGTHS}, **length}
     return Namespace(**{**options, "model": saved["model"], "resume": True, "output": str(folder)})
 
 
@@ -107,6 +123,28 @@ def check_resumed(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     return saved
 
 
+def schedule_start(folder: Path, saved: dict[str, Any], config: TrainConfig, total_steps: int) -> Position | None:
+    """Where the learning rate's present schedule begins; None if there is nothing left to do.
+
+    A complete run that is given a larger length is extended: a schedule of its own, warm-up included, for what is
+    added. Raises ValueError if its last state is gone.
+    """
+    start: Position = saved.get("schedule_start", BEGINNING)
+    if not saved.get("complete"):
+        return start
+    if not _states(folder):
+        raise ValueError(f"--resume: {folder / 'state'} has no saved state to continue from")
+    end = Position(**read_json(_states(folder)[-1] / "position.json"))  # type: ignore[typeddict-item]
+    return end if share_done(config, total_steps, end, BEGINNING) < 1 else None
+
+
+def share_done(config: TrainConfig, total_steps: int, position: Position, start: Position) -> float:
+    """Share of the way from `start` to the end of the run, 1 and above at its end."""
+    here, first, end = (position["elapsed_s"], start["elapsed_s"], 60 * config.minutes) if config.minutes else (
+        position["step"], start["step"], total_steps)
+    return (here - first) / (end - first) if end > first else 1.0
+
+
 # ---- saved states ------------------------------------------------------------------------------------------
 
 
@@ -116,7 +154,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save_state(
-    folder: Path, model: nn.Module, optimiser: torch.optim.AdamW, position: dict[str, Any], *, limit: int,
+    folder: Path, model: nn.Module, optimiser: torch.optim.AdamW, position: Position, *, limit: int,
 ) -> None:
     """Write trainable parameters, AdamW's moments and the position to folder/state/STEP; keep the last `limit` states.
 
@@ -139,14 +177,14 @@ def save_state(
         remove_path(old)
 
 
-def load_state(folder: Path, model: nn.Module, optimiser: torch.optim.AdamW) -> dict[str, Any]:
+def load_state(folder: Path, model: nn.Module, optimiser: torch.optim.AdamW) -> Position:
     """Restore the newest complete state; returns its position, step 0 if there is none."""
     states = _states(folder)
     if not states:
-        return {"step": 0, "elapsed_s": 0.0}
+        return BEGINNING
     state = states[-1]
     try:
-        position = read_json(state / "position.json")
+        position = Position(**read_json(state / "position.json"))  # type: ignore[typeddict-item]
         tensors = dict(read_tensors(state / "state.safetensors", device=torch.device("cpu")))
     except ValueError as error:
         before = states[-2] if len(states) > 1 else "the beginning"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from ref.text.prompts import PromptEncoder, PromptPrefix
 from ref.training.data import Batch, SoftLabelDataset
 from ref.training.grad_cache import GradientCache, PromptedTexts
 from ref.training.metrics import GracefulStop, MetricsLogger, Stopwatch, TrainingProgress, truncate_metrics
-from ref.training.run_dir import load_state, save_state, trainable_parameters
+from ref.training.run_dir import BEGINNING, Position, load_state, save_state, share_done, trainable_parameters
 from ref.utils.device import Backend, resolve_backend
 from ref.utils.distributed import Distributed
 from ref.utils.prefetch import prefetch
@@ -175,7 +175,9 @@ def shard_batch(batch: Batch, distributed: Distributed) -> Shard:
 
 
 def learning_rate(config: TrainConfig, progress: float) -> float:
-    """Learning rate after a share `progress` in [0, 1] of the run: linear warm-up, then linear or cosine decay to 0."""
+    """Learning rate after a share `progress` in [0, 1] of the schedule: linear warm-up, then linear or cosine decay to
+    0. An extension of a complete run has a schedule of its own.
+    """
     if progress < config.warmup_ratio:
         return config.learning_rate * progress / config.warmup_ratio
     left = (1 - min(1.0, progress)) / (1 - config.warmup_ratio)
@@ -193,13 +195,18 @@ def batch_schedule(data: SoftLabelDataset, first_step: int) -> Iterator[tuple[in
         epoch += 1
 
 
-def train(trainer: Trainer, folder: Path) -> bool:
-    """Train until the end of the schedule, or until Ctrl-C, which returns False; saves states in the run folder."""
-    config, distributed = trainer.config, trainer.distributed
-    total = config.steps or math.ceil(config.epochs * len(trainer.data.batches(0)))
-    position: dict[str, Any] = {"step": 0, "elapsed_s": 0.0}
-    if config.resume:
-        position = load_state(folder, trainer.model, trainer.optimiser)
+def num_steps(config: TrainConfig, data: SoftLabelDataset) -> int:
+    """Steps of the whole run; without meaning if --minutes ends it."""
+    return config.steps or math.ceil(config.epochs * len(data.batches(0)))
+
+
+def train(trainer: Trainer, folder: Path, start: Position) -> bool:
+    """Train until the end of the schedule, or until Ctrl-C, which returns False; saves states in the run folder.
+
+    `start`: where the schedule begins, the beginning of the run unless a complete one is extended.
+    """
+    config, distributed, total = trainer.config, trainer.distributed, num_steps(trainer.config, trainer.data)
+    position = load_state(folder, trainer.model, trainer.optimiser) if config.resume else BEGINNING
     stopwatch, first_step, is_first = Stopwatch(position["elapsed_s"]), position["step"], distributed.rank == 0
     if is_first:
         truncate_metrics(folder, first_step)
@@ -214,19 +221,20 @@ def train(trainer: Trainer, folder: Path) -> bool:
     with GracefulStop() as stop:
         for prepared in prefetch(prepare, batch_schedule(trainer.data, first_step)):
             step = prepared.step
-            done = stopwatch.elapsed_s / (60 * config.minutes) if config.minutes else step / total
+            position = Position(step=step, elapsed_s=stopwatch.elapsed_s)
+            done = share_done(config, total, position, start)
             # all ranks stop at the same step: the first whose all-reduced metric `stop` is above 0
             ended = done >= 1 or (stop.requested if distributed.world_size == 1 else log.stop_requested)
             if ended or (step > first_step and step % config.save_steps == 0):
                 log.flush()  # a loss that is not finite is noticed here and not saved
                 if is_first:
-                    save_state(folder, trainer.model, trainer.optimiser,
-                               {"step": step, "elapsed_s": stopwatch.elapsed_s}, limit=config.save_total_limit)
+                    save_state(folder, trainer.model, trainer.optimiser, position, limit=config.save_total_limit)
                 distributed.barrier(while_alive=True)  # writing a large state takes long
             if ended:
                 log.close()
                 return done >= 1
-            train_step(trainer, prepared, log, done + (0 if config.minutes else 1 / total / 2), stop=stop.requested)
+            middle = 0 if config.minutes else 1 / (total - start["step"]) / 2
+            train_step(trainer, prepared, log, done + middle, stop=stop.requested)
     raise AssertionError("the schedule is endless")
 
 

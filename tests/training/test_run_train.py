@@ -28,6 +28,7 @@ from conftest import draw_training_lines
 import run_train
 from ref import Embedder
 from ref.config import PRESETS, TrainConfig
+from ref.model.card import Score, add_scores
 from ref.model.checkpoint import read_tensors
 from ref.text.prompts import InContextExample
 from ref.training import metrics, model_source, run_dir
@@ -82,7 +83,7 @@ def place(tmp_path_factory) -> SimpleNamespace:
         standard = {"--data": data, "--model": folder / "config.json", "--steps": STEPS, "--batch-size": 5,
                     "--device": "cpu", "--learning-rate": "5e-3", "--max-text-tokens": 80,
                     "--max-examples": 2, "--output": folder / name}
-        if "--minutes" in given:
+        if {"--minutes", "--epochs"} & set(given):
             del standard["--steps"]
         return given + [str(x) for key, value in standard.items() if key not in given for x in (key, value)]
     return SimpleNamespace(folder=folder, data=data, arguments=arguments,
@@ -503,6 +504,90 @@ def test_a_complete_run_has_nothing_to_go_on_with(place, whole, capsys):
     assert run_train.main(["--resume", "--output", str(whole)]) == 0
     assert "is complete: nothing to resume" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+
+
+def extended(place, name: str, *options: object) -> Path:
+    """A complete run of STEPS steps, whose model card has scores."""
+    assert place.train(name, *options) == 0
+    score = Score("STS", "cosine_spearman", 70.0, 0, "local", "local-1", "test", False)
+    add_scores(place.folder / name, {"STS12": score})
+    return place.folder / name
+
+
+def test_a_complete_run_is_extended_with_a_schedule_of_its_own(place, whole, capsys):
+    """Steps, data and AdamW's moments continue; the learning rate rises and falls again over the added steps."""
+    folder = extended(place, "extended")
+    assert "STS12" in (folder / "model/README.md").read_text()
+    before = weights(folder)
+    assert run_train.main(["--resume", "--output", str(folder), "--steps", str(STEPS + 4)]) == 0
+    rows, run = rows_of(folder), facts(folder)
+    assert [row["step"] for row in rows] == list(range(STEPS + 4)) and untimed(folder)[:STEPS] == untimed(whole)
+    config = TrainConfig(lr_scheduler="cosine", learning_rate=5e-3)
+    rates = [learning_rate(config, (n + 0.5) / 4) for n in range(4)]
+    assert [row["learning_rate"] for row in rows[STEPS:]] == pytest.approx(rates)
+    assert [row["epoch"] for row in rows] == sorted(row["epoch"] for row in rows) and rows[-1]["epoch"] > 0
+    assert run["complete"] and run["options"]["steps"] == STEPS + 4 and run["schedule_start"]["step"] == STEPS
+    assert weights(folder) != before
+    assert not (folder / "scores.json").exists() and "STS12" not in (folder / "model/README.md").read_text()
+    capsys.readouterr()
+    for length in ([], ["--steps", str(STEPS)], ["--epochs", "0.1"], ["--minutes", "0.0001"]):
+        assert run_train.main(["--resume", "--output", str(folder), *length]) == 0
+        assert "is complete: nothing to resume; a larger --steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("length", [["--epochs", "2"], ["--steps", "12"]])
+def test_an_extension_that_was_stopped_goes_on_as_if_undisturbed(place, length):
+    runs = []
+    for name in ("once", "twice"):
+        folder = place.folder / f"{name}{length[0]}"
+        assert place.train(folder.name, length[0], 1 if length[0] == "--epochs" else STEPS) == 0
+        command = ["--resume", "--output", str(folder), *length]
+        if name == "twice":
+            with ctrl_c_at(len(rows_of(folder)) + 1):
+                assert run_train.main(command) == 130
+            assert not facts(folder)["complete"] and Embedder.from_pretrained(folder)
+            command = command[:3]
+        assert run_train.main(command) == 0
+        runs.append((weights(folder), untimed(folder), facts(folder)["schedule_start"]["step"]))
+    assert runs[0] == runs[1]
+
+
+def test_what_cannot_be_extended(place, capsys):
+    folder = extended(place, "edited")
+    with (folder / "model/README.md").open("a") as card:
+        card.write("mine")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    extend = ["--resume", "--output", str(folder), "--steps", "9"]
+    for more, message in (
+        ([], "README.md was not written by this command, which replaces its folder; move it first"),
+        (["--learning-rate", "1"], "--learning-rate must be as in"),
+        (["--epochs", "9"], "--epochs and --steps exclude each other; give one"),
+    ):
+        assert run_train.main([*extend, *more]) == 2
+        assert message in capsys.readouterr().err
+        assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    shutil.rmtree(folder / "state")
+    assert run_train.main(extend) == 2
+    assert f"{folder / 'state'} has no saved state to continue from" in capsys.readouterr().err
+    with ctrl_c_at(2):
+        assert place.train("unfinished") == 130
+    assert run_train.main(["--resume", "--output", str(place.folder / "unfinished"), "--steps", "9"]) == 2
+    assert "--steps must be as in" in capsys.readouterr().err
+
+
+def test_a_run_starts_from_an_adapter_or_a_merged_model_with_other_data(place, adapter):
+    """Both begin with the same loss: the new adapter lies on the trained model."""
+    other = write_data(place.folder / "other.jsonl", draw_training_lines(WORDS, {"Songs": "Find who sings."}, 20))
+    losses = []
+    for part in ("adapter", "merged"):
+        folder = place.folder / f"from-{part}"
+        assert place.train(folder.name, "--model", adapter / part, "--data", other, "--lora-rank", 4, "--merge") == 0
+        losses.append(rows_of(folder)[0]["loss"])
+        assert facts(folder)["tasks"] == ["Songs"] and facts(folder)["options"]["train"] == "lora"
+        ours = Embedder.from_pretrained(folder, device="cpu").encode(TEXTS)
+        assert np.abs(ours - Embedder.from_pretrained(folder / "merged", device="cpu").encode(TEXTS)).max() < 1e-4
+        assert np.abs(ours - Embedder.from_pretrained(adapter, device="cpu").encode(TEXTS)).max() > 1e-4
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_a_resumed_run_that_crashes_leaves_no_older_model(place, monkeypatch):
