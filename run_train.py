@@ -31,6 +31,7 @@ from ref.training.model_source import ModelSource, build_model, declared_templat
 from ref.training.run_dir import (
     BEGINNING,
     check_resumed,
+    load_best,
     open_run_dir,
     resume_options,
     run_metadata,
@@ -42,6 +43,7 @@ from ref.utils.device import Dtype, resolve_backend, resolve_device, resolve_dty
 from ref.utils.distributed import Distributed, RankFailure
 from ref.utils.environment import utc_now
 from ref.utils.files import remove_path, write_json
+from ref.utils.progress import print_line
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -137,6 +139,7 @@ def preset_values(config: TrainConfig) -> str:
 def run(trainer: Trainer, folder: Path, source: ModelSource) -> int:
     """One run from its first step to its result."""
     config, data = trainer.config, trainer.data
+    sets = held_out_sets(config, data)
     metadata = run_metadata(config, source, trainer.model, data)
     is_first, start = trainer.distributed.rank == 0, BEGINNING
     if config.resume:
@@ -148,23 +151,25 @@ def run(trainer: Trainer, folder: Path, source: ModelSource) -> int:
         start = begin
         metadata |= {"started": saved["started"], "eval_before": saved.get("eval_before"), "schedule_start": start}
     elif is_first:
-        metadata["eval_before"] = evaluate(trainer, "before training")
+        metadata["eval_before"] = evaluate(trainer, sets, "before training") if sets else None
     if is_first:
         results = earlier_results(folder)
         write_json(folder / "run.json", metadata)
         for result in results:
             remove_path(result)
     trainer.distributed.barrier(while_alive=True)
-    complete = train(trainer, folder, start)
+    complete = train(trainer, folder, start, lambda step: evaluate(trainer, sets, f"after {step} steps"))
     if not is_first:
         return 0 if complete else 130
+    if complete and config.keep_best and (folder / "best").exists():
+        print(f"best held-out score: after {load_best(folder, trainer.model)} steps, which are the result")
     save_result(folder, trainer.model, trainer.prompt_encoder, config, source, data)
     if not_drawn := plot_loss(folder):
         print(not_drawn)
     if not complete:
         print(f"stopped and saved; continue with: python run_train.py --resume --output {folder}")
         return 130
-    metadata["eval_after"] = evaluate(trainer, "after training")
+    metadata["eval_after"] = evaluate(trainer, sets, "after training") if sets else None
     if config.merge and config.train == "lora":
         save_merged(folder, trainer.model, trainer.prompt_encoder, data)
     write_json(folder / "run.json", {**metadata, "complete": True, "finished": utc_now()})
@@ -173,22 +178,30 @@ def run(trainer: Trainer, folder: Path, source: ModelSource) -> int:
     return 0
 
 
-def evaluate(trainer: Trainer, when: str) -> float | None:
-    """Print and return the mean nDCG@10 of the held-out sets: --eval-data, or held_out/ beside the first data file."""
-    given = trainer.config.eval_data
-    folder = Path(given) if given else trainer.data.paths[0].parent / "held_out"
-    if given == "none" or (not given and not any(folder.glob("*/task.json"))):
-        return None
-    trainer.model.eval()
-    embedder = Embedder(trainer.model, trainer.prompt_encoder, backend=trainer.backend)
-    sets = [path.parent for path in sorted(folder.glob("*/task.json"))]
-    scores = {path.name: evaluate_retrieval(embedder, path) for path in sets}
-    if not scores:
+def held_out_sets(config: TrainConfig, data: SoftLabelDataset) -> list[Path]:
+    """The retrieval sets in --eval-data, or in held_out/ beside the first data file.
+
+    Raises ValueError if --eval-data has none, or if there is none for --eval-steps.
+    """
+    given = config.eval_data
+    folder = Path(given) if given else data.paths[0].parent / "held_out"
+    sets = [] if given == "none" else [path.parent for path in sorted(folder.glob("*/task.json"))]
+    if not sets and given and given != "none":
         raise ValueError(f"--eval-data {folder}: must hold folders with task.json, corpus.jsonl, queries.jsonl and "
                          "qrels.jsonl")
+    if not sets and config.eval_steps:
+        raise ValueError("--eval-steps needs held-out sets: give their folder as --eval-data")
+    return sets
+
+
+def evaluate(trainer: Trainer, sets: list[Path], when: str) -> float:
+    """Print and return the mean nDCG@10 of the held-out sets."""
+    trainer.model.eval()
+    embedder = Embedder(trainer.model, trainer.prompt_encoder, backend=trainer.backend)
+    scores = {path.name: evaluate_retrieval(embedder, path) for path in sets}
     each = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
     mean = sum(scores.values()) / len(scores)
-    print(f"held-out nDCG@10 {when}: {mean:.3f} ({each})", flush=True)
+    print_line(f"held-out nDCG@10 {when}: {mean:.3f} ({each})")
     return mean
 
 

@@ -198,6 +198,10 @@ class TrainConfig:
     instruction: str | None = _option(None, "task instruction for lines without a prompt; none: no instruction")
     eval_data: str | None = _option(None, "folder of retrieval sets, scored before and after training; "
                                     "none: no scoring (default: held_out/ beside the first data file, if it has some)")
+    eval_steps: int | None = _option(None, "steps between scorings of these sets during training (default: none)",
+                                     least=1)
+    keep_best: bool = _option(False, "the result is the state with the best held-out score, not the last one; with "
+                              "--eval-steps")
     output: str | None = _option(None, "run folder (default: runs/NAME)")
     resume: bool = _option(False, "continue the run in --output from its last saved state; with a larger --steps, "
                            "--epochs or --minutes extend a complete run")
@@ -273,6 +277,8 @@ class TrainConfig:
                              f"(got {self.max_prompt_tokens} and {self.max_text_tokens})")
         if self.soft_label_weight == self.contrastive_weight == 0:
             raise ValueError("--soft-label-weight and --contrastive-weight are both 0; one must be > 0")
+        if self.keep_best and self.eval_steps is None:
+            raise ValueError("--keep-best needs --eval-steps, which says how often the held-out sets are scored")
         if self.steps is not None and self.minutes is not None:
             raise ValueError("--steps and --minutes exclude each other; give one")
 

@@ -4,7 +4,8 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,13 @@ class Stopwatch:
     @property
     def elapsed_s(self) -> float:
         return self.clock() - self.start_s
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside does not count."""
+        begin_s = self.clock()
+        yield
+        self.start_s += self.clock() - begin_s
 
 
 class TimeMark:
@@ -67,10 +75,23 @@ class MetricsLogger:
         self.flush()
         self.pending = {**row, **dict.fromkeys(metrics)}, copied, not_finite, mark
 
+    def add_held_out_score(self, score: Callable[[], float]) -> float:
+        """Write the pending step with the held-out score after it, whose computation is not time of training."""
+        row = self._finish()
+        with self.stopwatch.paused():
+            row["held_out_ndcg"] = score()
+        self._write(row)
+        self.last_mark = TimeMark()
+        return float(row["held_out_ndcg"])
+
     def flush(self) -> None:
-        """Write the pending step; raises the error of `not_finite` if its loss or gradient norm is not finite."""
-        if self.pending is None:
-            return
+        """Write the pending step, if there is one."""
+        if self.pending is not None:
+            self._write(self._finish())
+
+    def _finish(self) -> dict[str, Any]:
+        """The pending step's row; raises the error of `not_finite` if its loss or gradient norm is not finite."""
+        assert self.pending is not None, "no step since the last row"
         (row, copied, not_finite, mark), self.pending = self.pending, None
         values = iter(copied().tolist())
         row = {name: next(values) if value is None else value for name, value in row.items()}
@@ -81,6 +102,9 @@ class MetricsLogger:
                 "elapsed_s": self.stopwatch.elapsed_s,
                 "tokens_per_s": row["tokens"] / mark.seconds_since(self.last_mark)}
         self.last_mark = mark
+        return row
+
+    def _write(self, row: dict[str, Any]) -> None:
         if self.file is not None:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
@@ -156,7 +180,10 @@ class GracefulStop:
 
 
 def plot_loss(folder: Path) -> str | None:
-    """Draw metrics.jsonl as loss.png; returns the reason if it cannot be drawn."""
+    """Draw metrics.jsonl as loss.png: the terms of the loss, and the held-out score if it was measured during training.
+
+    Returns the reason if it cannot be drawn.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -164,15 +191,21 @@ def plot_loss(folder: Path) -> str | None:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     if not rows:
         return "loss.png not drawn: no step was completed"
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    scored = {row["step"] + 1: row["held_out_ndcg"] for row in rows if "held_out_ndcg" in row}
+    figure = Figure(figsize=(7, 6 if scored else 4), layout="constrained")
+    axes, *below = figure.subplots(2 if scored else 1, sharex=True, squeeze=False)[:, 0]
     window = max(1, len(rows) // 50)
     for key, label in (("contrastive_loss", "contrastive"), ("soft_label_loss", "soft label"),
                        ("label_entropy", "entropy of the soft labels")):
         value = torch.tensor([row[key] for row in rows]).unfold(0, window, 1).mean(-1)
         axes.plot(range(window, len(rows) + 1), value.tolist(), label=label)
-    axes.set(xlabel="step", ylabel=f"nats, mean of {window} steps", title="Training loss by term")
-    axes.grid(alpha=0.3)
+    axes.set(ylabel=f"nats, mean of {window} steps", title="Training loss by term")
     axes.legend()
+    for held_out in below:
+        held_out.plot(list(scored), list(scored.values()), marker="o")
+        held_out.set(ylabel="nDCG@10", title="Held-out sets")
+    for each in (axes, *below):
+        each.grid(alpha=0.3)
+    (axes, *below)[-1].set_xlabel("step")
     atomic_write(folder / "loss.png", lambda draft: figure.savefig(draft, dpi=120, format="png"))
     return None

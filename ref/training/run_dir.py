@@ -4,6 +4,7 @@
               metrics.jsonl   one line per step
               loss.png        the loss curve, if matplotlib is installed
               state/STEP/     parameters, optimiser and position of the last saves
+              best/           --keep-best: the parameters with the best held-out score
               model/          --train all: a checkpoint that sentence-transformers and transformers load
               adapter/        --train lora: PEFT's files; base/ beside it if the base was randomly initialised
               merged/         --train lora --merge: base and adapter as one checkpoint
@@ -189,15 +190,41 @@ def load_state(folder: Path, model: nn.Module, optimiser: torch.optim.AdamW) -> 
     except ValueError as error:
         before = states[-2] if len(states) > 1 else "the beginning"
         raise ValueError(f"{error}; remove {state} to resume from {before}") from None
+    _copy_parameters(model, tensors, state)
+    for name, parameter in trainable_parameters(model).items():
+        optimiser.state[parameter] = {
+            key.partition("/")[0]: value.to(parameter.device)  # also AdamW's step: fused, it is on the device
+            for key, value in tensors.items() if key.partition("/")[2] == name}
+    return position
+
+
+def _copy_parameters(model: nn.Module, tensors: dict[str, Tensor], state: Path) -> None:
     for name, parameter in trainable_parameters(model).items():
         if name not in tensors or tensors[name].shape != parameter.shape:
             raise ValueError(f"{state}: {name} is missing or has another shape; it is not a state of this model")
         with torch.no_grad():
             parameter.copy_(tensors[name])
-        optimiser.state[parameter] = {
-            key.partition("/")[0]: value.to(parameter.device)  # also AdamW's step: fused, it is on the device
-            for key, value in tensors.items() if key.partition("/")[2] == name}
-    return position
+
+
+def save_if_best(folder: Path, model: nn.Module, step: int, score: float) -> None:
+    """Keep the trainable parameters in folder/best if `score`, a held-out nDCG@10, is the highest so far."""
+    best = folder / "best"
+    if best.exists() and read_json(best / "score.json")["held_out_ndcg"] >= score:
+        return
+
+    def write(draft: Path) -> None:
+        draft.mkdir()
+        save_file({name: parameter.detach().cpu().contiguous()
+                   for name, parameter in trainable_parameters(model).items()}, draft / "state.safetensors")
+        (draft / "score.json").write_text(json.dumps({"step": step, "held_out_ndcg": score}))
+    atomic_write(best, write)
+
+
+def load_best(folder: Path, model: nn.Module) -> int:
+    """Restore the parameters of `save_if_best`; returns the number of steps they were trained."""
+    best = folder / "best"
+    _copy_parameters(model, dict(read_tensors(best / "state.safetensors", device=torch.device("cpu"))), best)
+    return int(read_json(best / "score.json")["step"])
 
 
 def _states(folder: Path) -> list[Path]:

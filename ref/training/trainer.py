@@ -10,7 +10,7 @@ Source: arXiv 2506.07438 (one task per batch); the defaults: docs/method.md.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -30,11 +30,20 @@ from ref.text.prompts import PromptEncoder, PromptPrefix
 from ref.training.data import Batch, SoftLabelDataset
 from ref.training.grad_cache import GradientCache, PromptedTexts
 from ref.training.metrics import GracefulStop, MetricsLogger, Stopwatch, TrainingProgress, truncate_metrics
-from ref.training.run_dir import BEGINNING, Position, load_state, save_state, share_done, trainable_parameters
+from ref.training.run_dir import (
+    BEGINNING,
+    Position,
+    load_state,
+    save_if_best,
+    save_state,
+    share_done,
+    trainable_parameters,
+)
 from ref.utils.device import Backend, resolve_backend
 from ref.utils.distributed import Distributed
 from ref.utils.prefetch import prefetch
 
+Evaluate = Callable[[int], float]  # steps so far -> held-out score
 METRICS = ("loss", "contrastive_loss", "soft_label_loss", "num_masked", "label_entropy", "tokens", "stop")
 
 
@@ -200,10 +209,11 @@ def num_steps(config: TrainConfig, data: SoftLabelDataset) -> int:
     return config.steps or math.ceil(config.epochs * len(data.batches(0)))
 
 
-def train(trainer: Trainer, folder: Path, start: Position) -> bool:
+def train(trainer: Trainer, folder: Path, start: Position, evaluate: Evaluate | None = None) -> bool:
     """Train until the end of the schedule, or until Ctrl-C, which returns False; saves states in the run folder.
 
-    `start`: where the schedule begins, the beginning of the run unless a complete one is extended.
+    `start`: where the schedule begins, the beginning of the run unless a complete one is extended. `evaluate`, called
+    every --eval-steps on rank 0, returns a held-out score after that many steps.
     """
     config, distributed, total = trainer.config, trainer.distributed, num_steps(trainer.config, trainer.data)
     position = load_state(folder, trainer.model, trainer.optimiser) if config.resume else BEGINNING
@@ -221,13 +231,16 @@ def train(trainer: Trainer, folder: Path, start: Position) -> bool:
     with GracefulStop() as stop:
         for prepared in prefetch(prepare, batch_schedule(trainer.data, first_step)):
             step = prepared.step
-            position = Position(step=step, elapsed_s=stopwatch.elapsed_s)
-            done = share_done(config, total, position, start)
+            done = share_done(config, total, Position(step=step, elapsed_s=stopwatch.elapsed_s), start)
             # all ranks stop at the same step: the first whose all-reduced metric `stop` is above 0
             ended = done >= 1 or (stop.requested if distributed.world_size == 1 else log.stop_requested)
+            is_due = config.eval_steps and (done >= 1 or step % config.eval_steps == 0)
+            if evaluate and is_due and step > first_step:
+                score_held_out(trainer, folder, step, log, evaluate)
             if ended or (step > first_step and step % config.save_steps == 0):
                 log.flush()  # a loss that is not finite is noticed here and not saved
                 if is_first:
+                    position = Position(step=step, elapsed_s=stopwatch.elapsed_s)
                     save_state(folder, trainer.model, trainer.optimiser, position, limit=config.save_total_limit)
                 distributed.barrier(while_alive=True)  # writing a large state takes long
             if ended:
@@ -236,6 +249,18 @@ def train(trainer: Trainer, folder: Path, start: Position) -> bool:
             middle = 0 if config.minutes else 1 / (total - start["step"]) / 2
             train_step(trainer, prepared, log, done + middle, stop=stop.requested)
     raise AssertionError("the schedule is endless")
+
+
+def score_held_out(trainer: Trainer, folder: Path, step: int, log: MetricsLogger, evaluate: Evaluate) -> None:
+    """Rank 0 scores the held-out sets and keeps the best state, the others wait."""
+    if trainer.distributed.rank == 0:
+        score = log.add_held_out_score(lambda: evaluate(step))
+        if trainer.config.keep_best:
+            save_if_best(folder, trainer.model, step, score)
+        trainer.model.train()
+    else:
+        log.flush()
+    trainer.distributed.barrier(while_alive=True)
 
 
 def train_step(

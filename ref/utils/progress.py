@@ -29,6 +29,12 @@ class LineProgress(tqdm):
             self._decr_instances(self)
 
 
+def print_line(text: str) -> None:
+    """Print a line, above the bar if one is shown."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
 def progress_bar(
     iterable: Iterable[Any] | None = None, *, desc: str, total: float | None = None, unit: str = "it",
     enabled: bool = True, **options: Any,

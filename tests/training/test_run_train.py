@@ -28,6 +28,7 @@ from conftest import draw_training_lines
 import run_train
 from ref import Embedder
 from ref.config import PRESETS, TrainConfig
+from ref.evaluation.retrieval import evaluate_retrieval
 from ref.model.card import Score, add_scores
 from ref.model.checkpoint import read_tensors
 from ref.text.prompts import InContextExample
@@ -423,13 +424,27 @@ def test_a_numbered_name_takes_no_name_that_a_task_has():
         assert named_prompts(SimpleNamespace(tasks=tasks)) == {"a-2": "x", "a": "y", "a-3": "z", "a-4": "w"}
 
 
-def test_merging_does_not_touch_what_the_held_out_score_is_of(place, monkeypatch):
+def held_out(folder: Path) -> Path:
+    """A folder with one retrieval set."""
+    (folder / "Set").mkdir(parents=True)
+    (folder / "Set/task.json").write_text(json.dumps({"class": "ArguAna", "instruction": INSTRUCTIONS["Jobs"]}))
+    for name, rows in (
+        ("corpus", [{"_id": f"d{i}", "text": word} for i, word in enumerate(WORDS)]),
+        ("queries", [{"_id": "q", "text": "anna"}]),
+        ("qrels", [{"query-id": "q", "corpus-id": "d0", "score": 1}]),
+    ):
+        write_data(folder / "Set" / f"{name}.jsonl", rows)
+    return folder
+
+
+def test_merging_does_not_touch_what_the_held_out_score_is_of(place, tmp_path, monkeypatch):
     """The adapter is scored, and merged after that."""
     order = []
     for name in ("evaluate", "save_merged"):
         call = getattr(run_train, name)
         monkeypatch.setattr(run_train, name, lambda *a, name=name, call=call: (order.append(name), call(*a))[1])
-    assert place.train("order", "--train", "lora", "--lora-rank", 2, "--merge", "--steps", 1) == 0
+    options = ("--train", "lora", "--lora-rank", 2, "--merge", "--steps", 1, "--eval-data", held_out(tmp_path / "sets"))
+    assert place.train("order", *options) == 0
     assert order == ["evaluate", "evaluate", "save_merged"]
 
 
@@ -649,6 +664,10 @@ def test_why_prompts_have_no_examples(place, options, words, capsys):
     (["--max-prompt-tokens", "8", "--max-text-tokens", "4"], r"leaves no room for a text in max_prompt_tokens"),
     (["--max-text-tokens", "4096"], r"--max-prompt-tokens must be at least --max-text-tokens . 2 .got 2048 and 4096"),
     (["--train", "lora", "--lora-target-modules", "x_proj"], r"must be some of .*got 'x_proj'"),
+    (["--eval-steps", "2"], r"--eval-steps needs held-out sets: give their folder as --eval-data"),
+    (["--eval-steps", "2", "--eval-data", "none"], r"--eval-steps needs held-out sets"),
+    (["--eval-steps", "0"], r"--eval-steps must be a finite number >= 1 .got 0"),
+    (["--keep-best"], r"--keep-best needs --eval-steps"),
     (["--eval-data", "."], r"--eval-data .*must hold folders with task.json"),
     (["--model", "whole/model", "--output", "whole/model/bad"], r"--output .*must not be an input or lie in one"),
     (["--lora-rank", "8"], r"--lora-rank is for --train lora"),
@@ -845,21 +864,64 @@ def test_every_option_trains(place, whole, options):
 
 
 def test_held_out_sets_are_scored_before_and_after(place, tmp_path, capsys):
-    folder = tmp_path / "held" / "Set"
-    folder.mkdir(parents=True)
-    (folder / "task.json").write_text(json.dumps({"class": "ArguAna", "instruction": INSTRUCTIONS["Jobs"]}))
-    for name, rows in (
-        ("corpus", [{"_id": f"d{i}", "text": word} for i, word in enumerate(WORDS)]),
-        ("queries", [{"_id": "q", "text": "anna"}]),
-        ("qrels", [{"query-id": "q", "corpus-id": "d0", "score": 1}]),
-    ):
-        write_data(folder / f"{name}.jsonl", rows)
-    assert place.train("held", "--eval-data", tmp_path / "held") == 0
+    assert place.train("held", "--eval-data", held_out(tmp_path / "held")) == 0
     output = capsys.readouterr().out
     run = facts(place.folder / "held")
     for when in ("before", "after"):
         assert f"held-out nDCG@10 {when} training: {run[f'eval_{when}']:.3f}" in output
         assert 0 <= run[f"eval_{when}"] <= 1
+
+
+def test_held_out_sets_are_scored_during_training(place, whole, tmp_path, capsys):
+    """Every four steps and at the end; the weights are those of a run without, a score is that of the saved model."""
+    options = ["--eval-data", held_out(tmp_path / "held"), "--eval-steps", 4]
+    assert place.train("scored", *options, "--keep-best") == 0
+    folder, printed = place.folder / "scored", capsys.readouterr().out
+    scores = {row["step"] + 1: row["held_out_ndcg"] for row in rows_of(folder) if "held_out_ndcg" in row}
+    assert list(scores) == [4, 6] and f"held-out nDCG@10 after 4 steps: {scores[4]:.3f} (Set " in printed
+    assert [{k: v for k, v in row.items() if k != "held_out_ndcg"} for row in untimed(folder)] == untimed(whole)
+    best = max(scores, key=lambda step: (scores[step], -step))
+    assert f"best held-out score: after {best} steps" in printed and facts(folder)["eval_after"] == scores[best]
+    again = evaluate_retrieval(Embedder.from_pretrained(folder, device="cpu"), tmp_path / "held/Set")
+    assert again == pytest.approx(scores[best], abs=1e-6)
+
+
+@pytest.mark.parametrize(("scores", "best"), [([0.5, 0.9, 0.7], 4), ([0.2, 0.3, 0.4], 6), ([0.9, 0.9, 0.1], 2)])
+@pytest.mark.parametrize("train", ["all", "lora"])
+def test_the_best_state_is_kept(place, tmp_path, monkeypatch, scores, best, train):
+    """Also by a run that was stopped; it is the state after the step with the best score, the first of equals."""
+    seen: dict[int, Any] = {}
+
+    def score(trainer, sets, when):
+        if not (match := re.fullmatch(r"after (\d) steps", when)):  # before or after training
+            return 0.0
+        step = int(match[1])
+        seen[step] = {k: v.detach().clone() for k, v in run_dir.trainable_parameters(trainer.model).items()}
+        return scores[step // 2 - 1]
+    monkeypatch.setattr(run_train, "evaluate", score)
+    sets, exported = held_out(tmp_path / "held"), []
+    for name in (f"best-{train}-{best}", f"best-{train}-{best}-stopped"):
+        options = ["--eval-data", sets, "--eval-steps", 2, "--keep-best", "--train", train]
+        if name.endswith("stopped"):
+            with ctrl_c_at(2):
+                assert place.train(name, *options) == 130
+            assert run_train.main(["--resume", "--output", str(place.folder / name)]) == 0
+        else:
+            assert place.train(name, *options) == 0
+        exported.append(weights(place.folder / name))
+        found = dict(read_tensors(place.folder / name / "best/state.safetensors", device=torch.device("cpu")))
+        assert all(torch.equal(found[key], value) for key, value in seen[best].items())
+        assert any(not torch.equal(found[key], value) for key, value in seen[8 - best if best != 4 else 2].items())
+    assert exported[0] == exported[1]
+
+
+def test_scoring_is_not_time_of_training(monkeypatch):
+    now = iter([0.0, 10.0, 110.0, 111.0])
+    monkeypatch.setattr(metrics.Stopwatch, "clock", staticmethod(lambda: next(now)))
+    stopwatch = metrics.Stopwatch(5.0)
+    with stopwatch.paused():
+        pass
+    assert stopwatch.elapsed_s == 16.0
 
 
 # ------------------------------------------------------------------------------------------------- what is exported
