@@ -30,7 +30,7 @@ from ref.text.tokenizer import Tokenizer
 from ref.utils.dedup import first_occurrence, scatter_to_duplicates, unique_index
 from ref.utils.device import DTYPES, Backend, resolve_backend, resolve_device, resolve_dtype
 from ref.utils.prefetch import AsyncCopies, prefetch
-from ref.utils.progress import progress_bar
+from ref.utils.progress import TokenRate, progress_bar
 
 TEXTS_PER_WINDOW = 50_000  # texts that are sorted by length together; bounds the memory for token ids
 TOKENS_PER_BATCH = {"cuda": 8192, "cpu": 1024}  # a CPU's cache holds the activations; a GPU needs large products
@@ -50,6 +50,7 @@ class Embedder:
         self.model, self.prompt_encoder = model, prompt_encoder
         self.tokens_per_batch = tokens_per_batch or TOKENS_PER_BATCH[self.device.type]
         self.backend = resolve_backend(backend, self.device)
+        self.num_tokens = 0  # embedded so far, without a shared prefix
 
     @classmethod
     def from_pretrained(
@@ -113,12 +114,15 @@ class Embedder:
         vectors = np.empty((len(texts), self.embedding_dim), np.float32)
         copies = AsyncCopies(vectors)
         bar = progress_bar(desc="encoding", total=len(unique), unit="text", enabled=progress)
+        rate = TokenRate(bar)
         for rows, ids in prefetch(tokenise, windows):
             for batch in batch_by_tokens([len(text) for text in ids], tokens_per_batch=self.tokens_per_batch):
                 packed = pack_sequences(
                     [ids[n] for n in batch], device=self.device, prefix_length=len(prefix.ids) if shared else 0)
                 copies.add(rows[batch], embed(self.model, packed, prefix=shared, backend=self.backend))
-                bar.update(len(batch))
+                num_tokens = sum(len(ids[n]) for n in batch)
+                self.num_tokens += num_tokens
+                rate.update(len(batch), num_tokens)
         bar.close()
         copies.finish()
         scatter_to_duplicates(vectors, first, rows_at_a_time=TEXTS_PER_WINDOW)

@@ -4,7 +4,6 @@ Importing this file imports mteb (three seconds).
 """
 
 import logging
-import sys
 import urllib.error
 import urllib.request
 import warnings
@@ -188,7 +187,7 @@ def make_encoder(
         embedder = CachedEmbedder(embedder, BlockCache(config.embedding_cache), key=f"{name} {revision} {settings}",
                                   max_bytes=config.embedding_cache_gb * 1e9)
     return MtebEncoder(embedder, name=name, revision=revision, overrides=overrides, settings=settings,
-                       few_shot=few_shot, progress=sys.stdout.isatty())
+                       few_shot=few_shot, progress=True)
 
 
 def score_selection(

@@ -27,7 +27,7 @@ from ref.utils.block_cache import Arrays, BlockCache, hash_key
 from ref.utils.device import resolve_device
 from ref.utils.distributed import Distributed
 from ref.utils.files import atomic_write, hash_file, read_json, write_json
-from ref.utils.progress import progress_bar
+from ref.utils.progress import TokenRate, progress_bar
 
 PASSAGES_PER_BLOCK, QUERIES_PER_BLOCK = 4096, 1024
 BLOCKS_PER_SEARCH = 16  # blocks of queries in one pass over the passages
@@ -325,9 +325,15 @@ class LabellingPipeline:
         """This process's blocks, with a progress bar."""
         mine = list(self.distributed.shard(blocks))
         with self._progress(desc, sum(map(len, mine)), unit) as bar:
+            rate = TokenRate(bar)
             for rows in mine:
+                before = self._num_tokens()
                 yield rows
-                bar.update(len(rows))
+                rate.update(len(rows), self._num_tokens() - before)
+
+    def _num_tokens(self) -> int:
+        """Tokens that the teachers have computed so far."""
+        return self.retriever.num_tokens + (self.reranker.num_tokens if self.reranker else 0)
 
     def _progress(self, desc: str, total: int, unit: str) -> Any:
         return progress_bar(desc=desc, total=total, unit=unit, enabled=self.distributed.rank == 0)

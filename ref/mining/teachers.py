@@ -34,6 +34,9 @@ class Retriever(Protocol):
     uses_instructions: bool
 
     @property
+    def num_tokens(self) -> int: ...  # of the texts so far, for the progress bar; 0: not known
+
+    @property
     def tokenizer_file(self) -> Path: ...
 
     def encode_queries(self, texts: Sequence[str], instruction: str | None) -> np.ndarray: ...
@@ -48,6 +51,9 @@ class Reranker(Protocol):
     key: str
     precision: str
 
+    @property
+    def num_tokens(self) -> int: ...
+
     def score_pairs(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray: ...
 
 
@@ -61,6 +67,11 @@ class EmbedderRetriever:
         self.dtype, why = resolve_dtype(dtype, self.device)
         self.precision = f"{self.dtype} ({why})"
         self.key = " ".join([*map(model_hash, adapter_chain(resolve_checkpoint(name))), self.dtype])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens embedded so far; the model is not loaded for it."""
+        return self.embedder.num_tokens if "embedder" in self.__dict__ else 0
 
     @property
     def tokenizer_file(self) -> Path:
@@ -83,6 +94,8 @@ class EmbedderRetriever:
 
 class SentenceTransformerRetriever:
     """A sentence-transformers model, with its own prompts; with instructions if one of these contains one."""
+
+    num_tokens = 0
 
     def __init__(self, name: str, device: str | None, dtype: str) -> None:
         _sentence_transformers()
@@ -115,15 +128,17 @@ class SentenceTransformerRetriever:
     def encode_passages(self, texts: Sequence[str]) -> np.ndarray:
         return self._encode(self.model.encode_document, texts)
 
-    @staticmethod
-    def _encode(encode: Any, texts: Sequence[str], **options: str) -> np.ndarray:
+    def _encode(self, encode: Any, texts: Sequence[str], **options: str) -> np.ndarray:
         vectors: np.ndarray = encode(list(texts), convert_to_numpy=True, normalize_embeddings=True,
                                      show_progress_bar=False, **options)
+        self.num_tokens += _count_tokens(self.model, texts)
         return vectors.astype(np.float32)
 
 
 class CrossEncoderReranker:
     """A sentence-transformers CrossEncoder."""
+
+    num_tokens = 0
 
     def __init__(self, name: str, device: str | None, dtype: str) -> None:
         _sentence_transformers()
@@ -147,6 +162,7 @@ class CrossEncoderReranker:
 
     def score_pairs(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         scores: np.ndarray = self.model.predict(list(pairs), convert_to_numpy=True, show_progress_bar=False)
+        self.num_tokens += _count_tokens(self.model, *map(list, zip(*pairs, strict=True)))
         return scores.astype(np.float32)
 
 
@@ -169,6 +185,19 @@ def check_finite(output: np.ndarray, texts: Sequence[Any], model: str) -> np.nda
     if len(bad):
         raise ValueError(f"{model}: the output is not finite for {texts[bad[0]]!r:.120}")
     return output
+
+
+def _count_tokens(model: Any, *columns: Sequence[str]) -> int:
+    """Tokens of texts, or of pairs, as a sentence-transformers model truncates them; without those of its prompts.
+
+    0 for a tokenizer of another library than transformers. Tokenising again takes about a hundredth of the time.
+    """
+    tokenizer = model.tokenizer
+    if not columns or not columns[0] or not hasattr(tokenizer, "is_fast"):
+        return 0
+    limit = getattr(model, "max_seq_length", None) or getattr(model, "max_length", None)
+    ids = tokenizer(*map(list, columns), truncation=limit is not None, max_length=limit, verbose=False)["input_ids"]
+    return sum(map(len, ids))
 
 
 def _declares_instructions(folder: Path) -> bool:

@@ -1,6 +1,7 @@
 """Progress of long work with tqdm: a bar on a terminal, one line every ten seconds otherwise."""
 
 import sys
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -47,3 +48,18 @@ def progress_bar(
                    "mininterval": LINE_INTERVAL_S, "miniters": 1, **options}
     return (tqdm if terminal else LineProgress)(
         iterable, desc=desc, total=total, unit=unit, file=sys.stdout, leave=False, disable=not enabled, **options)
+
+
+class TokenRate:
+    """A bar over texts that also shows the tokens per second."""
+
+    def __init__(self, bar: Any) -> None:
+        self.bar, self.start_s, self.num_tokens = bar, time.perf_counter(), 0
+
+    def update(self, texts: int, tokens: int) -> None:
+        """Count finished texts and their tokens, 0 if these were not computed or are not known."""
+        self.num_tokens += tokens
+        if self.num_tokens:
+            rate = self.num_tokens / max(1e-9, time.perf_counter() - self.start_s)
+            self.bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+        self.bar.update(texts)

@@ -221,6 +221,7 @@ def test_a_cache_of_another_model_is_not_used(label, tmp_path, retriever, capsys
 
 
 class Stub:
+    num_tokens = 0
     """A reranker: the share of the query's words that a passage has, as a logit."""
 
     name, key, precision = "stub", "stub", "exact"
@@ -261,6 +262,8 @@ def test_instructions_reach_a_library_model_that_declares_prompts_with_them(retr
             ours.encode_queries(texts, "Other."), model.encode(texts, prompt=expected), atol=1e-6)
         np.testing.assert_allclose(ours.encode_passages(texts), model.encode(texts), atol=1e-6)
         assert ours.uses_instructions == (name == "instructed")
+        lengths = [int(model.tokenize([text])["attention_mask"].sum()) for text in texts]
+        assert ours.num_tokens == 2 * sum(lengths) > 0  # as queries and as passages, without the prompt
     assert label("--retriever", tmp_path / "fixed", "--instruction", "Find it.") == 0
     assert "instructions are not used: " in capsys.readouterr().out
 
@@ -285,6 +288,9 @@ def test_a_cross_encoder_gives_raw_logits_and_one_with_several_outputs_is_refuse
     texts = row["pos"] + row["neg"]
     assert row["pos_scores"] + row["neg_scores"] == pytest.approx(
         plain.predict([(row["query"], text) for text in texts]).tolist(), abs=1e-4)
+    ours = teachers.load_reranker(str(tmp_path / "reranker-1"), "cpu")
+    ours.score_pairs([(row["query"], text) for text in texts])
+    assert ours.num_tokens == sum(len(plain.tokenizer(row["query"], text)["input_ids"]) for text in texts)
     assert label("--reranker", tmp_path / "reranker-3") == 2
     assert "must have one output, the relevance of a passage (got 3)" in capsys.readouterr().err
 

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from ref.utils.progress import progress_bar
+from ref.utils.progress import TokenRate, progress_bar
 
 
 class Clock:
@@ -50,6 +50,20 @@ def test_a_bar_inside_another_one_prints_lines_too(clock, capsys):
     outer.close()
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["tasks", "encoding"]
+
+
+def test_tokens_per_second_beside_the_texts(clock, capsys, monkeypatch):
+    monkeypatch.setattr("ref.utils.progress.time.perf_counter", clock)
+    rate = TokenRate(progress_bar(desc="scoring", total=100, unit="query"))
+    rate.update(10, 0)  # from the cache: no tokens, no rate
+    clock.now += 20
+    rate.update(10, 0)
+    assert "tokens/s" not in capsys.readouterr().out
+    clock.now += 20
+    rate.update(30, 5000)
+    [line] = capsys.readouterr().out.splitlines()
+    assert "50% 50/100" in line and line.endswith("125 tokens/s]")
+    rate.bar.close()
 
 
 def test_an_iterable_of_unknown_length(clock, capsys):
