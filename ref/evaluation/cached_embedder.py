@@ -29,7 +29,7 @@ class CachedEmbedder:
         """`Embedder.encode`, from the cache where possible."""
         first = first_occurrence(texts)
         unique = unique_index(first)
-        prompt = [instruction, *(part for e in examples for part in (e.query, e.response, e.instruction or instruction))]
+        prompt = [instruction, *(part for e in examples for part in (e.query, e.response, e.instruction))]
         vectors: np.ndarray | None = None
         for start in range(0, len(unique), TEXTS_PER_BLOCK):
             rows = unique[start : start + TEXTS_PER_BLOCK]

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ref.evaluation.report.charts import Axis, bar_chart, difference_chart
-from ref.evaluation.report.content import format_signed, report_sections
+from ref.evaluation.report.charts import DOT, Axis, bar_chart, difference_chart, position_chart
+from ref.evaluation.report.content import Charts, KeyFigures, Text, format_signed, report_sections
 from ref.evaluation.report.escaping import clean, escape_markdown
 from ref.evaluation.report.leaderboard import ScoreTable, borda_ranks, read_public_scores
 from ref.evaluation.report.page import STYLE
@@ -22,7 +22,7 @@ from ref.evaluation.report.write import COMPARED_MODELS, REFERENCE_MODEL, Report
 ROOT = Path(__file__).parents[2]
 CHROMIUM = Path("/usr/bin/chromium")
 EVIL = """<script>alert("1")</script>'><img src=x onerror=alert(2)> | `x` **b** [a](javascript:3) <!-- \x00\u202e"""
-VOID = {"meta", "wbr", "line", "rect"}
+VOID = {"meta", "wbr", "line", "rect", "circle"}
 
 
 def results(model=REFERENCE_MODEL, *, shift=0.0, every=1):
@@ -132,7 +132,8 @@ def test_both_files_hold_the_same_tables(tmp_path):
         rows = [row for row in Reader(page).rows if row]
         assert len(rows) > 40 and rows == [row for row in markdown_rows(text) if len(row) != 3 or row in rows]
         visible = html.unescape(re.sub(r"<[^>]+>", "\n", page))
-        for name, value, remark in report_sections(report)[0].blocks[0].rows:
+        figures = next(block for block in report_sections(report)[0].blocks if isinstance(block, KeyFigures))
+        for name, value, remark in figures.rows:
             assert f"| {name} | {value} | {remark} |" in text and value in visible and remark in visible
 
 
@@ -280,9 +281,9 @@ def test_charts_have_a_text_alternative(tmp_path):
     """Each has its values in words."""
     page = write(make_report(results("Qwen/Qwen3-Embedding-8B")), tmp_path)[0]
     charts = re.findall(r"<svg [^>]*>", page)
-    assert len(charts) == 9 + 2
+    assert len(charts) == 2 + 9 + 2  # position and differences in two sizes
     assert all('role="img"' in head and re.search(r'viewBox="0 0 \d+ \d+"', head) for head in charts)
-    assert "ArguAna: −10.10." in page and "ours (this run): 75.23." in charts[0]
+    assert "ArguAna: −10.10." in page and "ours (this run): 75.23." in charts[2]
 
 
 def test_clean_escape_markdown_and_format_signed():
@@ -300,6 +301,41 @@ def test_bar_chart_by_hand():
     assert chart.description == "a/b: 100.00. ours: 50.00. d: -8.00. c: –."
     widths = re.findall(r'<rect class="(\w+)" [^>]*width="([\d.]+)"', chart.narrow)
     assert widths == [("other", "148.0"), ("evaluated", "74.0"), ("other", "0.0"), ("other", "0.0")]
+
+
+def test_position_chart_by_hand():
+    """Dots in proportion, those of nearly equal scores above each other, two of them named."""
+    chart = position_chart("t", ("ours", 60.0), ("a/b", 75.0), [50.0, 50.1, 60.0, 90.0])
+    assert chart.description == ("ours: 60.00, position 3 of 6 by the mean. a/b: 75.00. Other models: 50.00 to 90.00, "
+                                 "median 60.00.")
+    dots = [(kind, float(x), float(y)) for kind, x, y in re.findall(
+        r'<circle class="(\w+)" cx="([\d.]+)" cy="([\d.]+)"', chart.narrow)]
+    kinds, xs, ys = zip(*dots, strict=True)
+    assert kinds == ("other",) * 4 + ("lower", "evaluated")
+    assert xs[0] == xs[1] and ys[1] == ys[0] - DOT and xs[5] == xs[2] and ys[5] == ys[2] - DOT  # stacked
+    share = [(x - xs[0]) / (xs[3] - xs[0]) for x in xs]
+    assert share == pytest.approx([0, 0, 0.25, 1, 0.625, 0.25], abs=DOT / 300)
+    assert "b 75.00</text>" in chart.narrow and "ours 60.00</text>" in chart.narrow
+    alone = position_chart("t", ("ours", 60.0), None, [])
+    assert alone.description == "ours: 60.00, position 1 of 1 by the mean. " and "nan" not in alone.wide
+
+
+def test_the_page_starts_with_the_model_among_the_public_ones(tmp_path):
+    report = make_report(results(shift=-2, every=3), note="an example")
+    blocks = report_sections(report)[0].blocks
+    assert [type(block) for block in blocks[:3]] == [Text, Charts, KeyFigures]
+    [chart] = blocks[1].charts
+    scores = read_public_scores()
+    columns = [scores.tasks.index(task.task) for task in report.tasks]
+    means = scores.score_ME[:, columns].mean(1)
+    own = float(np.mean([task.score for task in report.tasks]))
+    known = means[~np.isnan(means)]
+    assert chart.title == f"Mean, 14 of 41 tasks, {len(known)} public models and this one"
+    assert chart.description.startswith(f"ours: {own:.2f}, position {(known > own).sum() + 1} of {len(known) + 1} by")
+    page = write(report, tmp_path)[0]
+    assert page.index("<circle") < page.index('<dl class="key-figures">')
+    unofficial = [dataclasses.replace(task, official=False) for task in results()]
+    assert "<circle" not in write(make_report(unofficial), tmp_path)[0]  # nothing to compare with
 
 
 def test_difference_chart_by_hand():
@@ -375,17 +411,18 @@ def browser():
 
 
 @pytest.mark.usefixtures("browser")
+@pytest.mark.parametrize("width", [360, 1200])
 @pytest.mark.parametrize("kind", ["complete", "long", "evil"])
-def test_the_page_fits_a_phone(tmp_path, kind, evil):
-    """At 360 px: tables scroll in their container, everything else fits, text in charts is legible."""
+def test_the_page_fits_a_phone_and_a_desktop(tmp_path, kind, evil, width):
+    """Tables scroll in their container, everything else fits, text in charts is legible."""
     long = [TaskResult(LONG[n:], LONG, LONG, 50.0, LONG, 1, LONG, 1e9, 10**15, official=n > 0) for n in range(2)]
     long_report = make_report([*results(every=4), *long], model=LONG, date=LONG, note=LONG, failed={LONG: LONG},
                               versions={LONG: LONG})
     report, public = {"complete": (make_report(note="n"), None), "long": (long_report, None), "evil": evil}[kind]
     page = write(report, tmp_path / "out", public=public)[0]
-    found = probe(tmp_path, page, 360)
-    assert found["width"] == 360 and not found["wide"], found
-    assert any(found["boxes"]) and found["scripts"] == 0 and found["letters"] >= 10
+    found = probe(tmp_path, page, width)
+    assert found["width"] == width and not found["wide"], found
+    assert (any(found["boxes"]) or width > 360) and found["scripts"] == 0 and found["letters"] >= 10
 
 
 @pytest.mark.usefixtures("browser")
@@ -395,7 +432,7 @@ def test_the_probe_detects_a_wide_element(tmp_path):
     broken = page.replace("</main>", '<div class="x" style="width:500px">x</div></main>')
     found = probe(tmp_path, broken, 360)
     assert found["width"] == 16 + 500 and found["wide"] == ["DIV.x"]
-    assert found["shown"] == probe(tmp_path, page, 1200)["shown"] == 10
+    assert found["shown"] == probe(tmp_path, page, 1200)["shown"] == 11
 
 
 @pytest.mark.usefixtures("browser")

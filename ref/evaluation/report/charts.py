@@ -1,4 +1,5 @@
-"""The charts of a report as inline SVG, in the colours of the page's style sheet: bar chart and difference chart.
+"""The charts of a report as inline SVG, in the colours of the page's style sheet: a model among many, bars,
+differences.
 
 A chart fills the width of its container. `narrow` is for phones; a chart with `wide` shows that one on larger screens,
 so that the font size stays the same. All texts are escaped here.
@@ -12,6 +13,7 @@ from ref.evaluation.report.escaping import escape_html
 
 NARROW, WIDE = 340, 720  # width of a viewBox, about one pixel a unit on the intended screen
 LABEL_CHARS, BOLD_LABEL_CHARS, TASK_CHARS = 22, 20, 40  # longest labels; the description has the whole name
+DOT = 5  # diameter of a dot and distance between two
 TICK_STEPS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 
 
@@ -23,6 +25,80 @@ class Chart:
     description: str
     narrow: str
     wide: str = ""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A linear axis: the values low..high are drawn at start..end."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def position(self, value: float) -> float:
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+    def ticks(self) -> list[float]:
+        """At most six round values."""
+        step = next((step for step in TICK_STEPS if (self.high - self.low) / step <= 5), 200)
+        first, last = math.ceil(self.low / step), math.floor(self.high / step)
+        return [step * index for index in range(first, last + 1)]
+
+
+def position_chart(
+    title: str, own: tuple[str, float], named: tuple[str, float] | None, others: Sequence[float],
+) -> Chart:
+    """Draw each model as a dot at its score, dots of nearly equal scores above each other.
+
+    own: the evaluated model's name and score; named: those of a model to compare it with; others: scores without names.
+    """
+    ordered = sorted(others)
+    above = sum(value > own[1] for value in others) + bool(named and named[1] > own[1])
+    total = len(others) + (named is not None) + 1
+    description = (f"{own[0]}: {_score(own[1])}, position {above + 1} of {total} by the mean. "
+                   + (f"{named[0]}: {_score(named[1])}. " if named else "")
+                   + (f"Other models: {_score(ordered[0])} to {_score(ordered[-1])}, median "
+                      f"{_score(ordered[len(ordered) // 2])}." if ordered else ""))
+    drawings = []
+    for width in (NARROW, WIDE):
+        scores = [*others, own[1], *([named[1]] if named else [])]
+        low, high = min(scores), max(scores)
+        pad = 1.0 if low == high else 0.0
+        parts, height = _dots(Axis(low - pad, high + pad, 8, width - 8), width, own, named, others)
+        drawings.append(_svg(width, height, title, description, parts))
+    return Chart(title, description, *drawings)
+
+
+def _dots(
+    axis: Axis, width: int, own: tuple[str, float], named: tuple[str, float] | None, others: Sequence[float],
+) -> tuple[list[str], int]:
+    """The drawing of `position_chart`, and its height: two lines of names, the dots, the ticks."""
+    columns: dict[int, int] = {}  # dots in each column so far
+    places = []
+    for score, kind in [*((score, "other") for score in others), *([(named[1], "lower")] if named else []),
+                        (own[1], "evaluated")]:
+        column = round(axis.position(score) / DOT)
+        columns[column] = columns.get(column, 0) + 1
+        places.append((column * DOT, columns[column], kind))
+    bottom = 40 + DOT * max(columns.values())
+    parts = [f'<line class="axis" x1="0" x2="{width}" y1="{bottom + 1}" y2="{bottom + 1}"/>']
+    for tick in axis.ticks():
+        x = min(max(axis.position(tick), 12), width - 12)
+        parts.append(f'<text class="muted number" x="{x:.1f}" y="{bottom + 15}" text-anchor="middle">{tick:g}</text>')
+    for x, count, kind in places:
+        y = bottom - DOT * (count - 0.5)
+        parts.append(f'<circle class="{kind}" cx="{x}" cy="{y:g}" r="{DOT / 2 - 0.25 + (kind != "other")}"/>')
+    labels = [(own, places[-1]), *([(named, places[-2])] if named else [])]
+    # the upper name's line must not cross the lower name, which runs to the left on the right side of the chart
+    labels.sort(key=lambda label: label[1][0], reverse=places[-1][0] > width / 2)
+    lines, names = [], []
+    for ((name, score), (x, count, kind)), y in zip(labels, (11, 27), strict=False):
+        anchor = "start" if x < width / 3 else "end" if x > 2 * width / 3 else "middle"
+        text = escape_html(f"{_shorten(name.rpartition('/')[2], LABEL_CHARS)} {_score(score)}")
+        lines.append(f'<line class="{kind}" x1="{x}" x2="{x}" y1="{y + 3}" y2="{bottom - DOT * count:g}"/>')
+        names.append(f'<text class="halo {kind}" x="{x}" y="{y}" text-anchor="{anchor}">{text}</text>')
+    return [*parts, *lines, *names], bottom + 20
 
 
 def bar_chart(title: str, rows: Sequence[tuple[str, float]], *, highlighted: int | None = 0) -> Chart:
@@ -59,25 +135,6 @@ def difference_chart(title: str, rows: Sequence[tuple[str, float, str]]) -> Char
     narrow_height, wide_height = 24 + 29 * len(rows), 24 + 18 * len(rows)
     return Chart(title, description, _svg(NARROW, narrow_height, title, description, narrow),
                  _svg(WIDE, wide_height, title, description, wide))
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A linear axis: the values low..high are drawn at start..end."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-
-    def position(self, value: float) -> float:
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
-
-    def ticks(self) -> list[float]:
-        """At most six round values."""
-        step = next((step for step in TICK_STEPS if (self.high - self.low) / step <= 5), 200)
-        first, last = math.ceil(self.low / step), math.floor(self.high / step)
-        return [step * index for index in range(first, last + 1)]
 
 
 def _difference_bars(

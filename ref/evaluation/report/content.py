@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ref.evaluation.report.charts import Chart, bar_chart, difference_chart
+from ref.evaluation.report.charts import Chart, bar_chart, difference_chart, position_chart
 from ref.evaluation.report.leaderboard import BENCHMARK, Comparison, ScoreTable, read_public_scores
 from ref.evaluation.report.run_results import Analysis, Report, TaskResult
 
@@ -105,10 +105,20 @@ def _summary(analysis: Analysis) -> Section:
         mean = math.fsum(result.score for result in analysis.not_compared) / len(analysis.not_compared)
         remark = f"{count(len(analysis.not_compared), 'task')}, not compared with public scores"
         rows.append(("Mean of other tasks", format_number(mean), remark))
-    blocks: list[Text | KeyFigures] = [Text(note, notice=True)] if note else []
+    blocks: list[Text | KeyFigures | Charts] = [Text(note, notice=True)] if note else []
+    blocks += [_position(analysis, comparison)] if comparison is not None else []
     blocks += [KeyFigures(rows)] if rows else [Text("No task has a score.", notice=True)]
     blocks += [Text(text, notice=True) for text in [*_notices(analysis), *_training_notice(analysis.report)]]
     return Section("Summary", blocks)
+
+
+def _position(analysis: Analysis, comparison: Comparison) -> Charts:
+    """The model among all public ones, by the mean over the same tasks."""
+    own, *public = zip(comparison.table.models, comparison.mean_M.tolist(), strict=True)
+    known = [(model, mean) for model, mean in public if not math.isnan(mean)]
+    named = next((each for each in known if each[0] == analysis.report.reference_model), None)
+    title = f"{_mean_label(analysis, comparison)}, {count(len(known), 'public model')} and this one"
+    return Charts([position_chart(title, own, named, [mean for each in known if each != named for mean in each[1:]])])
 
 
 def _key_figures(analysis: Analysis, comparison: Comparison) -> list[tuple[str, str, str]]:

@@ -76,9 +76,11 @@ svg { display: block; width: 100%; height: auto; font-size: 11px; }
 svg text { fill: var(--text); }
 svg text.muted { fill: var(--muted); }
 svg text.evaluated { font-weight: 700; }
-svg rect.evaluated, svg rect.higher { fill: var(--evaluated); }
-svg rect.other { fill: var(--other); }
-svg rect.lower { fill: var(--lower); }
+svg rect.evaluated, svg rect.higher, svg circle.evaluated { fill: var(--evaluated); }
+svg rect.other, svg circle.other { fill: var(--other); }
+svg rect.lower, svg circle.lower { fill: var(--lower); }
+svg line.evaluated { stroke: var(--evaluated); }
+svg line.lower { stroke: var(--lower); }
 svg .axis { stroke: var(--muted); }
 svg .grid { stroke: var(--line); }
 svg text.halo { paint-order: stroke; stroke: var(--background); stroke-width: 3px; }
