@@ -26,6 +26,8 @@ from ref.training.data import SoftLabelDataset
 from ref.training.model_source import ModelSource
 from ref.utils.files import atomic_write
 
+# Of sentence-transformers' Pooling module. text-embeddings-inference does not load a folder that leaves some out.
+POOLING_MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
 # Names of the files that save_result and save_merged write, as a regular expression.
 WRITTEN = (r"(config|tokenizer|tokenizer_config|embedder|modules|sentence_bert_config|config_sentence_transformers"
            r"|adapter_config)\.json|(model|adapter_model)[\w-]*\.safetensors(\.index\.json)?")
@@ -124,13 +126,14 @@ def _save_for_libraries(
     save_prompt_encoder(folder, prompt_encoder)
     before_text = prompt_encoder.template.query.removesuffix("{text}")
     named = {} if prompt_encoder.template.suffix else prompts
+    added = 1 + (prompt_encoder.tokenizer.bos_id is not None)  # EOS, and BOS where there is one
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
     files = {
         "modules.json": [{"idx": n, "name": str(n), "path": path, "type": f"sentence_transformers.models.{kind}"}
                          for n, (path, kind) in enumerate(modules)],
-        "sentence_bert_config.json": {"max_seq_length": prompt_encoder.max_text_tokens + 2, "do_lower_case": False},
+        "sentence_bert_config.json": {"max_seq_length": prompt_encoder.max_text_tokens + added, "do_lower_case": False},
         "1_Pooling/config.json": {"word_embedding_dimension": model.config.hidden_size,
-                                  "pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False,
+                                  **{f"pooling_mode_{mode}": mode == "lasttoken" for mode in POOLING_MODES},
                                   "include_prompt": True},
         "config_sentence_transformers.json": {
             "prompts": {name: "" if text is None else before_text.format(instruction=text)
