@@ -1,6 +1,7 @@
 """Benchmarks: `python -m benchmarks [B1 …] [--device cpu|cuda] [--quick]`, or `python -m benchmarks gpu [PART …]`.
 
     B1, B2, B3, B4, B10    encoding texts (encoding.py)          B5, B6    training steps (training.py)
+    B2-bf16, B10-bf16      the same in bf16, on a CPU too
     B7                     the loss (loss.py)                    B8        pooling (pooling.py)
     B9                     hard-negative mining (mining.py)
     B11, B12               encoding and training a small LLM, on a CPU only (small_llm.py)
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cuda" if cuda else "cpu")
     folder = RESULTS / ("dry-run" if given.quick else device.type)
     # without a GPU the kernel of B8 is interpreted, which is not worth timing
-    other_device = ("B11", "B12") if cuda else ("B8",)
+    other_device = ("B11", "B12", "B2-bf16", "B10-bf16") if cuda else ("B8",)
     for name in names or [name for name in known if name not in other_device]:
         print(write_result(gpu.BENCHMARKS[name](device, quick=given.quick), folder), flush=True)
     print(plot.draw(folder))

@@ -10,6 +10,7 @@ Operations of matrix products are counted as 2 x weights x tokens, with a full l
 import copy
 import random
 import tempfile
+from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -31,15 +32,17 @@ from ref.training.export import export_model
 class Setting:
     """Random weights of one configuration, our embedder, and the peers on the same tensors."""
 
-    def __init__(self, device: torch.device, *, quick: bool) -> None:
+    def __init__(self, device: torch.device, *, quick: bool, bf16: bool = False) -> None:
         self.device, self.quick, self.cuda = device, quick, device.type == "cuda"
-        self.config = shapes.model_config(device, quick=quick)
+        config = shapes.model_config(device, quick=quick)
+        self.config = replace(config, dtype="bfloat16") if bf16 else config
+        self.bf16 = self.config.dtype == "bfloat16"
         self.model = shapes.random_model(self.config, device)
         self.transformers = shapes.transformers_model(self.model)
         self.tokenizer = shapes.word_tokenizer(self.config)
         self.embedder = Embedder(self.model, PromptEncoder(self.tokenizer))
         self.rounds = 3 if self.cuda else 5
-        self.bound = 4.5e-2 if self.cuda else 1e-5  # relative error; in bf16 that of a cosine of 0.999
+        self.bound = 4.5e-2 if self.bf16 else 1e-5  # relative error; in bf16 that of a cosine of 0.999
 
     def by_device(self, gpu: int, cpu: int, quick: int) -> int:
         """A number of the shape: on a GPU (where `quick` reduces only the layers), on a CPU, in a quick run there."""
@@ -75,10 +78,10 @@ class Setting:
     def check(self, texts: list[str], peers: dict[str, Tensor], ours: Tensor) -> dict[str, float]:
         """Compare our embeddings of `texts` with the peers'; raises RuntimeError above the bound.
 
-        fp32: |ours - peer| / |peer| <= 1e-5. bf16: cosine to the peer >= 0.999, and 1 - cosine to transformers in fp32
-        on the same weights at most 1.2 times the peer's, because two correct bf16 runs differ by that much.
+        fp32: |ours - peer| / |peer| <= 1e-5. bf16: cosine to the peer >= 0.999, and the mean of 1 - cosine to
+        transformers in fp32 on the same weights at most 1.2 times the peer's: two bf16 runs differ by that much.
         """
-        if not self.cuda:
+        if not self.bf16:
             errors = {f"ours against {name}": relative_error(ours, peer) for name, peer in peers.items()}
             check_errors(errors, 1e-5)
             return errors
@@ -86,11 +89,12 @@ class Setting:
         with torch.inference_mode():
             truth = shapes.transformers_embed(in_fp32, *shapes.pad(self.ids(texts), self.device)).cpu()
         del in_fp32
-        error = {name: cosine_error(vectors.cpu(), truth) for name, vectors in {**peers, "ours": ours}.items()}
+        error = {name: cosine_errors(vectors.cpu(), truth) for name, vectors in {**peers, "ours": ours}.items()}
         for name, peer in peers.items():
             check_errors({f"ours against {name}, 1 - cosine": cosine_error(ours.cpu(), peer.cpu())}, 1e-3)
-            check_errors({f"ours against fp32, over {name} against fp32": error["ours"] / error[name]}, 1.2)
-        return {f"1 - cosine to fp32, {name}": value for name, value in error.items()}
+            ratio = (error["ours"].mean() / error[name].mean()).item()
+            check_errors({f"ours against fp32, over {name} against fp32, mean": ratio}, 1.2)
+        return {f"1 - cosine to fp32, {name}": value.max().item() for name, value in error.items()}
 
     def ids(self, texts: list[str]) -> list[list[int]]:
         """Token ids with `<s>` and `</s>`."""
@@ -99,15 +103,20 @@ class Setting:
         return [[*bos, *ids, tokenizer.eos_id] for ids in tokenizer.encode(texts, max_tokens=4096)]
 
 
+def cosine_errors(left: Tensor, right: Tensor) -> Tensor:
+    """1 - cosine of corresponding vectors; those that a peer has normalised in bf16 have no exact unit length."""
+    return 1 - torch.cosine_similarity(left.double(), right.double(), dim=-1)
+
+
 def cosine_error(left: Tensor, right: Tensor) -> float:
-    """The largest 1 - cosine of corresponding unit vectors."""
-    return 1 - (left.double() * right.double()).sum(-1).min().item()
+    """The largest of them."""
+    return cosine_errors(left, right).max().item()
 
 
 @cache
-def setting(device: torch.device, quick: bool) -> Setting:
-    """The setting of this process, built once."""
-    return Setting(device, quick=quick)
+def setting(device: torch.device, quick: bool, bf16: bool = False) -> Setting:
+    """A setting of this process, built once; `bf16` on a CPU too."""
+    return Setting(device, quick=quick, bf16=bf16)
 
 
 def linear_weights(model: Mistral) -> int:
@@ -159,9 +168,9 @@ def b1(device: torch.device, *, quick: bool = False) -> Result:
     return Result("B1", {"texts": num_texts, "tokens": length}, timings, checks, targets, figures)
 
 
-def b2(device: torch.device, *, quick: bool = False) -> Result:
+def b2(device: torch.device, *, quick: bool = False, bf16: bool = False) -> Result:
     """Texts of mixed lengths: the cost of padding."""
-    s = setting(device, quick)
+    s = setting(device, quick, bf16)
     draw = random.Random(torch.initial_seed())
     mean, cap = s.by_device(172, 172, 20), s.by_device(512, 512, 60)
     texts = shapes.mixed_texts(s.by_device(4096, 256, 24), mean=mean, cap=cap, draw=draw)
@@ -174,7 +183,7 @@ def b2(device: torch.device, *, quick: bool = False) -> Result:
 
     calls: dict[str, Any] = {"ours": lambda: s.embedder.encode(texts), "padded loop, unsorted": loop,
                              "sentence-transformers": peer if isinstance(peer, str) else lambda: peer.encode(texts)}
-    few = texts[:16]
+    few = texts[: 64 if s.bf16 and not s.cuda else 16]  # a mean of more texts
     peers = {"the padded loop": loop(few)}
     if not isinstance(peer, str):
         peers["sentence-transformers"] = torch.from_numpy(peer.encode(few)).float()
@@ -187,7 +196,7 @@ def b2(device: torch.device, *, quick: bool = False) -> Result:
         figures |= growth(lambda n: s.embedder.encode(
             shapes.mixed_texts(n, mean=60, cap=256, draw=random.Random(n))), sizes, device)
     wanted = {"padded loop, unsorted": 2.5, "sentence-transformers": 1.35 if s.cuda else 2.0}
-    return Result("B2", {"texts": len(texts), "mean": mean, "cap": cap}, timings, checks,
+    return Result("B2-bf16" if bf16 else "B2", {"texts": len(texts), "mean": mean, "cap": cap}, timings, checks,
                   {} if quick else speed_targets(timings, wanted), figures)
 
 
@@ -247,9 +256,9 @@ def b4(device: torch.device, *, quick: bool = False) -> Result:
                   {} if quick else speed_targets(timings, wanted))
 
 
-def b10(device: torch.device, *, quick: bool = False) -> Result:
+def b10(device: torch.device, *, quick: bool = False, bf16: bool = False) -> Result:
     """Texts to vectors on the host, with three in ten texts repeated."""
-    s = setting(device, quick)
+    s = setting(device, quick, bf16)
     draw = random.Random(torch.initial_seed())
     count = s.by_device(20_000, 500, 20)
     mean, cap = s.by_device(172, 100, 12), s.by_device(512, 256, 40)
@@ -257,7 +266,7 @@ def b10(device: torch.device, *, quick: bool = False) -> Result:
     texts = unique + draw.choices(unique, k=count - len(unique))
     draw.shuffle(texts)
     peer = s.sentence_transformer()
-    few, checks = texts[:16], {}
+    few, checks = texts[: 64 if s.bf16 and not s.cuda else 16], {}
     ours = torch.from_numpy(s.embedder.encode(few))
     if not isinstance(peer, str):
         checks = s.check(few, {"sentence-transformers": torch.from_numpy(peer.encode(few)).float()}, ours)
@@ -265,5 +274,5 @@ def b10(device: torch.device, *, quick: bool = False) -> Result:
         "ours": lambda: s.embedder.encode(texts),
         "sentence-transformers": peer if isinstance(peer, str) else lambda: peer.encode(texts)})
     wanted = {"sentence-transformers": 1.6 if s.cuda else 2.0}
-    return Result("B10", {"texts": count, "unique": len(unique)}, timings, checks,
+    return Result("B10-bf16" if bf16 else "B10", {"texts": count, "unique": len(unique)}, timings, checks,
                   {} if quick else speed_targets(timings, wanted), {"ours, texts/s": count / timings["ours"].median_s})

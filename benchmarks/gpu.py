@@ -6,6 +6,8 @@
     B7 B8 B1 B5 B3 B6    benchmarks
     run         run_train.py on a 7B model with random weights, a few steps
     B2 B4 B9 B10         benchmarks
+    smollm2     ten minutes of training SmolLM2-135M, then the evaluation sets; needs checkpoints/smollm2 and the data
+                in the folder LG_ANNA_DATA
 
 Each part writes benchmarks/results/gpu/PART.json when it ends, so that an interrupted run keeps the finished parts.
 Without a GPU all parts run at small shapes on the CPU: a dry run that tests the script.
@@ -22,6 +24,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +45,8 @@ INTERPRETED_TESTS = ("-k", "pool_of_a_zero_row or positive_alone or agree_bit_fo
 BENCHMARKS: dict[str, Callable[..., Result]] = {
     "B1": encoding.b1, "B2": encoding.b2, "B3": encoding.b3, "B4": encoding.b4, "B5": training.b5, "B6": training.b6,
     "B7": loss.b7, "B8": pooling.b8, "B9": mining.b9, "B10": encoding.b10,
-    "B11": small_llm.b11, "B12": small_llm.b12}
+    "B11": small_llm.b11, "B12": small_llm.b12,
+    "B2-bf16": partial(encoding.b2, bf16=True), "B10-bf16": partial(encoding.b10, bf16=True)}
 
 
 def result_folder(cuda: bool) -> Path:
@@ -136,12 +140,37 @@ def run_training(cuda: bool) -> dict[str, Any]:
         if code:
             return {"error": f"run_train.py failed with exit code {code}"}
         steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][1:]
+        chosen = json.loads((output / "run.json").read_text())["options"]["mini_batch_tokens"]
     rates = [step["tokens_per_s"] for step in steps]
     floor = encoding.matrix_rate(config, device, dtype) / (6 * weights)
     peak = torch.cuda.max_memory_allocated() if cuda else 0
-    return {"queries": queries, "tokens_per_step": steps[0]["tokens"], "tokens_per_s": rates,
-            "median_tokens_per_s": statistics.median(rates), "peak_gb": peak / 1e9,
+    return {"queries": queries, "tokens_per_step": steps[0]["tokens"], "mini_batch_tokens": chosen,
+            "tokens_per_s": rates, "median_tokens_per_s": statistics.median(rates), "peak_gb": peak / 1e9,
             "share_of_floor_6p": statistics.median(rates) / floor}
+
+
+def run_smollm2(cuda: bool) -> dict[str, Any]:
+    """The README's run on real data: LoRA on SmolLM2-135M for ten minutes, then all local evaluation sets."""
+    model, data = ROOT / "checkpoints/smollm2", Path(os.environ.get("LG_ANNA_DATA", ""))
+    files = sorted(data.glob("soft_labels/*.jsonl")) if os.environ.get("LG_ANNA_DATA") else []
+    if not files or not model.is_dir():
+        return {"skipped": "needs checkpoints/smollm2 (data/smollm2.py) and LG_ANNA_DATA"}
+    length = ("--minutes", "10") if cuda else ("--steps", "1")
+    sets = () if cuda else ("--tasks", "BIOSSES")
+    with tempfile.TemporaryDirectory(prefix="benchmarks-") as scratch:
+        run, instructions = Path(scratch) / "run", ROOT / "configs/real_instructions.json"
+        commands = [
+            ["run_train.py", "--model", model, "--data", *files, *length, "--output", run],
+            ["run_eval.py", "--model", run, "--data-dir", data / "mteb", "--instructions", instructions, *sets]]
+        for command in commands:
+            done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
+                                  check=False)
+            if done.returncode:
+                return {"error": f"{command[0]} failed with exit code {done.returncode}: {done.stderr[-500:]}"}
+        steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        scores = json.loads((run / "scores.json").read_text())
+    return {"steps": len(steps), "median_tokens_per_s": statistics.median(step["tokens_per_s"] for step in steps),
+            "scores": {task: score["value"] for task, score in scores.items()}}
 
 
 def random_lines(queries: int, tokens: int) -> list[dict[str, Any]]:
@@ -156,7 +185,8 @@ def random_lines(queries: int, tokens: int) -> list[dict[str, Any]]:
 PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {
     "suite": run_kernel_tests, "paths": run_cuda_tests, "sanitizer": run_sanitizer,
     **{name: run_benchmark(BENCHMARKS[name]) for name in ("B7", "B8", "B1", "B5", "B3", "B6")}, "run": run_training,
-    **{name: run_benchmark(BENCHMARKS[name]) for name in ("B2", "B4", "B9", "B10")}}
+    **{name: run_benchmark(BENCHMARKS[name]) for name in ("B2", "B4", "B9", "B10")},
+    "smollm2": run_smollm2}
 
 
 def main(names: list[str]) -> int:

@@ -120,7 +120,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _number(path: Path) -> int:
-    return int(path.stem[1:])
+    return int(path.stem[1:].partition("-")[0])
 
 
 def _ratios(result: dict[str, Any]) -> list[Ratio]:

@@ -113,17 +113,15 @@ class Embedder:
 
         vectors = np.empty((len(texts), self.embedding_dim), np.float32)
         copies = AsyncCopies(vectors)
-        bar = progress_bar(desc="encoding", total=len(unique), unit="text", enabled=progress)
-        rate = TokenRate(bar)
+        bar = TokenRate(progress_bar(desc="encoding", total=len(unique), unit="text", enabled=progress))
         for rows, ids in prefetch(tokenise, windows):
             for batch in batch_by_tokens([len(text) for text in ids], tokens_per_batch=self.tokens_per_batch):
                 packed = pack_sequences(
                     [ids[n] for n in batch], device=self.device, prefix_length=len(prefix.ids) if shared else 0)
                 copies.add(rows[batch], embed(self.model, packed, prefix=shared, backend=self.backend))
-                num_tokens = sum(len(ids[n]) for n in batch)
-                self.num_tokens += num_tokens
-                rate.update(len(batch), num_tokens)
+                bar.update(len(batch), sum(len(ids[n]) for n in batch))
         bar.close()
+        self.num_tokens += bar.num_tokens
         copies.finish()
         scatter_to_duplicates(vectors, first, rows_at_a_time=TEXTS_PER_WINDOW)
         check_finite(vectors, texts)

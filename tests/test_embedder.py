@@ -63,10 +63,16 @@ def test_progress_counts_distinct_texts(progress, small_embedder, monkeypatch):
     def progress_bar(**options):
         bars.append([options, 0, "open"])
         return SimpleNamespace(update=lambda count: bars[0].__setitem__(1, bars[0][1] + count),
+                               set_postfix_str=lambda text, refresh: bars[0].append(text.split()[-1]),
                                close=lambda: bars[0].__setitem__(2, "closed"))
     monkeypatch.setattr(module, "progress_bar", progress_bar)
     small_embedder.encode(["tea", "ale", "tea"], progress=progress)
-    assert bars == [[{"desc": "encoding", "total": 2, "unit": "text", "enabled": progress}, 2, "closed"]]
+    before = small_embedder.num_tokens
+    assert bars[0][:3] == [{"desc": "encoding", "total": 2, "unit": "text", "enabled": progress}, 2, "closed"]
+    assert set(bars[0][3:]) == {"tokens/s"}
+    small_embedder.encode(["tea", "tea"])
+    [ids] = small_embedder.prompt_encoder.encode(["tea"], small_embedder.prompt_encoder.prefix(None))
+    assert small_embedder.num_tokens - before == 1 + len(ids)  # with <s>
 
 
 def test_any_sequence_is_read_in_its_own_order(small_embedder):

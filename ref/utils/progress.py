@@ -63,3 +63,7 @@ class TokenRate:
             rate = self.num_tokens / max(1e-9, time.perf_counter() - self.start_s)
             self.bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
         self.bar.update(texts)
+
+    def close(self) -> None:
+        """Close the bar."""
+        self.bar.close()

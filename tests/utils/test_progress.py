@@ -63,7 +63,7 @@ def test_tokens_per_second_beside_the_texts(clock, capsys, monkeypatch):
     rate.update(30, 5000)
     [line] = capsys.readouterr().out.splitlines()
     assert "50% 50/100" in line and line.endswith("125 tokens/s]")
-    rate.bar.close()
+    rate.close()
 
 
 def test_an_iterable_of_unknown_length(clock, capsys):
