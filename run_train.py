@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,12 +27,14 @@ from ref.training.arguments import parse_args, train_config
 from ref.training.data import SoftLabelDataset
 from ref.training.export import earlier_results, save_merged, save_result
 from ref.training.memory import auto_mini_batch_tokens
-from ref.training.metrics import plot_loss
+from ref.training.metrics import held_out_scores, plot_loss
 from ref.training.model_source import ModelSource, build_model, declared_template, resolve_model
 from ref.training.run_dir import (
     BEGINNING,
     check_resumed,
+    last_position,
     load_best,
+    load_state,
     open_run_dir,
     resume_options,
     run_metadata,
@@ -137,18 +140,18 @@ def preset_values(config: TrainConfig) -> str:
 
 
 def run(trainer: Trainer, folder: Path, source: ModelSource) -> int:
-    """One run from its first step to its result."""
+    """One run from its first step, or from a saved state, to its result."""
     config, data = trainer.config, trainer.data
     sets = held_out_sets(config, data)
     metadata = run_metadata(config, source, trainer.model, data)
-    is_first, start = trainer.distributed.rank == 0, BEGINNING
+    is_first, start, position = trainer.distributed.rank == 0, BEGINNING, BEGINNING
     if config.resume:
         saved = check_resumed(folder, metadata)
-        begin = schedule_start(folder, saved, config, num_steps(config, data))
+        begin = schedule_start(saved, config, num_steps(config, data))
         if begin is None:
             print(f"{folder} is complete: nothing to resume; a larger --steps, --epochs or --minutes extends it")
             return 0
-        start = begin
+        start, position = begin, load_state(folder, trainer.model, trainer.optimiser, begin)
         metadata |= {"started": saved["started"], "eval_before": saved.get("eval_before"), "schedule_start": start}
     elif is_first:
         metadata["eval_before"] = evaluate(trainer, sets, "before training") if sets else None
@@ -158,24 +161,37 @@ def run(trainer: Trainer, folder: Path, source: ModelSource) -> int:
         for result in results:
             remove_path(result)
     trainer.distributed.barrier(while_alive=True)
-    complete = train(trainer, folder, start, lambda step: evaluate(trainer, sets, f"after {step} steps"))
-    if not is_first:
-        return 0 if complete else 130
-    if complete and config.keep_best and (folder / "best").exists():
-        print(f"best held-out score: after {load_best(folder, trainer.model)} steps, which are the result")
+    complete = train(trainer, folder, position, start, lambda step: evaluate(trainer, sets, f"after {step} steps"))
+    if is_first:
+        finish(trainer, folder, source, sets, metadata, complete=complete)
+    return 0 if complete else 130
+
+
+def finish(
+    trainer: Trainer, folder: Path, source: ModelSource, sets: list[Path], metadata: dict[str, Any], *, complete: bool,
+) -> None:
+    """Write the result of a run, and complete run.json unless the run was stopped."""
+    config, data, scores = trainer.config, trainer.data, held_out_scores(folder)
+    end = last_position(folder)
+    result_step = end["step"]
+    if complete and config.keep_best and scores:
+        result_step = load_best(folder, trainer.model)
+        print(f"the result is the state after {result_step} steps, which has the best held-out score")
     save_result(folder, trainer.model, trainer.prompt_encoder, config, source, data)
     if not_drawn := plot_loss(folder):
         print(not_drawn)
     if not complete:
         print(f"stopped and saved; continue with: python run_train.py --resume --output {folder}")
-        return 130
-    metadata["eval_after"] = evaluate(trainer, sets, "after training") if sets else None
+        return
+    score = scores.get(result_step)
+    if sets and score is None:
+        score = evaluate(trainer, sets, "after training")
     if config.merge and config.train == "lora":
         save_merged(folder, trainer.model, trainer.prompt_encoder, data)
-    write_json(folder / "run.json", {**metadata, "complete": True, "finished": utc_now()})
+    write_json(folder / "run.json", {**metadata, "eval_after": score, "result_step": result_step, "end": end,
+                                     "complete": True, "finished": utc_now()})
     write_model_cards(folder)
     print(f"done: {folder}\nevaluate it: python run_eval.py --model {folder}")
-    return 0
 
 
 def held_out_sets(config: TrainConfig, data: SoftLabelDataset) -> list[Path]:

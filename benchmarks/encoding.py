@@ -113,9 +113,13 @@ def cosine_error(left: Tensor, right: Tensor) -> float:
     return cosine_errors(left, right).max().item()
 
 
-@cache
 def setting(device: torch.device, quick: bool, bf16: bool = False) -> Setting:
-    """A setting of this process, built once; `bf16` on a CPU too."""
+    """A setting of this process, built once; with `bf16` in bf16 on a CPU too, as on a GPU always."""
+    return _setting(device, quick, bf16 and device.type == "cpu")
+
+
+@cache
+def _setting(device: torch.device, quick: bool, bf16: bool) -> Setting:
     return Setting(device, quick=quick, bf16=bf16)
 
 

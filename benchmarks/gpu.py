@@ -121,7 +121,7 @@ def run_benchmark(benchmark: Callable[..., Result]) -> Callable[[bool], dict[str
 def run_training(cuda: bool) -> dict[str, Any]:
     """run_train.py on random weights: one warm-up step and three measured ones of 128 queries x (1 + 7)."""
     device, dtype = (torch.device("cuda"), torch.bfloat16) if cuda else (torch.device("cpu"), torch.float32)
-    encoding.setting.cache_clear()  # the run loads its own weights
+    encoding._setting.cache_clear()  # the run loads its own weights
     gc.collect()
     config = shapes.model_config(device, quick=not cuda)
     queries, tokens = (128, 96) if cuda else (8, 12)
@@ -166,7 +166,8 @@ def run_smollm2(cuda: bool) -> dict[str, Any]:
             done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
                                   check=False)
             if done.returncode:
-                return {"error": f"{command[0]} failed with exit code {done.returncode}: {done.stderr[-500:]}"}
+                said = (done.stdout + done.stderr)[-500:]
+                return {"error": f"{command[0]} failed with exit code {done.returncode}: {said}"}
         steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         scores = json.loads((run / "scores.json").read_text())
     return {"steps": len(steps), "median_tokens_per_s": statistics.median(step["tokens_per_s"] for step in steps),

@@ -2,6 +2,7 @@
 
     python -m pytest                     a new seed; the first line of the output names it
     python -m pytest --seed 12345        repeat the run of that seed
+    python -m pytest -n 2                in two processes (pytest-xdist), each test with one thread
     LG_ANNA_DATA=DIR python -m pytest    also the tests on real data
 """
 
@@ -9,11 +10,15 @@ import dataclasses
 import json
 import os
 import random
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-# read at import, by triton and by huggingface_hub
+# read at import, by torch, by triton and by huggingface_hub
+os.environ.update({"OMP_NUM_THREADS": "1"} if "PYTEST_XDIST_WORKER" in os.environ else {})
 os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidiactl") else "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")  # no bf16 in hardware: `auto` is float32 on any machine
@@ -29,6 +34,7 @@ from ref.model.checkpoint import save_model
 from ref.model.lora import apply_lora, lora_layers
 from ref.model.transformer import Mistral
 
+ROOT = Path(__file__).parents[1]
 hypothesis.settings.register_profile("here", deadline=None, database=None)
 hypothesis.settings.load_profile("here")
 
@@ -57,6 +63,17 @@ def seed(request: pytest.FixtureRequest) -> int:
     random.seed(number)
     np.random.seed(number)
     return number
+
+
+def start_ranks(world_size: int, arguments: Sequence[object], **options: Any) -> list[subprocess.Popen[Any]]:
+    """Python processes with the variables that torchrun sets; `options` go to Popen."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+                   "WORLD_SIZE": str(world_size), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    return [subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, env={**environment, "RANK": str(rank)},
+                             **options) for rank in range(world_size)]
 
 
 @pytest.fixture(scope="session")

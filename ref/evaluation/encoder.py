@@ -102,7 +102,10 @@ def instruction_for(task_metadata: TaskMetadata, overrides: Mapping[str, str]) -
 
 
 def published_instructions(model: str) -> dict[str, str]:
-    """Task name -> instruction that mteb has for a model of the hub, as its authors gave it; empty if it has none."""
+    """Task name -> instruction that mteb has for a model of the hub, as its authors gave it; empty if it has none.
+
+    Instructions by type of task, which a few models have too, are not used.
+    """
     meta = MODEL_REGISTRY.get(model)
     prompts = (meta.loader_kwargs.get("prompts_dict") or {}) if meta else {}
     texts = {name: text.get("query") if isinstance(text, dict) else text for name, text in prompts.items()}

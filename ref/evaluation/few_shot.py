@@ -106,15 +106,14 @@ def read_example_folder(folder: Path, known_tasks: Iterable[str]) -> dict[str, F
     Files named after an earlier version of a task of the benchmark, or after a collection of tasks, serve those made
     from it. Files of other tasks are listed and not read. Raises ValueError if none can be used or one is malformed.
     """
-    sources = {name: (name, *earlier_names(name)) for name in (*benchmark_tasks(), *known_tasks)}
+    sources = {name: (name, *earlier_names(name)) for name in dict.fromkeys((*benchmark_tasks(), *known_tasks))}
     files = {path.stem: path for path in sorted(folder.glob("*.json"))}
     chosen = {name: files[found[0]] for name, names in sources.items() if (found := [n for n in names if n in files])}
     if not chosen:
         raise ValueError(f"--examples-file {folder}: must hold a file TASK.json for a task, such as STS12.json")
     unused = sorted(set(files) - {path.stem for path in chosen.values()})
     if unused:
-        print(f"examples: {len(unused)} of {len(files)} files are of tasks that are not in the benchmark "
-              f"({', '.join(unused)})")
+        print(f"examples: {len(unused)} of {len(files)} files are of other tasks ({', '.join(unused)})")
     parsed = {path: _parse_examples(read_json_list(path), str(path)) for path in sorted(set(chosen.values()))}
     return {name: FewShotExamples(parsed[path], f"file {path.name}") for name, path in chosen.items()}
 

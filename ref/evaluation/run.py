@@ -27,7 +27,7 @@ from ref.evaluation.plan import TaskPlan
 from ref.evaluation.report.run_results import Report, TaskResult
 from ref.evaluation.report.write import write_report
 from ref.evaluation.results import TaskScore, score_task
-from ref.evaluation.retrieval import TextEmbedder
+from ref.evaluation.retrieval import TextEmbedder, read_task_file
 from ref.evaluation.tasks import (
     LocalDataMixin,
     TaskSelection,
@@ -89,14 +89,20 @@ def evaluate(config: EvalConfig) -> int:
     selection = select_tasks(config.tasks or "all", config.data_dir)
     folders = [] if config.data_dir is None else [folder.name for folder in task_folders(config.data_dir)]
     given = read_instructions(config.instructions, folders) if config.instructions else {}
-    published = published_instructions(config.model)
+    published = {name: text for name, text in published_instructions(config.model).items()
+                 if name in {task.metadata.name for task in selection.tasks} and not has_own_instruction(config, name)}
     distributed = Distributed()
     if published and distributed.rank == 0:
-        print(f"instructions: those that mteb has for this model ({len(published)} tasks)")
+        print(f"instructions: mteb has one for this model and {', '.join(published)}")
     if distributed.rank == 0 and not config.plan:
         read_caches_if_offline(selection.tasks)
     with claim_results(config) if distributed.rank == 0 else nullcontext(Path()) as output:
         return _evaluate(config, selection, folders, published | given, distributed, output)
+
+
+def has_own_instruction(config: EvalConfig, task: str) -> bool:
+    """Whether a task's local folder has a task.json with an instruction."""
+    return config.data_dir is not None and "instruction" in read_task_file(config.data_dir / task)
 
 
 def claim_results(config: EvalConfig) -> AbstractContextManager[Path]:
@@ -115,7 +121,8 @@ def _evaluate(
     distributed: Distributed, output: Path,
 ) -> int:
     few_shot = {} if distributed.rank else load_examples(
-        selection.tasks, folders, count=config.examples, path=config.examples_file, seed=config.seed)
+        selection.tasks, [*folders, *(task.metadata.name for task in selection.tasks)], count=config.examples,
+        path=config.examples_file, seed=config.seed)
     dtype, why = resolve_dtype(config.dtype, resolve_device())
     if distributed.rank == 0:
         print(f"dtype: {dtype} ({why})")

@@ -22,7 +22,7 @@ from ref.utils.files import atomic_write, read_json, write_json
 BEFORE_TEXT = "\nQuery: "  # end of the paper's template
 CARD_FILE, SCORES_FILE = "README.md", "scores.json"
 PLACEHOLDER = "OWNER/NAME"
-RESULTS = ("model", "adapter", "merged")
+RESULTS = ("model", "adapter", "merged")  # folders of a run
 SIGNATURE = "<!-- written by this project; SHA-256 of the text above: {} -->\n"
 SHOWN = ("learning_rate", "batch_size", "batch_size_symmetric", "num_negatives", "temperature", "teacher_temperature",
          "soft_label_weight", "contrastive_weight", "max_examples", "max_text_tokens", "seed", "dtype")

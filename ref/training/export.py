@@ -16,7 +16,7 @@ import numpy as np
 
 from ref.config import TrainConfig
 from ref.model.adapter import save_adapter
-from ref.model.card import SCORES_FILE, is_unedited_card
+from ref.model.card import CARD_FILE, SCORES_FILE, is_unedited_card
 from ref.model.checkpoint import resolve_checkpoint, save_model
 from ref.model.lora import frozen_base, merge_lora
 from ref.model.transformer import Mistral
@@ -70,7 +70,8 @@ def earlier_results(folder: Path) -> list[Path]:
     results = [folder / name for name in ("model", "adapter", "base", "merged")]
     for path in (path for result in results for path in sorted(result.rglob("*"))):
         if not path.is_dir() and not re.fullmatch(WRITTEN, path.name) and not is_unedited_card(path):
-            raise ValueError(f"{path} was not written by this command, which replaces its folder; move it first")
+            reason = "was edited" if path.name == CARD_FILE else "was not written by this command"
+            raise ValueError(f"{path} {reason}, and its folder is replaced; move it first")
     return [*results, folder / SCORES_FILE]
 
 

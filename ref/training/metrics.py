@@ -1,10 +1,10 @@
-"""While a run is training: metrics.jsonl, the progress bar, the first Ctrl-C, and the loss curve afterwards."""
+"""While a run is training: metrics.jsonl, held_out.json, the progress bar, the first Ctrl-C; the curves afterwards."""
 
 import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ref.config import TrainConfig
-from ref.utils.files import atomic_write
+from ref.utils.files import atomic_write, read_json, write_json
 from ref.utils.prefetch import async_to_host
 from ref.utils.progress import progress_bar
 
@@ -75,23 +75,10 @@ class MetricsLogger:
         self.flush()
         self.pending = {**row, **dict.fromkeys(metrics)}, copied, not_finite, mark
 
-    def add_held_out_score(self, score: Callable[[], float]) -> float:
-        """Write the pending step with the held-out score after it, whose computation is not time of training."""
-        row = self._finish()
-        with self.stopwatch.paused():
-            row["held_out_ndcg"] = score()
-        self._write(row)
-        self.last_mark = TimeMark()
-        return float(row["held_out_ndcg"])
-
     def flush(self) -> None:
-        """Write the pending step, if there is one."""
-        if self.pending is not None:
-            self._write(self._finish())
-
-    def _finish(self) -> dict[str, Any]:
-        """The pending step's row; raises the error of `not_finite` if its loss or gradient norm is not finite."""
-        assert self.pending is not None, "no step since the last row"
+        """Write the pending step; raises the error of `not_finite` if its loss or gradient norm is not finite."""
+        if self.pending is None:
+            return
         (row, copied, not_finite, mark), self.pending = self.pending, None
         values = iter(copied().tolist())
         row = {name: next(values) if value is None else value for name, value in row.items()}
@@ -102,13 +89,18 @@ class MetricsLogger:
                 "elapsed_s": self.stopwatch.elapsed_s,
                 "tokens_per_s": row["tokens"] / mark.seconds_since(self.last_mark)}
         self.last_mark = mark
-        return row
-
-    def _write(self, row: dict[str, Any]) -> None:
         if self.file is not None:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
             self.progress.update(row)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside is not time of training; the pending step is written first."""
+        self.flush()
+        with self.stopwatch.paused():
+            yield
+        self.last_mark = TimeMark()
 
     def close(self) -> None:
         """Write the pending step and close file and progress bar."""
@@ -119,10 +111,24 @@ class MetricsLogger:
 
 
 def truncate_metrics(folder: Path, steps: int) -> None:
-    """Drop the lines of steps that a resumed run will compute again."""
+    """Drop the lines of steps, and the held-out scores after steps, that a resumed run will compute again."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     atomic_write(path, lambda draft: draft.write_text("".join(lines[:steps])))
+    scores = held_out_scores(folder)
+    if any(step > steps for step in scores):
+        write_held_out_scores(folder, {step: score for step, score in scores.items() if step <= steps})
+
+
+def held_out_scores(folder: Path) -> dict[int, float]:
+    """held_out.json: steps so far -> mean nDCG@10 of the held-out sets; empty without --eval-steps."""
+    path = folder / "held_out.json"
+    return {int(step): float(score) for step, score in (read_json(path) if path.exists() else {}).items()}
+
+
+def write_held_out_scores(folder: Path, scores: Mapping[int, float]) -> None:
+    """Write what `held_out_scores` reads."""
+    write_json(folder / "held_out.json", {str(step): score for step, score in scores.items()})
 
 
 class TrainingProgress:
@@ -180,7 +186,7 @@ class GracefulStop:
 
 
 def plot_loss(folder: Path) -> str | None:
-    """Draw metrics.jsonl as loss.png: the terms of the loss, and the held-out score if it was measured during training.
+    """Draw loss.png: the terms of the loss, and the held-out scores if there are some from during training.
 
     Returns the reason if it cannot be drawn.
     """
@@ -191,7 +197,7 @@ def plot_loss(folder: Path) -> str | None:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     if not rows:
         return "loss.png not drawn: no step was completed"
-    scored = {row["step"] + 1: row["held_out_ndcg"] for row in rows if "held_out_ndcg" in row}
+    scored = held_out_scores(folder)
     figure = Figure(figsize=(7, 6 if scored else 4), layout="constrained")
     axes, *below = figure.subplots(2 if scored else 1, sharex=True, squeeze=False)[:, 0]
     window = max(1, len(rows) // 50)

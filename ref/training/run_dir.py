@@ -2,6 +2,7 @@
 
     runs/NAME/run.json        options, versions, commit, hardware, hashes of the data; complete: true at the end
               metrics.jsonl   one line per step
+              held_out.json   --eval-steps: held-out score by the number of steps
               loss.png        the loss curve, if matplotlib is installed
               state/STEP/     parameters, optimiser and position of the last saves
               best/           --keep-best: the parameters with the best held-out score
@@ -70,7 +71,8 @@ def resume_options(given: Namespace) -> Namespace:
         raise ValueError(f"--resume: {flags} must be as in {folder / 'run.json'}; only "
                          f"{', '.join('--' + name.replace('_', '-') for name in may_change)} may change")
     options = {**saved["options"], **{k: v for k, v in vars(given).items() if k in RESUMABLE_OPTIONS}}
-    if length := {k: v for k, v in vars(given).items() if k in LENGTHS}:
+    length = {k: v for k, v in vars(given).items() if k in LENGTHS and v is not None}
+    if saved.get("complete") and length:
         options |= {**{name: getattr(TrainConfig(), name) for name in LENGTHS}, **length}
     return Namespace(**{**options, "model": saved["model"], "resume": True, "output": str(folder)})
 
@@ -124,18 +126,19 @@ def check_resumed(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     return saved
 
 
-def schedule_start(folder: Path, saved: dict[str, Any], config: TrainConfig, total_steps: int) -> Position | None:
+def schedule_start(saved: dict[str, Any], config: TrainConfig, total_steps: int) -> Position | None:
     """Where the learning rate's present schedule begins; None if there is nothing left to do.
 
     A complete run that is given a larger length is extended: a schedule of its own, warm-up included, for what is
-    added. Raises ValueError if its last state is gone.
+    added. Raises ValueError if run.json does not say where the run ended.
     """
-    start: Position = saved.get("schedule_start", BEGINNING)
     if not saved.get("complete"):
+        start: Position = saved.get("schedule_start", BEGINNING)
         return start
-    if not _states(folder):
-        raise ValueError(f"--resume: {folder / 'state'} has no saved state to continue from")
-    end = Position(**read_json(_states(folder)[-1] / "position.json"))  # type: ignore[typeddict-item]
+    if "end" not in saved:
+        raise ValueError("--resume: run.json of this complete run does not say where it ended; start a new run from "
+                         "its result with --model")
+    end: Position = saved["end"]
     return end if share_done(config, total_steps, end, BEGINNING) < 1 else None
 
 
@@ -178,14 +181,29 @@ def save_state(
         remove_path(old)
 
 
-def load_state(folder: Path, model: nn.Module, optimiser: torch.optim.AdamW) -> Position:
-    """Restore the newest complete state; returns its position, step 0 if there is none."""
+def last_position(folder: Path) -> Position:
+    """The position of the newest complete state, the beginning if there is none."""
     states = _states(folder)
+    if not states:
+        return BEGINNING
+    return Position(**read_json(states[-1] / "position.json"))  # type: ignore[typeddict-item]
+
+
+def load_state(folder: Path, model: nn.Module, optimiser: torch.optim.AdamW, start: Position) -> Position:
+    """Restore the newest complete state; returns its position, step 0 if there is none.
+
+    Raises ValueError for a malformed state, and for one from before the present schedule's `start`.
+    """
+    states = _states(folder)
+    newest = int(states[-1].name.lstrip(".")[:8]) if states else 0
+    if newest < start["step"]:
+        raise ValueError(f"--resume: {folder / 'state'} must have a state of step {start['step']:,} or later, from "
+                         f"where the run is extended (got {newest:,}); start a new run from a result with --model")
     if not states:
         return BEGINNING
     state = states[-1]
     try:
-        position = Position(**read_json(state / "position.json"))  # type: ignore[typeddict-item]
+        position = last_position(folder)
         tensors = dict(read_tensors(state / "state.safetensors", device=torch.device("cpu")))
     except ValueError as error:
         before = states[-2] if len(states) > 1 else "the beginning"

@@ -29,11 +29,17 @@ from ref.task_types import TASK_TYPES
 from ref.text.prompts import PromptEncoder, PromptPrefix
 from ref.training.data import Batch, SoftLabelDataset
 from ref.training.grad_cache import GradientCache, PromptedTexts
-from ref.training.metrics import GracefulStop, MetricsLogger, Stopwatch, TrainingProgress, truncate_metrics
+from ref.training.metrics import (
+    GracefulStop,
+    MetricsLogger,
+    Stopwatch,
+    TrainingProgress,
+    held_out_scores,
+    truncate_metrics,
+    write_held_out_scores,
+)
 from ref.training.run_dir import (
-    BEGINNING,
     Position,
-    load_state,
     save_if_best,
     save_state,
     share_done,
@@ -209,15 +215,17 @@ def num_steps(config: TrainConfig, data: SoftLabelDataset) -> int:
     return config.steps or math.ceil(config.epochs * len(data.batches(0)))
 
 
-def train(trainer: Trainer, folder: Path, start: Position, evaluate: Evaluate | None = None) -> bool:
+def train(
+    trainer: Trainer, folder: Path, position: Position, start: Position, evaluate: Evaluate | None = None,
+) -> bool:
     """Train until the end of the schedule, or until Ctrl-C, which returns False; saves states in the run folder.
 
-    `start`: where the schedule begins, the beginning of the run unless a complete one is extended. `evaluate`, called
-    every --eval-steps on rank 0, returns a held-out score after that many steps.
+    `position`: where to go on. `start`: where the schedule begins, the beginning of the run unless a complete one is
+    extended. `evaluate` returns a held-out score; called on rank 0 every --eval-steps and at the end.
     """
     config, distributed, total = trainer.config, trainer.distributed, num_steps(trainer.config, trainer.data)
-    position = load_state(folder, trainer.model, trainer.optimiser) if config.resume else BEGINNING
     stopwatch, first_step, is_first = Stopwatch(position["elapsed_s"]), position["step"], distributed.rank == 0
+    scored = {step for step in held_out_scores(folder) if step <= first_step}
     if is_first:
         truncate_metrics(folder, first_step)
     progress = TrainingProgress(config, total, first_step, enabled=is_first)
@@ -231,18 +239,18 @@ def train(trainer: Trainer, folder: Path, start: Position, evaluate: Evaluate | 
     with GracefulStop() as stop:
         for prepared in prefetch(prepare, batch_schedule(trainer.data, first_step)):
             step = prepared.step
-            done = share_done(config, total, Position(step=step, elapsed_s=stopwatch.elapsed_s), start)
+            position = Position(step=step, elapsed_s=stopwatch.elapsed_s)
+            done = share_done(config, total, position, start)
             # all ranks stop at the same step: the first whose all-reduced metric `stop` is above 0
             ended = done >= 1 or (stop.requested if distributed.world_size == 1 else log.stop_requested)
-            is_due = config.eval_steps and (done >= 1 or step % config.eval_steps == 0)
-            if evaluate and is_due and step > first_step:
-                score_held_out(trainer, folder, step, log, evaluate)
             if ended or (step > first_step and step % config.save_steps == 0):
                 log.flush()  # a loss that is not finite is noticed here and not saved
                 if is_first:
-                    position = Position(step=step, elapsed_s=stopwatch.elapsed_s)
                     save_state(folder, trainer.model, trainer.optimiser, position, limit=config.save_total_limit)
                 distributed.barrier(while_alive=True)  # writing a large state takes long
+            is_due = step > 0 and config.eval_steps and (done >= 1 or (step % config.eval_steps == 0 and not ended))
+            if evaluate and is_due and step not in scored:
+                score_held_out(trainer, folder, step, log, evaluate)
             if ended:
                 log.close()
                 return done >= 1
@@ -253,14 +261,14 @@ def train(trainer: Trainer, folder: Path, start: Position, evaluate: Evaluate | 
 
 def score_held_out(trainer: Trainer, folder: Path, step: int, log: MetricsLogger, evaluate: Evaluate) -> None:
     """Rank 0 scores the held-out sets and keeps the best state, the others wait."""
-    if trainer.distributed.rank == 0:
-        score = log.add_held_out_score(lambda: evaluate(step))
-        if trainer.config.keep_best:
-            save_if_best(folder, trainer.model, step, score)
-        trainer.model.train()
-    else:
-        log.flush()
-    trainer.distributed.barrier(while_alive=True)
+    with log.paused():
+        if trainer.distributed.rank == 0:
+            score = evaluate(step)
+            if trainer.config.keep_best:
+                save_if_best(folder, trainer.model, step, score)
+            write_held_out_scores(folder, {**held_out_scores(folder), step: score})
+            trainer.model.train()
+        trainer.distributed.barrier(while_alive=True)
 
 
 def train_step(

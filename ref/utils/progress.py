@@ -31,9 +31,11 @@ class LineProgress(tqdm):
 
 
 def print_line(text: str) -> None:
-    """Print a line, above the bar if one is shown."""
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+    """Print a line, on a terminal above the bar if one is shown."""
+    if sys.stdout.isatty():
+        tqdm.write(text, file=sys.stdout)
+    else:
+        print(text, flush=True)
 
 
 def progress_bar(

@@ -1,15 +1,12 @@
 """One embedder on several processes: the same vectors, the same table, an error on one rank."""
 
 import json
-import os
-import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import start_ranks
 from sample_sets import world
 from tiny_mteb import sentence
 
@@ -44,11 +41,7 @@ assert not any("gloo" in path.read_text() for path in Path("/proc/self/task").gl
 
 def run_ranks(count: int, arguments: list[Any]) -> None:
     """Processes as torchrun starts them."""
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(random.randrange(20000, 40000)),
-                   "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    processes = [subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT,
-                                  env={**environment, "RANK": str(rank)}) for rank in range(count)]
-    assert [process.wait(timeout=300) for process in processes] == [0] * count
+    assert [process.wait(timeout=300) for process in start_ranks(count, arguments)] == [0] * count
 
 
 @pytest.mark.parametrize("count", [2, 3])

@@ -307,7 +307,7 @@ def test_position_chart_by_hand():
     """Dots in proportion, those of nearly equal scores above each other, two of them named."""
     chart = position_chart("t", ("ours", 60.0), ("a/b", 75.0), [50.0, 50.1, 60.0, 90.0])
     assert chart.description == ("ours: 60.00, position 3 of 6 by the mean. a/b: 75.00. Other models: 50.00 to 90.00, "
-                                 "median 60.00.")
+                                 "median 55.05.")
     dots = [(kind, float(x), float(y)) for kind, x, y in re.findall(
         r'<circle class="(\w+)" cx="([\d.]+)" cy="([\d.]+)"', chart.narrow)]
     kinds, xs, ys = zip(*dots, strict=True)

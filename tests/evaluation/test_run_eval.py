@@ -23,6 +23,7 @@ from tiny_mteb import write_json, write_lines
 import ref.evaluation.run as evaluation
 import run_eval
 from ref.embedder import Embedder
+from ref.evaluation.few_shot import load_examples
 from ref.model.adapter import save_adapter
 from ref.model.checkpoint import load_model
 
@@ -244,7 +245,33 @@ def test_a_folder_of_examples_and_the_instructions_that_mteb_has_for_the_model(
     assert instructions == {"BIOSSES": "Mine", "TwitterURLCorpus": "Given"}
     assert recorded["BIOSSES"]["examples"] == [["one", "two", "Another"], ["three", "four"]]
     assert recorded["BIOSSES"]["examples_source"] == "file BIOSSES.json"
-    assert "instructions: those that mteb has for this model (2 tasks)" in capsys.readouterr().out
+    assert "instructions: mteb has one for this model and BIOSSES, TwitterURLCorpus\n" in capsys.readouterr().out
+
+
+def test_an_instruction_of_a_local_folder_goes_before_the_one_that_mteb_has_for_the_model(
+    world: Path, tiny_run: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "published_instructions", lambda model: {"BIOSSES": "Mine", "STS13": "Unused"})
+    write_json(world / "BIOSSES/task.json", {"class": "BIOSSES", "instruction": "The folder's"})
+    assert run_eval.main(command(tiny_run, world, tmp_path / "out", "--tasks", "BIOSSES")) == 0
+    recorded = json.loads(next((tmp_path / "out").rglob("run_settings.jsonl")).read_text().splitlines()[0])
+    assert recorded["encode_kwargs"]["instruction"] == "The folder's"
+    assert "instructions:" not in capsys.readouterr().out  # none of mteb's is used
+
+
+def test_examples_of_selected_tasks_outside_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder as BGE-EN-ICL publishes it has SciFact, which can be selected by name."""
+    write_json(tmp_path / "examples/SciFact.json", [{"query": "one", "response": "two"}])
+    seen = {}
+
+    def stop(tasks: Any, known: Any, **options: Any) -> None:
+        seen.update(load_examples(tasks, known, **options))
+        raise ValueError("seen enough")
+    monkeypatch.setattr(evaluation, "load_examples", stop)
+    monkeypatch.setattr(evaluation, "read_caches_if_offline", lambda tasks: None)
+    assert run_eval.main(["--model", str(tmp_path), "--tasks", "SciFact", "--output", str(tmp_path / "out"),
+                          "--examples-file", str(tmp_path / "examples")]) == 2
+    assert [example.query for example in seen["SciFact"].examples] == ["one"]
 
 
 def test_k_examples_for_a_task_without_a_training_split(

@@ -27,6 +27,11 @@ def run_of(folder: Path, *tasks: str, model: str = "tiny") -> Path:
     ("Banking77Classification", ["Banking77Classification"]),
     ("biorxiv", ["BiorxivClusteringP2P.v2"]),
     ("ArxivClusteringS2S", ["ArXivHierarchicalClusteringS2S", "ArXivHierarchicalClusteringP2P"]),  # not told apart
+    ("sts12_train", ["STS12"]),
+    ("touche2020", ["Touche2020Retrieval.v3"]),
+    ("trec", []),
+    ("scidocsrr", []),
+    ("stackexchange_dupquestions", []),
     ("climate_fever", ["ClimateFEVERHardNegatives"]),
     ("fever", ["FEVERHardNegatives"]),
     ("fiqa", ["FiQA2018"]),
@@ -54,7 +59,9 @@ def test_a_run_has_the_training_data_of_what_it_started_from(tmp_path: Path) -> 
     second = run_of(tmp_path / "second", "banking77", model=str(first / "adapter"))
     found = tasks_in_training_data(str(second / "merged"), benchmark_tasks())
     assert found == {"Banking77Classification": "banking77", "STSBenchmark": "stsb",
-                     "HotpotQAHardNegatives": "HotpotQA", "FEVERHardNegatives": "FEVER"}
+                     **{name: name for name in ("HotpotQAHardNegatives", "FEVERHardNegatives")}}  # mteb's names
+    (first / "run.json").write_text(json.dumps({"data": [{"file": "sts22.jsonl"}], "model": "tiny"}))  # an older one
+    assert set(tasks_in_training_data(str(first), benchmark_tasks())) == {"STS22.v2"}
     run_of(tmp_path / "first", "stsb", model=str(second))  # a circle ends
     assert set(tasks_in_training_data(str(second), benchmark_tasks())) == {"Banking77Classification", "STSBenchmark"}
     assert tasks_in_training_data(str(tmp_path / "no-run"), benchmark_tasks()) == {}
@@ -72,12 +79,12 @@ def test_plan_and_report_mark_the_tasks(world: Path, tiny_run: Path, tmp_path: P
                "--output", str(tmp_path / "out")]
     assert run_eval.main([*command, "--plan"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines if "†" in line] == [["BIOSSES", "†"], ["†", "the"]]
+    assert [line.split()[:2] for line in lines if "†" in line] == [["BIOSSES", "†"], ["†", "trained"]]
     assert run_eval.main(command) == 0
     for name in ("report.md", "report.html"):
         text = (tmp_path / "out" / name).read_text()
         assert "BIOSSES †" in text and "TwitterURLCorpus †" not in text
-        assert "training data name 1 task: BIOSSES (biosses)." in text
+        assert "Trained on data of 1 task, judged by name: BIOSSES (biosses)." in text
     capsys.readouterr()
     assert run_eval.main(["--model", str(tiny_run), *command[2:], "--plan"]) == 0
     assert "†" not in capsys.readouterr().out

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, a_text
+from conftest import WORDS, a_text, start_ranks
 
 import run_label
 import run_train
@@ -221,9 +221,9 @@ def test_a_cache_of_another_model_is_not_used(label, tmp_path, retriever, capsys
 
 
 class Stub:
-    num_tokens = 0
     """A reranker: the share of the query's words that a passage has, as a logit."""
 
+    num_tokens = 0
     name, key, precision = "stub", "stub", "exact"
 
     def score_pairs(self, pairs):
@@ -341,10 +341,7 @@ def test_bad_options(label, options, words, capsys, monkeypatch):
 def test_two_processes_give_the_same_bytes(raw, retriever, tmp_path):
     """With torchrun's variables; each has a shard of the passages and blocks."""
     for count in (1, 2):
-        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(random.randrange(20000, 40000)),
-                       "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
-        processes = [subprocess.Popen(command(raw, retriever, tmp_path, f"{count}"), cwd=ROOT,
-                                      env={**environment, "RANK": str(rank)}) for rank in range(count)]
+        processes = start_ranks(count, command(raw, retriever, tmp_path, f"{count}")[1:])
         assert [process.wait(timeout=300) for process in processes] == [0] * count
     assert (tmp_path / "out-1.jsonl").read_bytes() == (tmp_path / "out-2.jsonl").read_bytes()
     assert list(tmp_path.glob("cache-2/part/*"))

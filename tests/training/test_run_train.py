@@ -574,20 +574,40 @@ def test_what_cannot_be_extended(place, capsys):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     extend = ["--resume", "--output", str(folder), "--steps", "9"]
     for more, message in (
-        ([], "README.md was not written by this command, which replaces its folder; move it first"),
+        ([], "README.md was edited, and its folder is replaced; move it first"),
         (["--learning-rate", "1"], "--learning-rate must be as in"),
         (["--epochs", "9"], "--epochs and --steps exclude each other; give one"),
     ):
         assert run_train.main([*extend, *more]) == 2
         assert message in capsys.readouterr().err
         assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    shutil.rmtree(folder / "state")
-    assert run_train.main(extend) == 2
-    assert f"{folder / 'state'} has no saved state to continue from" in capsys.readouterr().err
     with ctrl_c_at(2):
         assert place.train("unfinished") == 130
-    assert run_train.main(["--resume", "--output", str(place.folder / "unfinished"), "--steps", "9"]) == 2
+    unfinished = ["--resume", "--output", str(place.folder / "unfinished")]
+    assert run_train.main([*unfinished, "--steps", "9"]) == 2
     assert "--steps must be as in" in capsys.readouterr().err
+    assert run_train.main([*unfinished, "--epochs", "24"]) == 0  # the preset's, which this run does not use
+    assert len(rows_of(place.folder / "unfinished")) == STEPS
+
+
+@pytest.mark.parametrize("damage", ["removed", "cut"])
+def test_an_extension_starts_from_the_last_state_or_not_at_all(place, capsys, damage):
+    """An earlier state would be trained with a schedule that has not begun; the result stays."""
+    folder = extended(place, f"early-{damage}", "--save-steps", 3)
+    last = folder / "state/00000006"
+    if damage == "removed":
+        shutil.rmtree(last)
+    else:
+        (last / "state.safetensors").write_bytes((last / "state.safetensors").read_bytes()[:-9])
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    assert run_train.main(["--resume", "--output", str(folder), "--steps", "9"]) == 2
+    error = capsys.readouterr().err
+    if damage == "removed":
+        assert "must have a state of step 6 or later, from where the run is extended (got 3)" in error
+    else:
+        assert f"remove {last} to resume from" in error
+    assert run_train.main(["--resume", "--output", str(folder)]) == 0  # nothing to do, whatever states there are
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_run_starts_from_an_adapter_or_a_merged_model_with_other_data(place, adapter):
@@ -877,13 +897,34 @@ def test_held_out_sets_are_scored_during_training(place, whole, tmp_path, capsys
     options = ["--eval-data", held_out(tmp_path / "held"), "--eval-steps", 4]
     assert place.train("scored", *options, "--keep-best") == 0
     folder, printed = place.folder / "scored", capsys.readouterr().out
-    scores = {row["step"] + 1: row["held_out_ndcg"] for row in rows_of(folder) if "held_out_ndcg" in row}
+    scores = metrics.held_out_scores(folder)
     assert list(scores) == [4, 6] and f"held-out nDCG@10 after 4 steps: {scores[4]:.3f} (Set " in printed
-    assert [{k: v for k, v in row.items() if k != "held_out_ndcg"} for row in untimed(folder)] == untimed(whole)
-    best = max(scores, key=lambda step: (scores[step], -step))
-    assert f"best held-out score: after {best} steps" in printed and facts(folder)["eval_after"] == scores[best]
+    assert untimed(folder) == untimed(whole)
+    best, run = max(scores, key=lambda step: (scores[step], -step)), facts(folder)
+    assert f"the result is the state after {best} steps, which has the best" in printed
+    assert (run["result_step"], run["eval_after"]) == (best, scores[best]) and "after training" not in printed
     again = evaluate_retrieval(Embedder.from_pretrained(folder, device="cpu"), tmp_path / "held/Set")
     assert again == pytest.approx(scores[best], abs=1e-6)
+
+
+def test_a_failure_while_scoring_loses_no_step(place, whole, tmp_path, monkeypatch):
+    """The state at the end is saved before, and the resumed run scores it."""
+    options = ["--eval-data", held_out(tmp_path / "held"), "--eval-steps", 4]
+    original = run_train.evaluate
+
+    def evaluate(trainer, sets, when):
+        if when == "after 6 steps":
+            raise RuntimeError("power cut")
+        return original(trainer, sets, when)
+    monkeypatch.setattr(run_train, "evaluate", evaluate)
+    with pytest.raises(RuntimeError, match="power cut"):
+        place.train("scoring", *options)
+    folder = place.folder / "scoring"
+    assert [path.name for path in (folder / "state").iterdir()] == ["00000006"]
+    monkeypatch.setattr(run_train, "evaluate", original)
+    assert run_train.main(["--resume", "--output", str(folder)]) == 0
+    assert list(metrics.held_out_scores(folder)) == [4, 6] and weights(folder) == weights(whole)
+    assert untimed(folder) == untimed(whole)
 
 
 @pytest.mark.parametrize(("scores", "best"), [([0.5, 0.9, 0.7], 4), ([0.2, 0.3, 0.4], 6), ([0.9, 0.9, 0.1], 2)])
@@ -909,6 +950,8 @@ def test_the_best_state_is_kept(place, tmp_path, monkeypatch, scores, best, trai
         else:
             assert place.train(name, *options) == 0
         exported.append(weights(place.folder / name))
+        assert facts(place.folder / name)["result_step"] == best
+        assert metrics.held_out_scores(place.folder / name) == dict(zip((2, 4, 6), scores, strict=True))
         found = dict(read_tensors(place.folder / name / "best/state.safetensors", device=torch.device("cpu")))
         assert all(torch.equal(found[key], value) for key, value in seen[best].items())
         assert any(not torch.equal(found[key], value) for key, value in seen[8 - best if best != 4 else 2].items())

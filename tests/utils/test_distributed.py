@@ -4,14 +4,11 @@ Moments are counted in steps and saves, never timed: DRIVER sends a signal to it
 """
 
 import json
-import os
 import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -19,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, WORDS, draw_training_lines
+from conftest import SMALL, WORDS, draw_training_lines, start_ranks
 
 import run_train
 from ref.utils import distributed as module
@@ -40,17 +37,6 @@ def write_lines(path: Path, lines: list[dict]) -> Path:
     return path
 
 
-def start(world_size: int, arguments: list, **options) -> list[subprocess.Popen]:
-    """The processes of a group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-                   "WORLD_SIZE": str(world_size), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    return [subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, env={**environment, "RANK": str(rank)},
-                             **options) for rank in range(world_size)]
-
-
 def exit_codes(processes: list[subprocess.Popen]) -> list[int]:
     return [process.wait(timeout=HANG_S) for process in processes]
 
@@ -61,7 +47,7 @@ def exit_codes(processes: list[subprocess.Popen]) -> list[int]:
 def results(world_size: int, data: Path, *more: str) -> list:
     """What the first and the last rank find for all cases."""
     output = data.parent / f"ranks{world_size}{''.join(more)}"
-    processes = start(world_size, ["tests/utils/distributed_worker.py", data, output, *more])
+    processes = start_ranks(world_size, ["tests/utils/distributed_worker.py", data, output, *more])
     assert exit_codes(processes) == [0] * world_size
     return [np.load(output.with_suffix(f".{rank}.npz")) for rank in dict.fromkeys((0, world_size - 1))]
 
@@ -226,11 +212,11 @@ if ours.rank == 1:
 ours.barrier()
 ours.close()
 """)
-    assert exit_codes(start(2, [script])) == [0, 0]
+    assert exit_codes(start_ranks(2, [script])) == [0, 0]
 
 
 def test_heartbeats_are_sent():
-    processes = start(2, ["-c", HEARTBEATS], stdout=subprocess.PIPE, text=True)
+    processes = start_ranks(2, ["-c", HEARTBEATS], stdout=subprocess.PIPE, text=True)
     assert [process.communicate(timeout=HANG_S)[0] for process in processes] == ["together\n"] * 2
 
 
@@ -299,7 +285,7 @@ def uninterrupted(tmp_path_factory):
     @cache
     def run(world_size: int) -> Path:
         folder = write_inputs(tmp_path_factory.mktemp("uninterrupted"))
-        processes = start(world_size, ["run_train.py", *options(folder, "run")], stdout=subprocess.DEVNULL)
+        processes = start_ranks(world_size, ["run_train.py", *options(folder, "run")], stdout=subprocess.DEVNULL)
         assert exit_codes(processes) == [0] * world_size
         return folder / "run"
     return run
@@ -307,7 +293,7 @@ def uninterrupted(tmp_path_factory):
 
 def start_and_signal(world_size: int, moment: str, arguments: list[str], **more) -> list[subprocess.Popen]:
     """Start a run in which a signal arrives at a moment "SIGNAL:FUNCTION:COUNT:RANK" (see DRIVER)."""
-    return start(world_size, ["-c", DRIVER, moment, *arguments], stdout=subprocess.DEVNULL, **more)
+    return start_ranks(world_size, ["-c", DRIVER, moment, *arguments], stdout=subprocess.DEVNULL, **more)
 
 
 def test_order_of_the_data_and_loss_do_not_depend_on_the_number_of_ranks(uninterrupted):
@@ -323,7 +309,7 @@ def test_sigterm_saves_and_ends_and_the_run_resumes_bit_for_bit(world_size, rank
     processes = start_and_signal(world_size, f"SIGTERM:update:5:{rank}", options(folder, "stopped"))
     assert exit_codes(processes) == [130] * world_size
     assert 5 <= len(metrics(folder / "stopped")) < 9
-    resumed = start(world_size, ["run_train.py", *resume(folder, "stopped")], stdout=subprocess.DEVNULL)
+    resumed = start_ranks(world_size, ["run_train.py", *resume(folder, "stopped")], stdout=subprocess.DEVNULL)
     assert exit_codes(resumed) == [0] * world_size
     assert weights(folder / "stopped") == weights(uninterrupted(world_size))
 
@@ -382,7 +368,7 @@ def test_killed_at_random_moments_the_weights_are_the_same(world_size, kills, fo
                 arguments = resume(folder, "killed")
                 if survived >= kills or json.loads((folder / "killed/run.json").read_text())["complete"]:
                     break
-        processes = start(world_size, ["run_train.py", *arguments], stdout=subprocess.DEVNULL)
+        processes = start_ranks(world_size, ["run_train.py", *arguments], stdout=subprocess.DEVNULL)
         assert exit_codes(processes) == [0] * world_size
         assert weights(folder / "killed") == weights(uninterrupted(world_size))
         assert not list((folder / "killed").rglob("*.draft"))
@@ -398,6 +384,28 @@ def test_minutes_need_a_single_process(folder):
     arguments = options(folder, "minutes")
     at = arguments.index("--steps")
     arguments[at : at + 2] = ["--minutes", "1"]
-    processes = start(2, ["run_train.py", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    processes = start_ranks(2, ["run_train.py", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                            text=True)
     errors = [process.communicate(timeout=HANG_S)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2] and "--minutes is not supported" in errors[0]
+
+
+def test_two_ranks_score_during_training_and_extend_the_run(folder, uninterrupted):
+    """Rank 0 scores, and the others wait; the weights are those of a run without. Then both go on with more steps."""
+    held_out = folder / "sets/Set"
+    held_out.mkdir(parents=True)
+    (held_out / "task.json").write_text('{"class": "ArguAna", "instruction": "Find it."}')
+    write_lines(held_out / "corpus.jsonl", [{"_id": word, "text": word} for word in WORDS])
+    write_lines(held_out / "queries.jsonl", [{"_id": "q", "text": WORDS[0]}])
+    write_lines(held_out / "qrels.jsonl", [{"query-id": "q", "corpus-id": WORDS[0], "score": 1}])
+    scoring = ["--eval-data", folder / "sets", "--eval-steps", 16, "--keep-best"]
+    processes = start_ranks(2, ["run_train.py", *options(folder, "run", *scoring)], stdout=subprocess.DEVNULL)
+    assert exit_codes(processes) == [0, 0]
+    scores, run = (json.loads((folder / "run" / name).read_text()) for name in ("held_out.json", "run.json"))
+    assert list(scores) == ["16", "32", str(STEPS)] and run["result_step"] == int(max(scores, key=scores.__getitem__))
+    losses = [[row["loss"] for row in metrics(path)] for path in (folder / "run", uninterrupted(2))]
+    assert losses[0] == losses[1]
+    more = [*resume(folder, "run"), "--steps", STEPS + 3]
+    assert exit_codes(start_ranks(2, ["run_train.py", *more], stdout=subprocess.DEVNULL)) == [0, 0]
+    assert [row["step"] for row in metrics(folder / "run")] == list(range(STEPS + 3))
+    assert json.loads((folder / "run/run.json").read_text())["schedule_start"]["step"] == STEPS

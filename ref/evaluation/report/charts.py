@@ -6,6 +6,7 @@ so that the font size stays the same. All texts are escaped here.
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,7 +60,7 @@ def position_chart(
     description = (f"{own[0]}: {_score(own[1])}, position {above + 1} of {total} by the mean. "
                    + (f"{named[0]}: {_score(named[1])}. " if named else "")
                    + (f"Other models: {_score(ordered[0])} to {_score(ordered[-1])}, median "
-                      f"{_score(ordered[len(ordered) // 2])}." if ordered else ""))
+                      f"{_score(statistics.median(ordered))}." if ordered else ""))
     drawings = []
     for width in (NARROW, WIDE):
         scores = [*others, own[1], *([named[1]] if named else [])]
@@ -90,7 +91,7 @@ def _dots(
         y = bottom - DOT * (count - 0.5)
         parts.append(f'<circle class="{kind}" cx="{x}" cy="{y:g}" r="{DOT / 2 - 0.25 + (kind != "other")}"/>')
     labels = [(own, places[-1]), *([(named, places[-2])] if named else [])]
-    # the upper name's line must not cross the lower name, which runs to the left on the right side of the chart
+    # so that the upper name's line does not cross the lower name, which runs to the left at the right of the chart
     labels.sort(key=lambda label: label[1][0], reverse=places[-1][0] > width / 2)
     lines, names = [], []
     for ((name, score), (x, count, kind)), y in zip(labels, (11, 27), strict=False):

@@ -52,7 +52,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Charts:
-    """Charts of values that a table in the same section has too; omitted in Markdown."""
+    """Charts of values that the tables or key figures have too; omitted in Markdown."""
 
     charts: Sequence[Chart]
 
@@ -118,12 +118,13 @@ def _position(analysis: Analysis, comparison: Comparison) -> Charts:
     known = [(model, mean) for model, mean in public if not math.isnan(mean)]
     named = next((each for each in known if each[0] == analysis.report.reference_model), None)
     title = f"{_mean_label(analysis, comparison)}, {count(len(known), 'public model')} and this one"
-    return Charts([position_chart(title, own, named, [mean for each in known if each != named for mean in each[1:]])])
+    return Charts([position_chart(title, own, named, [mean for model, mean in known if (model, mean) != named])])
 
 
 def _key_figures(analysis: Analysis, comparison: Comparison) -> list[tuple[str, str, str]]:
     is_complete, num_tasks, total = not comparison.missing, len(comparison.table.tasks), len(analysis.public.tasks)
     num_categories = count(len(comparison.category_means), "category", "categories")
+    known_M = comparison.mean_M[~np.isnan(comparison.mean_M)]
     among = f"among {comparison.num_ranked - 1} public models and this one"
     return [
         ("Mean (Task)" if is_complete else "Mean of evaluated tasks", format_number(comparison.mean_M[0]),
@@ -132,6 +133,8 @@ def _key_figures(analysis: Analysis, comparison: Comparison) -> list[tuple[str, 
          f"over {num_categories}"),
         ("Borda rank" if is_complete else "Borda rank (partial)", str(comparison.rank_M[0]),
          among + (", on all tasks" if is_complete else ", on the evaluated tasks")),
+        ("Position by the mean", f"{1 + int((known_M[1:] > known_M[0]).sum())} of {len(known_M)}",
+         "among the models with all these tasks"),
         ("Tasks", f"{num_tasks} of {total}", f"of {BENCHMARK}, official data"),
     ]
 
@@ -163,8 +166,8 @@ def _training_notice(report: Report) -> list[str]:
     """The tasks whose data the model was trained on."""
     found = [result for result in report.tasks if result.training_data]
     names = ", ".join(f"{result.task} ({result.training_data})" for result in found)
-    return [f"{IN_TRAINING} The model's training data name {count(len(found), 'task')}: {names}. These scores are not "
-            "those of unseen data."] if found else []
+    return [f"{IN_TRAINING} Trained on data of {count(len(found), 'task')}, judged by name: {names}. These scores are "
+            "not those of unseen data."] if found else []
 
 
 def _by_category(analysis: Analysis, comparison: Comparison) -> Section:
