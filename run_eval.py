@@ -91,11 +91,14 @@ def download_data(args: argparse.Namespace) -> int:
 def evaluate(args: argparse.Namespace) -> int:
     """Choose model and data where none are given, then score; returns the exit code. Raises ValueError or OSError."""
     from ref.evaluation.model_identity import newest_run
+    from ref.utils.files import read_json
     from ref.utils.outputs import check_cache
 
     model, data_dir = args.model or str(newest_run(args.runs)), args.data_dir
     log = print if os.environ.get("RANK", "0") == "0" else lambda *_: None
     log(f"model: {model}" + ("" if args.model else f", the newest complete run in {args.runs} (see --model)"))
+    if (Path(model) / "run.json").is_file() and not read_json(Path(model) / "run.json").get("complete"):
+        log("note: this run is not complete; the model is that of its last stop")
     if args.tasks is None and data_dir is None:
         data_dir = SAMPLE_DATA
         log("data: the sample data in data/held_out (see --tasks and --data-dir)")

@@ -45,7 +45,7 @@ from ref.training.trainer import Trainer, num_steps, train
 from ref.utils.device import Dtype, resolve_backend, resolve_device, resolve_dtype
 from ref.utils.distributed import Distributed, RankFailure
 from ref.utils.environment import utc_now
-from ref.utils.files import remove_path, write_json
+from ref.utils.files import hash_files, remove_path, write_json
 from ref.utils.progress import print_line
 
 
@@ -84,6 +84,8 @@ def set_up(arguments: list[str] | None, claims: ExitStack) -> tuple[Trainer, Pat
         given = resume_options(given)
     source = resolve_model(getattr(given, "model", None))
     log(f"model: {source.name} ({source.reason})")
+    if source.run and not source.run.get("complete"):
+        log(f"note: the run {source.name} is not complete; this is the model of its last stop")
     config = train_config(given, source)
     distributed = Distributed(timeout=timedelta(seconds=config.distributed_timeout))
     if distributed.world_size > 1 and config.minutes is not None:
@@ -143,7 +145,8 @@ def run(trainer: Trainer, folder: Path, source: ModelSource) -> int:
     """One run from its first step, or from a saved state, to its result."""
     config, data = trainer.config, trainer.data
     sets = held_out_sets(config, data)
-    metadata = run_metadata(config, source, trainer.model, data)
+    metadata = {**run_metadata(config, source, trainer.model, data),
+                "held_out": {path.name: hash_files(path, path.glob("*.json*")) for path in sets}}
     is_first, start, position = trainer.distributed.rank == 0, BEGINNING, BEGINNING
     if config.resume:
         saved = check_resumed(folder, metadata)
@@ -152,7 +155,8 @@ def run(trainer: Trainer, folder: Path, source: ModelSource) -> int:
             print(f"{folder} is complete: nothing to resume; a larger --steps, --epochs or --minutes extends it")
             return 0
         start, position = begin, load_state(folder, trainer.model, trainer.optimiser, begin)
-        metadata |= {"started": saved["started"], "eval_before": saved.get("eval_before"), "schedule_start": start}
+        metadata |= {"started": saved["started"], "eval_before": saved.get("eval_before"), "schedule_start": start,
+                     "extended": [*saved.get("extended", ()), *ended(saved)]}
     elif is_first:
         metadata["eval_before"] = evaluate(trainer, sets, "before training") if sets else None
     if is_first:
@@ -165,6 +169,11 @@ def run(trainer: Trainer, folder: Path, source: ModelSource) -> int:
     if is_first:
         finish(trainer, folder, source, sets, metadata, complete=complete)
     return 0 if complete else 130
+
+
+def ended(saved: dict[str, Any]) -> list[dict[str, Any]]:
+    """What run.json keeps of a complete run that is extended."""
+    return [{name: saved.get(name) for name in ("end", "finished", "commit", "versions")}] if saved["complete"] else []
 
 
 def finish(
@@ -204,7 +213,7 @@ def held_out_sets(config: TrainConfig, data: SoftLabelDataset) -> list[Path]:
     sets = [] if given == "none" else [path.parent for path in sorted(folder.glob("*/task.json"))]
     if not sets and given and given != "none":
         raise ValueError(f"--eval-data {folder}: must hold folders with task.json, corpus.jsonl, queries.jsonl and "
-                         "qrels.jsonl")
+                         f"qrels.jsonl{' (got one of these folders)' if (folder / 'task.json').exists() else ''}")
     if not sets and config.eval_steps:
         raise ValueError("--eval-steps needs held-out sets: give their folder as --eval-data")
     return sets

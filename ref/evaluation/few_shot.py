@@ -78,8 +78,11 @@ def load_examples(
     """Examples by task name: those in the file or folder `path`, else `count` from each task's training split."""
     if path is None:
         return {task.metadata.name: draw_examples(task, count, seed=seed) for task in tasks} if count else {}
-    read = read_example_folder if path.is_dir() else read_example_file
-    return read(path, known_tasks)
+    found = (read_example_folder if path.is_dir() else read_example_file)(path, known_tasks)
+    if not any(task.metadata.name in found for task in tasks):
+        raise ValueError(f"--examples-file {path}: must have examples for a selected task (got "
+                         f"{', '.join(found) or 'none'})")
+    return found
 
 
 # ---- from files ----------------------------------------------------------------------------------------------
@@ -110,7 +113,8 @@ def read_example_folder(folder: Path, known_tasks: Iterable[str]) -> dict[str, F
     files = {path.stem: path for path in sorted(folder.glob("*.json"))}
     chosen = {name: files[found[0]] for name, names in sources.items() if (found := [n for n in names if n in files])}
     if not chosen:
-        raise ValueError(f"--examples-file {folder}: must hold a file TASK.json for a task, such as STS12.json")
+        raise ValueError(f"--examples-file {folder}: must hold a file TASK.json for a task, such as STS12.json (got "
+                         f"{', '.join(path.name for path in files.values()) or 'no .json file'})")
     unused = sorted(set(files) - {path.stem for path in chosen.values()})
     if unused:
         print(f"examples: {len(unused)} of {len(files)} files are of other tasks ({', '.join(unused)})")

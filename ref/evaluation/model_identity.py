@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ref.model.adapter import adapter_chain
+from ref.model.card import RESULTS
 from ref.model.checkpoint import resolve_checkpoint
 from ref.utils.files import check_type, hash_files, read_json
 
@@ -54,8 +55,15 @@ def model_identity(model: str, *, base: str | None = None) -> tuple[str, str]:
 
 
 def model_label(model: str) -> str:
-    """A hub id itself, "local/FOLDER" for a folder."""
-    return f"local/{Path(model).resolve().name}" if Path(model).is_dir() else model
+    """A hub id itself, "local/FOLDER" for a folder, "local/RUN-merged" for a folder of a run."""
+    if not Path(model).is_dir():
+        return model
+    folder = Path(model).resolve()
+    return f"local/{folder.parent.name}-{folder.name}" if _is_result(folder) else f"local/{folder.name}"
+
+
+def _is_result(folder: Path) -> bool:
+    return folder.name in RESULTS and (folder.parent / "run.json").is_file()
 
 
 def _hash_model(folder: Path) -> str:
@@ -64,7 +72,9 @@ def _hash_model(folder: Path) -> str:
 
 
 def default_output(model: str) -> Path:
-    """RUN/mteb for a run folder, else results/OWNER__NAME."""
+    """RUN/mteb for a run folder, RUN/mteb-merged for its merged/, else results/OWNER__NAME."""
     folder = Path(model)
+    if _is_result(folder.resolve()):
+        return folder.resolve().parent / f"mteb-{folder.name}"
     is_run = (folder / "run.json").is_file()
     return folder / "mteb" if is_run else Path("results") / model_label(model).replace("/", "__")

@@ -194,7 +194,8 @@ def table(plans: Mapping[str, TaskPlan], tokens_per_s: float, training_data: Map
         lines.append(f"{marked:<{width}}{plan.texts:>12,}{plan.unique:>12,}{plan.tokens:>14,}"
                      f"{plan.tokens / tokens_per_s / 60:>9.1f}")
     if trained := {name: data for name, data in training_data.items() if name in plans}:
-        lines.append(f"† trained on data of this task, judged by name ({', '.join(dict.fromkeys(trained.values()))})")
+        names = ", ".join(dict.fromkeys(trained.values()))
+        lines.append(f"† trained on data of this task, its training split or more, judged by name ({names})")
     lines.append(f"estimated: {total.tokens / tokens_per_s / 3600:.2f} hours at {tokens_per_s:,.0f} tokens/s, plus "
                  "mteb's own computation")
     return "\n".join(lines)

@@ -202,6 +202,7 @@ def score_selection(
     world_size: int,
 ) -> int:
     """Print the plan, score the tasks, print the table and write the report; returns the exit code."""
+    finished = time_of_completion(Path(config.model))
     tasks, missing = selection.tasks, selection.missing if config.tasks else []
     estimates = estimated_plans(tasks, embedder) if config.plan else {}
     planned = [task for task in tasks if task.metadata.name not in estimates]
@@ -229,25 +230,45 @@ def score_selection(
         print(f"unofficial data: not compared with published scores ({len(unofficial)} of {len(tasks)} tasks, from "
               f"{config.data_dir})")
     timed = plans if config.embedding_cache is None else {}  # with cached embeddings the speed means nothing
-    for path in write_run_report(encoder, tasks, scores, output, model=config.model, plans=timed, failed=failed,
-                                 missing=missing, training_data=trained):
-        print(f"report: {path}")
-    update_cards(Path(config.model), encoder, tasks, scores)
+    if scores or not (output / "report.html").exists():  # else it stays that of an earlier evaluation
+        for path in write_run_report(encoder, tasks, scores, output, model=config.model, plans=timed, failed=failed,
+                                     missing=missing, training_data=trained):
+            print(f"report: {path}")
+    update_cards(config, tasks, scores, finished)
     print(f"results: {output}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
 
 
-def update_cards(run: Path, encoder: MtebEncoder, tasks: Sequence[AbsTask], scores: Sequence[TaskScore]) -> None:
-    """Put the scores into the model cards of a complete run. What cannot be written there is only reported."""
+def time_of_completion(run: Path) -> str | None:
+    """When a run was completed; None for one that is not complete, and for anything else."""
+    facts = read_json(run / "run.json") if (run / "run.json").exists() else {}
+    return facts.get("finished") if facts.get("complete") else None
+
+
+def update_cards(
+    config: EvalConfig, tasks: Sequence[AbsTask], scores: Sequence[TaskScore], finished: str | None,
+) -> None:
+    """Put the scores into the model cards of a run that was complete when the evaluation began, and still is the same.
+
+    Only scores of the model as it is: without in-context examples, with its own template and token limit. What cannot
+    be written there is only reported.
+    """
+    changed = [flag for flag in ("examples", "examples_file", "template", "max_text_tokens", "base")
+               if getattr(config, flag)]
     by_name = {task.metadata.name: task for task in tasks}
     found = {score.task: Score(
-        score.category, score.metric, round(100 * score.score, 2),
-        len(encoder.prompt_settings(by_name[score.task].metadata)["examples"]),
-        str(by_name[score.task].metadata.dataset["path"]), str(by_name[score.task].metadata.revision),
-        ", ".join(by_name[score.task].eval_splits), is_official(by_name[score.task])) for score in scores}
+        score.category, score.metric, round(100 * score.score, 2), str(by_name[score.task].metadata.dataset["path"]),
+        str(by_name[score.task].metadata.revision), ", ".join(by_name[score.task].eval_splits),
+        is_official(by_name[score.task])) for score in scores}
+    if finished is None or not found:
+        return
     try:
-        if found and (run / "run.json").exists() and read_json(run / "run.json").get("complete"):
-            for path in add_scores(run, found):
+        if changed:
+            print(f"model card: not updated (--{changed[0].replace('_', '-')} is not the model's own)")
+        elif time_of_completion(Path(config.model)) != finished:
+            print("model card: not updated (the run has changed)")
+        else:
+            for path in add_scores(Path(config.model), found):
                 print(f"model card: {path} was edited and is left as it is")
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"model card: not updated ({str(error).splitlines()[0]:.200})")

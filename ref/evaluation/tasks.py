@@ -229,6 +229,8 @@ def task_folders(data_dir: Path) -> list[Path]:
     """The folders of data sets in `data_dir`, by name. Raises ValueError if it is no folder."""
     if not data_dir.is_dir():
         raise ValueError(f"--data-dir: folder {data_dir} does not exist")
+    if (data_dir / "task.json").is_file() or any(data_dir.glob("corpus.*")):
+        raise ValueError(f"--data-dir {data_dir}: is a data set; give the folder that holds it")
     return sorted(f for f in data_dir.iterdir() if f.is_dir() and not f.name.startswith((".", "_")))
 
 

@@ -24,8 +24,9 @@ CARD_FILE, SCORES_FILE = "README.md", "scores.json"
 PLACEHOLDER = "OWNER/NAME"
 RESULTS = ("model", "adapter", "merged")  # folders of a run
 SIGNATURE = "<!-- written by this project; SHA-256 of the text above: {} -->\n"
-SHOWN = ("learning_rate", "batch_size", "batch_size_symmetric", "num_negatives", "temperature", "teacher_temperature",
-         "soft_label_weight", "contrastive_weight", "max_examples", "max_text_tokens", "seed", "dtype")
+SHOWN = ("train", "lora_rank", "learning_rate", "batch_size", "batch_size_symmetric", "num_negatives", "temperature",
+         "teacher_temperature", "soft_label_weight", "contrastive_weight", "max_examples", "max_text_tokens", "seed",
+         "dtype")
 
 
 class Score(NamedTuple):
@@ -34,7 +35,6 @@ class Score(NamedTuple):
     category: str
     metric: str
     value: float  # x 100
-    examples: int  # in-context examples
     dataset: str  # on the hub, or a local folder
     revision: str
     split: str
@@ -152,9 +152,11 @@ def _prompt_table(folder: Path) -> str:
 
 def _training(facts: dict[str, Any]) -> str:
     options = ", ".join(f"{name} {facts['options'].get(name)}" for name in SHOWN)
+    steps = facts.get("result_step")
     rows = [f"| {file['file']} | {file['bytes']:,} | {file['sha256']} |" for file in facts["data"]]
     return "\n".join([
-        f"{facts['num_lines']:,} lines, {facts['num_lines_with_labels']:,} with soft labels. Options: {options}. "
+        f"{facts['num_lines']:,} lines, {facts['num_lines_with_labels']:,} with soft labels"
+        f"{'' if steps is None else f'; {steps:,} steps'}. Options: {options}. "
         f"Commit {facts['commit']}, torch {facts['versions']['torch']}.\n",
         "| data | bytes | SHA-256 |", "|---|---|---|", *rows])
 
@@ -162,8 +164,8 @@ def _training(facts: dict[str, Any]) -> str:
 def _score_table(scores: Mapping[str, Score]) -> str:
     return "\n".join([
         "mteb's main scores x 100; a revision that begins with `local-` is not the benchmark's own data.\n",
-        "| task | metric | score | in-context examples | revision of the data |", "|---|---|---|---|---|",
-        *(f"| {task} | {score.metric} | {score.value:.2f} | {score.examples} | {score.revision} |"
+        "| task | metric | score | revision of the data |", "|---|---|---|---|",
+        *(f"| {task} | {score.metric} | {score.value:.2f} | {score.revision} |"
           for task, score in sorted(scores.items()))])
 
 

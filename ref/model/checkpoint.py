@@ -74,8 +74,9 @@ def _download(repository: str, *, weights: bool) -> Path:
                          "HF_TOKEN") from None
     except (hub.HTTPError, OSError) as error:  # the hub, a proxy, the network, no local copy
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise ValueError(f"{repository}: cannot be downloaded ({reason:.200}); check the network, HF_HUB_OFFLINE, "
-                         "HF_TOKEN and the cache folder HF_HOME, or give a local folder") from None
+        here = ", and is no local folder" if Path(repository).parent.is_dir() else ""
+        raise ValueError(f"{repository}: cannot be downloaded ({reason:.200}){here}; check the network, "
+                         "HF_HUB_OFFLINE, HF_TOKEN and the cache folder HF_HOME, or give a local folder") from None
 
 
 def shards(folder: Path, *, must_exist: bool = True) -> list[str]:

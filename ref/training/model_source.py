@@ -4,12 +4,14 @@ import dataclasses
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ref.config import MISTRAL, TINY, ModelConfig, TrainConfig
 from ref.embedder import load_model_and_tokenizer
-from ref.model.adapter import adapter_chain
+from ref.model.adapter import adapter_base, adapter_chain
+from ref.model.card import RESULTS
 from ref.model.checkpoint import resolve_checkpoint
 from ref.model.lora import apply_lora
 from ref.model.transformer import Mistral, init_weights
@@ -17,9 +19,10 @@ from ref.text.prompts import PROMPT_FILE, PromptEncoder, get_template, template_
 from ref.text.tokenizer import Tokenizer, train_tokenizer
 from ref.training.data import SoftLabelDataset
 from ref.utils.device import DTYPES, resolve_dtype
-from ref.utils.files import read_json
+from ref.utils.files import fingerprint, read_json
 
 SMALL = 10**9  # parameters
+MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer.json")  # besides the weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,20 @@ class ModelSource:
     def folder(self) -> Path:
         """The checkpoint's folder, downloaded for a hub id."""
         return resolve_checkpoint(self.name)
+
+    @cached_property
+    def run(self) -> dict[str, Any]:
+        """run.json of the run whose result the checkpoint is; empty for any other."""
+        folder = Path(self.name)
+        path = (folder.parent if folder.name in RESULTS else folder) / "run.json"
+        return read_json(path) if self.config is None and path.is_file() else {}
+
+    def fingerprint(self) -> str | None:
+        """That of the checkpoint's files, an adapter's base included; None for random initialisation."""
+        if self.config is not None:
+            return None
+        return fingerprint(path for folder in adapter_chain(self.folder) for path in folder.iterdir()
+                           if path.suffix == ".safetensors" or path.name in MODEL_FILES)
 
     def default_preset(self) -> str:
         """small for random initialisation; for a checkpoint by its size, which config.json tells."""
@@ -66,6 +83,9 @@ def build_model(
     Trainable parameters are fp32; a frozen base has the dtype of the forward pass.
     """
     template = get_template(config.template, "--template")
+    if source.config is None and config.train == "all" and adapter_base(source.folder) is not None:
+        raise ValueError(f"--train all: {source.name} is an adapter on a frozen base; give a merged model, such as the "
+                         "run's merged/ (run_train.py --merge)")
     dtype = DTYPES[resolve_dtype(config.dtype, device)[0]] if config.train == "lora" else torch.float32
     if source.config is None:
         model, tokenizer = load_model_and_tokenizer(source.folder, device=device, dtype=dtype)

@@ -59,7 +59,9 @@ def resume_options(given: Namespace) -> Namespace:
 
     Raises ValueError if others differ.
     """
-    folder = Path(getattr(given, "output", None) or "")
+    if not getattr(given, "output", None):
+        raise ValueError("--resume needs --output, the folder of the run")
+    folder = Path(given.output)
     saved = read_json(folder / "run.json")
     if not isinstance(saved.get("options"), dict) or "model" not in saved or "data" not in saved:
         raise ValueError(f"{folder / 'run.json'}: must have 'options', 'model' and 'data', as run_train.py writes it")
@@ -111,15 +113,17 @@ def run_metadata(config: TrainConfig, source: ModelSource, model: Mistral, data:
         "base": None if source.config is not None else base_of(source.name, source.folder),
         "data": [{"file": path.name, "sha256": digest, "bytes": path.stat().st_size}
                  for path, digest in zip(data.paths, data.sha256, strict=True)],
-        "tasks": sorted({task.name for task in data.tasks}),
+        "model_files": source.fingerprint(), "root": source.run.get("root", source.name),
+        "tasks": sorted({task.name for task in data.tasks} | set(source.run.get("tasks", ()))),
         "num_lines": len(data), "num_lines_with_labels": data.num_with_labels, **environment_info(),
     }
 
 
 def check_resumed(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
-    """run.json of the run to resume. Raises ValueError if data or model are not those it was started with."""
+    """run.json of the run to resume. Raises ValueError if data, model or scored sets are not those of its start."""
     saved = read_json(folder / "run.json")
-    for field in ("data", "model_config"):
+    scored = ("held_out",) if metadata["options"]["eval_steps"] else ()
+    for field in ("data", "model_config", *(field for field in ("model_files", *scored) if field in saved)):
         if saved.get(field) != metadata[field]:
             raise ValueError(f"--resume: {field!r} of {folder / 'run.json'} must be as at the start of the run (got "
                              f"other files); restore them, or start a new run")

@@ -24,6 +24,7 @@ import ref.evaluation.run as evaluation
 import run_eval
 from ref.embedder import Embedder
 from ref.evaluation.few_shot import load_examples
+from ref.evaluation.model_identity import default_output, model_label
 from ref.model.adapter import save_adapter
 from ref.model.checkpoint import load_model
 
@@ -419,3 +420,67 @@ def test_the_report_has_the_scored_tasks_beside_one_whose_score_is_not_finite(
     assert "failed: ValueError: BIOSSES: the score must be finite (got nan" in printed
     assert "; failed: BIOSSES" in printed
     assert "MyRetrieval" in (tmp_path / "out/report.md").read_text()
+
+
+def test_the_model_card_has_scores_of_the_model_as_it_is(
+    world: Path, tiny_run: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those with in-context examples or other settings, and not those of a run that was extended meanwhile."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run, symlinks=False)
+    own = write_json(tmp_path / "examples.json", {"BIOSSES": [{"query": "one", "response": "two"}]})
+    for options, words in ((("--examples-file", own), "--examples-file is not the model's own"),
+                           (("--max-text-tokens", 4), "--max-text-tokens is not the model's own")):
+        assert run_eval.main(command(run, world, tmp_path / "out", "--tasks", "BIOSSES", *options)) == 0
+        assert words in capsys.readouterr().out and not (run / "scores.json").exists()
+    assert run_eval.main(command(run, world, tmp_path / "out", "--tasks", "BIOSSES")) == 0
+    assert "BIOSSES" in (run / "model/README.md").read_text()
+    (run / "scores.json").unlink()
+    times = iter(["before", "after"])
+    monkeypatch.setattr(evaluation, "time_of_completion", lambda run: next(times))
+    assert run_eval.main(command(run, world, tmp_path / "out", "--tasks", "BIOSSES")) == 0
+    assert "model card: not updated (the run has changed)" in capsys.readouterr().out
+    assert not (run / "scores.json").exists()
+
+
+def test_a_failed_evaluation_leaves_the_report_of_an_earlier_one(
+    world: Path, tiny_run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    assert run_eval.main(command(tiny_run, world, tmp_path / "out", "--tasks", "BIOSSES")) == 0
+    before = (tmp_path / "out/report.md").read_text()
+    write_lines(world / "STS12" / "test.jsonl", [{"wrong": "columns"}])
+    assert run_eval.main(command(tiny_run, world, tmp_path / "out", "--tasks", "STS12")) == 1
+    assert (tmp_path / "out/report.md").read_text() == before
+    assert run_eval.main(command(tiny_run, world, tmp_path / "new", "--tasks", "STS12")) == 1
+    assert "STS12" in (tmp_path / "new/report.md").read_text()
+
+
+def test_results_of_a_runs_folders_are_kept_apart(tiny_run: Path, tmp_path: Path) -> None:
+    assert default_output(str(tiny_run)) == tiny_run / "mteb"
+    assert default_output(str(tiny_run / "model")) == tiny_run / "mteb-model"
+    assert model_label(str(tiny_run / "model")) == f"local/{tiny_run.name}-model"
+    (tmp_path / "model").mkdir()
+    assert default_output(str(tmp_path / "model")) == Path("results/local__model")
+
+
+def test_unsuitable_examples_and_folders_are_one_line(world: Path, tiny_run: Path, tmp_path: Path, capsys: Any) -> None:
+    write_json(tmp_path / "examples/BIOSSES.json", [{"query": "one", "response": "two"}])
+    options = ("--tasks", "TwitterURLCorpus", "--examples-file", tmp_path / "examples")
+    assert run_eval.main(command(tiny_run, world, tmp_path / "out", *options)) == 2
+    assert "must have examples for a selected task (got BIOSSES)" in capsys.readouterr().err
+    write_json(tmp_path / "other/stsb.json", [])
+    options = ("--tasks", "BIOSSES", "--examples-file", tmp_path / "other")
+    assert run_eval.main(command(tiny_run, world, tmp_path / "out", *options)) == 2
+    assert "such as STS12.json (got stsb.json)" in capsys.readouterr().err
+    assert run_eval.main(command(tiny_run, world / "MyRetrieval", tmp_path / "out")) == 2
+    assert "MyRetrieval: is a data set; give the folder that holds it" in capsys.readouterr().err
+
+
+def test_a_run_that_was_stopped_is_scored_with_a_note(
+    world: Path, tiny_run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    shutil.copytree(tiny_run, tmp_path / "run")
+    facts = json.loads((tiny_run / "run.json").read_text())
+    write_json(tmp_path / "run/run.json", {**facts, "complete": False})
+    assert run_eval.main(command(tmp_path / "run", world, tmp_path / "out", "--tasks", "BIOSSES")) == 0
+    assert "note: this run is not complete" in (printed := capsys.readouterr().out) and "model card" not in printed

@@ -16,8 +16,8 @@ from ref.evaluation.training_data import tasks_in_training_data
 __all__ = ["world"]  # a fixture
 
 
-def run_of(folder: Path, *tasks: str, model: str = "tiny") -> Path:
-    write_json(folder / "run.json", {"tasks": tasks, "model": model})
+def run_of(folder: Path, *tasks: str, root: str = "tiny") -> Path:
+    write_json(folder / "run.json", {"tasks": tasks, "root": root})
     return folder
 
 
@@ -29,6 +29,8 @@ def run_of(folder: Path, *tasks: str, model: str = "tiny") -> Path:
     ("ArxivClusteringS2S", ["ArXivHierarchicalClusteringS2S", "ArXivHierarchicalClusteringP2P"]),  # not told apart
     ("sts12_train", ["STS12"]),
     ("touche2020", ["Touche2020Retrieval.v3"]),
+    ("banking77_classification", ["Banking77Classification"]),
+    ("toxic_conversations_50k", ["ToxicConversationsClassification"]),
     ("trec", []),
     ("scidocsrr", []),
     ("stackexchange_dupquestions", []),
@@ -54,16 +56,14 @@ def test_the_training_sets_of_a_published_model_are_those_of_mteb() -> None:
     assert set(found) == {name for name, task in benchmark_tasks().items() if not meta.is_zero_shot_on([task])}
 
 
-def test_a_run_has_the_training_data_of_what_it_started_from(tmp_path: Path) -> None:
-    first = run_of(tmp_path / "first", "stsb", model="intfloat/e5-mistral-7b-instruct")
-    second = run_of(tmp_path / "second", "banking77", model=str(first / "adapter"))
-    found = tasks_in_training_data(str(second / "merged"), benchmark_tasks())
-    assert found == {"Banking77Classification": "banking77", "STSBenchmark": "stsb",
-                     **{name: name for name in ("HotpotQAHardNegatives", "FEVERHardNegatives")}}  # mteb's names
-    (first / "run.json").write_text(json.dumps({"data": [{"file": "sts22.jsonl"}], "model": "tiny"}))  # an older one
-    assert set(tasks_in_training_data(str(first), benchmark_tasks())) == {"STS22.v2"}
-    run_of(tmp_path / "first", "stsb", model=str(second))  # a circle ends
-    assert set(tasks_in_training_data(str(second), benchmark_tasks())) == {"Banking77Classification", "STSBenchmark"}
+def test_a_run_has_the_training_data_of_the_model_below_it(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", "banking77", "folder/stsb", root="intfloat/e5-mistral-7b-instruct")
+    for folder in (run, run / "merged", run / "adapter"):
+        assert tasks_in_training_data(str(folder), benchmark_tasks()) == {
+            "Banking77Classification": "banking77", "STSBenchmark": "folder/stsb",
+            **{name: name for name in ("HotpotQAHardNegatives", "FEVERHardNegatives")}}  # mteb's names
+    write_json(tmp_path / "old/run.json", {"data": [{"file": "sts22.jsonl"}], "model": "tiny"})
+    assert tasks_in_training_data(str(tmp_path / "old"), benchmark_tasks()) == {"STS22.v2": "sts22"}
     assert tasks_in_training_data(str(tmp_path / "no-run"), benchmark_tasks()) == {}
 
 

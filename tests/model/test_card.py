@@ -20,8 +20,8 @@ CONFIG = {"model_type": "mistral", "vocab_size": 400, "hidden_size": 32, "num_hi
           "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48}
 WORDS = ["who", "bakes", "bread", "mira", "kneads", "dough", "at", "dawn", "tends", "goats"]
 SCORES = {
-    "STSBenchmark": Score("STS", "cosine_spearman", 78.4, 0, "mteb/stsbenchmark-sts", "abc", "test", True),
-    "IsleHome": Score("Retrieval", "ndcg_at_10", 76.6, 2, "data/held_out/IsleHome", "local-1", "test", False)}
+    "STSBenchmark": Score("STS", "cosine_spearman", 78.4, "mteb/stsbenchmark-sts", "abc", "test", True),
+    "IsleHome": Score("Retrieval", "ndcg_at_10", 76.6, "data/held_out/IsleHome", "local-1", "test", False)}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_metadata_and_scores(adapter_run, tmp_path):
         (result,) = card.data.eval_results
         assert (result.dataset_name, result.dataset_type) == ("MTEB STSBenchmark", "mteb/stsbenchmark-sts")
         assert (result.metric_type, result.metric_value) == ("cosine_spearman", 78.4)
-        assert "| STSBenchmark | cosine_spearman | 78.40 | 0 | abc |" in card.text
+        assert "| STSBenchmark | cosine_spearman | 78.40 | abc |" in card.text
         assert "| IsleHome | ndcg_at_10 | 76.60 | 2 | local-1 |" in card.text
         assert "| data.jsonl | " in card.text and "learning_rate 0.1" in card.text
 

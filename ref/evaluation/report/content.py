@@ -166,8 +166,8 @@ def _training_notice(report: Report) -> list[str]:
     """The tasks whose data the model was trained on."""
     found = [result for result in report.tasks if result.training_data]
     names = ", ".join(f"{result.task} ({result.training_data})" for result in found)
-    return [f"{IN_TRAINING} Trained on data of {count(len(found), 'task')}, judged by name: {names}. These scores are "
-            "not those of unseen data."] if found else []
+    return [f"{IN_TRAINING} Trained on data of {count(len(found), 'task')}, judged by name: {names}. The training "
+            "split, or more, was seen in training."] if found else []
 
 
 def _by_category(analysis: Analysis, comparison: Comparison) -> Section:
