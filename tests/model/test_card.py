@@ -77,7 +77,7 @@ def test_metadata_and_scores(adapter_run, tmp_path):
         assert (result.dataset_name, result.dataset_type) == ("MTEB STSBenchmark", "mteb/stsbenchmark-sts")
         assert (result.metric_type, result.metric_value) == ("cosine_spearman", 78.4)
         assert "| STSBenchmark | cosine_spearman | 78.40 | abc |" in card.text
-        assert "| IsleHome | ndcg_at_10 | 76.60 | 2 | local-1 |" in card.text
+        assert "| IsleHome | ndcg_at_10 | 76.60 | local-1 |" in card.text
         assert "| data.jsonl | " in card.text and "learning_rate 0.1" in card.text
 
 
