@@ -173,7 +173,8 @@ def run(trainer: Trainer, folder: Path, source: ModelSource) -> int:
 
 def ended(saved: dict[str, Any]) -> list[dict[str, Any]]:
     """What run.json keeps of a complete run that is extended."""
-    return [{name: saved.get(name) for name in ("end", "finished", "commit", "versions")}] if saved["complete"] else []
+    kept = ("end", "finished", "commit", "versions")
+    return [{name: saved.get(name) for name in kept}] if saved.get("complete") else []
 
 
 def finish(
