@@ -102,8 +102,7 @@ class Embedder:
         shared = None
         if prefix.is_shared:
             shared = self.model.prefix_key_values(pack_sequences([prefix.ids], device=self.device))
-        in_each_text = () if shared else prefix.ids
-        first = first_occurrence(texts)
+        in_each_text, first = () if shared else prefix.ids, first_occurrence(texts)
         unique = unique_index(first)
         windows = [unique[start : start + TEXTS_PER_WINDOW] for start in range(0, len(unique), TEXTS_PER_WINDOW)]
 

@@ -19,6 +19,7 @@ from mteb.abstasks.abstask import AbsTask
 from ref.embedder import Embedder
 from ref.evaluation import plan, results
 from ref.evaluation.cached_embedder import CachedEmbedder
+from ref.evaluation.card_scores import time_of_completion, update_cards
 from ref.evaluation.distributed_embedder import DistributedEmbedder
 from ref.evaluation.encoder import MtebEncoder, instruction_for, published_instructions, read_instructions
 from ref.evaluation.few_shot import FewShotExamples, load_examples
@@ -37,7 +38,6 @@ from ref.evaluation.tasks import (
     task_folders,
 )
 from ref.evaluation.training_data import tasks_in_training_data
-from ref.model.card import Score, add_scores
 from ref.model.checkpoint import resolve_checkpoint
 from ref.model.known_models import defaults_for
 from ref.text.prompts import PROMPT_FILE
@@ -45,7 +45,6 @@ from ref.utils.block_cache import BlockCache
 from ref.utils.device import resolve_device, resolve_dtype
 from ref.utils.distributed import Distributed
 from ref.utils.environment import environment_info, utc_now
-from ref.utils.files import read_json
 from ref.utils.outputs import check_outside, claim_output
 
 HUB_TIMEOUT_S = 10.0
@@ -70,6 +69,12 @@ class EvalConfig:
     max_text_tokens: int | None = None
     dtype: str = "auto"
     base: str | None = None
+
+    @property
+    def changed(self) -> list[str]:
+        """The given options with which a model is not scored as it is."""
+        flags = ("examples", "examples_file", "template", "max_text_tokens", "base")
+        return [flag for flag in flags if getattr(self, flag)]
 
 
 def silence_libraries() -> None:
@@ -234,44 +239,9 @@ def score_selection(
         for path in write_run_report(encoder, tasks, scores, output, model=config.model, plans=timed, failed=failed,
                                      missing=missing, training_data=trained):
             print(f"report: {path}")
-    update_cards(config, tasks, scores, finished)
+    update_cards(Path(config.model), tasks, scores, finished, config.changed)
     print(f"results: {output}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
-
-
-def time_of_completion(run: Path) -> str | None:
-    """When a run was completed; None for one that is not complete, and for anything else."""
-    facts = read_json(run / "run.json") if (run / "run.json").exists() else {}
-    return facts.get("finished") if facts.get("complete") else None
-
-
-def update_cards(
-    config: EvalConfig, tasks: Sequence[AbsTask], scores: Sequence[TaskScore], finished: str | None,
-) -> None:
-    """Put the scores into the model cards of a run that was complete when the evaluation began, and still is the same.
-
-    Only scores of the model as it is: without in-context examples, with its own template and token limit. What cannot
-    be written there is only reported.
-    """
-    changed = [flag for flag in ("examples", "examples_file", "template", "max_text_tokens", "base")
-               if getattr(config, flag)]
-    by_name = {task.metadata.name: task for task in tasks}
-    found = {score.task: Score(
-        score.category, score.metric, round(100 * score.score, 2), str(by_name[score.task].metadata.dataset["path"]),
-        str(by_name[score.task].metadata.revision), ", ".join(by_name[score.task].eval_splits),
-        is_official(by_name[score.task])) for score in scores}
-    if finished is None or not found:
-        return
-    try:
-        if changed:
-            print(f"model card: not updated (--{changed[0].replace('_', '-')} is not the model's own)")
-        elif time_of_completion(Path(config.model)) != finished:
-            print("model card: not updated (the run has changed)")
-        else:
-            for path in add_scores(Path(config.model), found):
-                print(f"model card: {path} was edited and is left as it is")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"model card: not updated ({str(error).splitlines()[0]:.200})")
 
 
 def fit_examples(

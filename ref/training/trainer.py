@@ -220,8 +220,8 @@ def train(
 ) -> bool:
     """Train until the end of the schedule, or until Ctrl-C, which returns False; saves states in the run folder.
 
-    `position`: where to go on. `start`: where the schedule begins, the beginning of the run unless a complete one is
-    extended. `evaluate` returns a held-out score; called on rank 0 every --eval-steps and at the end.
+    `position`: where to go on. `start`: where the schedule begins, later than the run's beginning if that is extended.
+    `evaluate` returns a held-out score; called on rank 0 every --eval-steps and at the end.
     """
     config, distributed, total = trainer.config, trainer.distributed, num_steps(trainer.config, trainer.data)
     stopwatch, first_step, is_first = Stopwatch(position["elapsed_s"]), position["step"], distributed.rank == 0
@@ -233,13 +233,11 @@ def train(
     trainer.model.train()
 
     def prepare(item: tuple[int, int, np.ndarray]) -> PreparedBatch:
-        step, epoch, lines = item
-        return trainer.prepare(lines, epoch=epoch, step=step)
+        return trainer.prepare(item[2], epoch=item[1], step=item[0])
 
     with GracefulStop() as stop:
         for prepared in prefetch(prepare, batch_schedule(trainer.data, first_step)):
-            step = prepared.step
-            position = Position(step=step, elapsed_s=stopwatch.elapsed_s)
+            position = Position(step=(step := prepared.step), elapsed_s=stopwatch.elapsed_s)
             done = share_done(config, total, position, start)
             # all ranks stop at the same step: the first whose all-reduced metric `stop` is above 0
             ended = done >= 1 or (stop.requested if distributed.world_size == 1 else log.stop_requested)

@@ -427,7 +427,8 @@ def test_the_model_card_has_scores_of_the_model_as_it_is(
 ) -> None:
     """Not those with in-context examples or other settings, and not those of a run that was extended meanwhile."""
     run = tmp_path / "run"
-    shutil.copytree(tiny_run, run, symlinks=False)
+    shutil.copytree(tiny_run, run)
+    (run / "scores.json").unlink(missing_ok=True)
     own = write_json(tmp_path / "examples.json", {"BIOSSES": [{"query": "one", "response": "two"}]})
     for options, words in ((("--examples-file", own), "--examples-file is not the model's own"),
                            (("--max-text-tokens", 4), "--max-text-tokens is not the model's own")):

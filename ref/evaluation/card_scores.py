@@ -1,0 +1,44 @@
+"""The scores of an evaluation in the model cards of a run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mteb.abstasks.abstask import AbsTask
+
+from ref.evaluation.results import TaskScore
+from ref.evaluation.tasks import is_official
+from ref.model.card import Score, add_scores
+from ref.utils.files import read_json
+
+
+def time_of_completion(run: Path) -> str | None:
+    """When a run was completed; None for one that is not complete, and for anything else."""
+    facts = read_json(run / "run.json") if (run / "run.json").exists() else {}
+    return facts.get("finished") if facts.get("complete") else None
+
+
+def update_cards(
+    run: Path, tasks: Sequence[AbsTask], scores: Sequence[TaskScore], finished: str | None, changed: Sequence[str],
+) -> None:
+    """Put the scores into the model cards of a run that was complete when the evaluation began, and still is the same.
+
+    Only scores of the model as it is: `changed` are the options with which it was evaluated otherwise, such as
+    in-context examples. What cannot be written there is only reported.
+    """
+    by_name = {task.metadata.name: task for task in tasks}
+    found = {score.task: Score(
+        score.category, score.metric, round(100 * score.score, 2), str(by_name[score.task].metadata.dataset["path"]),
+        str(by_name[score.task].metadata.revision), ", ".join(by_name[score.task].eval_splits),
+        is_official(by_name[score.task])) for score in scores}
+    if finished is None or not found:
+        return
+    try:
+        if changed:
+            print(f"model card: not updated (--{changed[0].replace('_', '-')} is not the model's own)")
+        elif time_of_completion(run) != finished:
+            print("model card: not updated (the run has changed)")
+        else:
+            for path in add_scores(run, found):
+                print(f"model card: {path} was edited and is left as it is")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"model card: not updated ({str(error).splitlines()[0]:.200})")
