@@ -86,7 +86,7 @@ def test_any_sequence_is_read_in_its_own_order(small_embedder):
         np.testing.assert_allclose(small_embedder.encode(given), truth[list(order)], atol=1e-6)
 
 
-@pytest.mark.parametrize("texts", [{"tea", "ale"}, {"tea": "ale"}, "tea", b"tea", 3, None, ["tea", None], ["tea", 1.5]],
+@pytest.mark.parametrize("texts", [{"tea"}, {"tea": "ale"}, "tea", b"tea", 3, None, ["tea", None], ["tea", 1.5]],
                          ids=repr)
 def test_what_is_no_sequence_of_texts_is_rejected(small_embedder, texts):
     with pytest.raises(ValueError, match=r"^texts must be a sequence of str \(got "):
