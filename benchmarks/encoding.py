@@ -42,6 +42,7 @@ class Setting:
         self.tokenizer = shapes.word_tokenizer(self.config)
         self.embedder = Embedder(self.model, PromptEncoder(self.tokenizer))
         self.rounds = 3 if self.cuda else 5
+        self.num_checked = 64 if self.bf16 and not self.cuda else 16  # texts; a mean over more of them is steadier
         self.bound = 4.5e-2 if self.bf16 else 1e-5  # relative error; in bf16 that of a cosine of 0.999
 
     def by_device(self, gpu: int, cpu: int, quick: int) -> int:
@@ -187,7 +188,7 @@ def b2(device: torch.device, *, quick: bool = False, bf16: bool = False) -> Resu
 
     calls: dict[str, Any] = {"ours": lambda: s.embedder.encode(texts), "padded loop, unsorted": loop,
                              "sentence-transformers": peer if isinstance(peer, str) else lambda: peer.encode(texts)}
-    few = texts[: 64 if s.bf16 and not s.cuda else 16]  # a mean of more texts
+    few = texts[: s.num_checked]
     peers = {"the padded loop": loop(few)}
     if not isinstance(peer, str):
         peers["sentence-transformers"] = torch.from_numpy(peer.encode(few)).float()
@@ -270,7 +271,7 @@ def b10(device: torch.device, *, quick: bool = False, bf16: bool = False) -> Res
     texts = unique + draw.choices(unique, k=count - len(unique))
     draw.shuffle(texts)
     peer = s.sentence_transformer()
-    few, checks = texts[: 64 if s.bf16 and not s.cuda else 16], {}
+    few, checks = texts[: s.num_checked], {}
     ours = torch.from_numpy(s.embedder.encode(few))
     if not isinstance(peer, str):
         checks = s.check(few, {"sentence-transformers": torch.from_numpy(peer.encode(few)).float()}, ours)

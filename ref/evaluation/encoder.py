@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from mteb.abstasks.abstask import get_abstask_prompt
 from mteb.abstasks.task_metadata import TaskMetadata
-from mteb.get_tasks import TASK_LIST
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.get_model_meta import MODEL_REGISTRY
 from mteb.models.model_meta import ModelMeta, ScoringFunction
@@ -104,13 +103,12 @@ def instruction_for(task_metadata: TaskMetadata, overrides: Mapping[str, str]) -
 def published_instructions(model: str) -> dict[str, str]:
     """Task name -> instruction that mteb has for a model of the hub, as its authors gave it; empty if it has none.
 
-    Instructions by type of task, which a few models have too, are not used.
+    Instructions by type of task, which a few models have too, are under the names of the types.
     """
     meta = MODEL_REGISTRY.get(model)
     prompts = (meta.loader_kwargs.get("prompts_dict") or {}) if meta else {}
     texts = {name: text.get("query") if isinstance(text, dict) else text for name, text in prompts.items()}
-    tasks = {task.metadata.name for task in TASK_LIST}
-    return {name: text for name, text in texts.items() if text and name in tasks}
+    return {name: text for name, text in texts.items() if text}
 
 
 def read_instructions(path: str | Path, known_tasks: Iterable[str]) -> dict[str, str]:

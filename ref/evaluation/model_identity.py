@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ref.model.adapter import adapter_chain
-from ref.model.card import RESULTS
+from ref.model.card import run_folder
 from ref.model.checkpoint import resolve_checkpoint
 from ref.utils.files import check_type, hash_files, read_json
 
@@ -59,11 +59,8 @@ def model_label(model: str) -> str:
     if not Path(model).is_dir():
         return model
     folder = Path(model).resolve()
-    return f"local/{folder.parent.name}-{folder.name}" if _is_result(folder) else f"local/{folder.name}"
-
-
-def _is_result(folder: Path) -> bool:
-    return folder.name in RESULTS and (folder.parent / "run.json").is_file()
+    run = run_folder(folder)
+    return f"local/{folder.name}" if run in (None, folder) else f"local/{folder.parent.name}-{folder.name}"
 
 
 def _hash_model(folder: Path) -> str:
@@ -74,7 +71,7 @@ def _hash_model(folder: Path) -> str:
 def default_output(model: str) -> Path:
     """RUN/mteb for a run folder, RUN/mteb-merged for its merged/, else results/OWNER__NAME."""
     folder = Path(model)
-    if _is_result(folder.resolve()):
-        return folder.resolve().parent / f"mteb-{folder.name}"
-    is_run = (folder / "run.json").is_file()
-    return folder / "mteb" if is_run else Path("results") / model_label(model).replace("/", "__")
+    run = run_folder(folder.resolve())
+    if run is None:
+        return Path("results") / model_label(model).replace("/", "__")
+    return folder / "mteb" if run == folder.resolve() else run / f"mteb-{folder.resolve().name}"

@@ -94,8 +94,9 @@ def evaluate(config: EvalConfig) -> int:
     selection = select_tasks(config.tasks or "all", config.data_dir)
     folders = [] if config.data_dir is None else [folder.name for folder in task_folders(config.data_dir)]
     given = read_instructions(config.instructions, folders) if config.instructions else {}
-    published = {name: text for name, text in published_instructions(config.model).items()
-                 if name in {task.metadata.name for task in selection.tasks} and not has_own_instruction(config, name)}
+    published = published_instructions(config.model)
+    published = {name: published[name] for name in (task.metadata.name for task in selection.tasks)
+                 if name in published and not has_own_instruction(config, name)}
     distributed = Distributed()
     if published and distributed.rank == 0:
         print(f"instructions: mteb has one for this model and {', '.join(published)}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from mteb.models.get_model_meta import MODEL_REGISTRY
 
 from ref.evaluation.tasks import CATEGORIES, earlier_names
-from ref.model.card import RESULTS
+from ref.model.card import run_folder
 from ref.utils.files import read_json
 
 WORDS = [*map(str.lower, CATEGORIES), "hardnegatives", "s2s", "p2p", "train", "dev", "validation", "test"]
@@ -44,10 +44,9 @@ def _training_names(model: str) -> tuple[list[str], set[str]]:
     A run.json from before task names were written there has the names of the files, which are those of most tasks.
     """
     names: list[str] = []
-    folder, root = Path(model), model
-    path = (folder.parent if folder.name in RESULTS else folder) / "run.json"
-    if path.is_file():
-        run = read_json(path)
+    folder, root = run_folder(Path(model)), model
+    if folder is not None:
+        run = read_json(folder / "run.json")
         names = run.get("tasks") or [Path(file["file"]).stem for file in run.get("data", ())]
         root = str(run.get("root", run.get("model")))
     meta = MODEL_REGISTRY.get(root)

@@ -41,6 +41,12 @@ class Score(NamedTuple):
     is_official: bool  # the benchmark's own data
 
 
+def run_folder(folder: Path) -> Path | None:
+    """The run that a folder is, or whose result it is; None for any other folder."""
+    runs = [folder, *([folder.parent] if folder.name in RESULTS else [])]
+    return next((run for run in runs if (run / "run.json").is_file()), None)
+
+
 def add_scores(run: Path, scores: Mapping[str, Score]) -> list[Path]:
     """Add scores by task to those of earlier evaluations of a run, and write its cards; returns the edited ones."""
     path = run / SCORES_FILE

@@ -11,7 +11,7 @@ import torch
 from ref.config import MISTRAL, TINY, ModelConfig, TrainConfig
 from ref.embedder import load_model_and_tokenizer
 from ref.model.adapter import adapter_base, adapter_chain
-from ref.model.card import RESULTS
+from ref.model.card import run_folder
 from ref.model.checkpoint import resolve_checkpoint
 from ref.model.lora import apply_lora
 from ref.model.transformer import Mistral, init_weights
@@ -41,9 +41,8 @@ class ModelSource:
     @cached_property
     def run(self) -> dict[str, Any]:
         """run.json of the run whose result the checkpoint is; empty for any other."""
-        folder = Path(self.name)
-        path = (folder.parent if folder.name in RESULTS else folder) / "run.json"
-        return read_json(path) if self.config is None and path.is_file() else {}
+        run = run_folder(Path(self.name)) if self.config is None else None
+        return {} if run is None else read_json(run / "run.json")
 
     def fingerprint(self) -> str | None:
         """That of the checkpoint's files, an adapter's base included; None for random initialisation."""

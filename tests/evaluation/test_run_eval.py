@@ -462,6 +462,9 @@ def test_results_of_a_runs_folders_are_kept_apart(tiny_run: Path, tmp_path: Path
     assert model_label(str(tiny_run / "model")) == f"local/{tiny_run.name}-model"
     (tmp_path / "model").mkdir()
     assert default_output(str(tmp_path / "model")) == Path("results/local__model")
+    write_json(tmp_path / "model/run.json", {})  # a run of that name
+    assert default_output(str(tmp_path / "model")) == tmp_path / "model/mteb"
+    assert model_label(str(tmp_path / "model")) == "local/model"
 
 
 def test_unsuitable_examples_and_folders_are_one_line(world: Path, tiny_run: Path, tmp_path: Path, capsys: Any) -> None:
