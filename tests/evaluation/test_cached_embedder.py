@@ -26,9 +26,10 @@ def test_cached_embeddings_are_the_same_and_only_missing_ones_are_computed(tmp_p
     words.calls.clear()
     assert (cached.encode(texts, instruction=TASK) == plain).all() and len(words.calls) == 1
     words.calls.clear()
-    for other in ({"instruction": None}, {"instruction": TASK, "examples": [InContextExample("a", "b")]}):
+    for other in ({"instruction": None}, {"instruction": TASK, "examples": [InContextExample("a", "b")]},
+                  {"instruction": TASK, "examples": [InContextExample("a", "b", "Another task")]}):
         cached.encode(texts, **other)  # type: ignore[arg-type]
-    assert len(words.calls) == 8  # another prompt has other embeddings
+    assert len(words.calls) == 12  # another prompt has other embeddings
     assert len(cached.encode([], instruction=TASK)) == 0
 
 

@@ -313,6 +313,7 @@ def test_position_chart_by_hand():
     kinds, xs, ys = zip(*dots, strict=True)
     assert kinds == ("other",) * 4 + ("lower", "evaluated")
     assert xs[0] == xs[1] and ys[1] == ys[0] - DOT and xs[5] == xs[2] and ys[5] == ys[2] - DOT  # stacked
+    assert (xs[0], xs[3]) == pytest.approx((8, 340 - 8), abs=DOT / 2)  # the lowest and the highest
     share = [(x - xs[0]) / (xs[3] - xs[0]) for x in xs]
     assert share == pytest.approx([0, 0, 0.25, 1, 0.625, 0.25], abs=DOT / 300)
     assert "b 75.00</text>" in chart.narrow and "ours 60.00</text>" in chart.narrow

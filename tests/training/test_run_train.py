@@ -998,6 +998,23 @@ def test_the_best_state_is_kept(place, tmp_path, monkeypatch, scores, best, trai
     assert exported[0] == exported[1]
 
 
+def test_a_resumed_run_does_not_score_a_step_again(place, tmp_path, monkeypatch):
+    """Killed after step 4 was saved and scored: it goes on from there."""
+    options = ["--eval-data", held_out(tmp_path / "held"), "--eval-steps", 2, "--save-steps", 2]
+    scored, original, updates = [], Trainer.update, itertools.count()
+
+    def update(self, rate):
+        if next(updates) == 5:
+            raise RuntimeError("power cut")
+        return original(self, rate)
+    monkeypatch.setattr(Trainer, "update", update)
+    monkeypatch.setattr(run_train, "evaluate", lambda trainer, sets, when: (scored.append(when), 0.5)[1])
+    with pytest.raises(RuntimeError, match="power cut"):
+        place.train("again", *options)
+    assert run_train.main(["--resume", "--output", str(place.folder / "again")]) == 0
+    assert scored == ["before training", "after 2 steps", "after 4 steps", "after 6 steps"]
+
+
 def test_scoring_is_not_time_of_training(monkeypatch):
     now = iter([0.0, 10.0, 110.0, 111.0])
     monkeypatch.setattr(metrics.Stopwatch, "clock", staticmethod(lambda: next(now)))
