@@ -1010,8 +1010,8 @@ def test_a_resumed_run_does_not_score_a_step_again(place, tmp_path, monkeypatch)
     monkeypatch.setattr(Trainer, "update", update)
     monkeypatch.setattr(run_train, "evaluate", lambda trainer, sets, when: (scored.append(when), 0.5)[1])
     with pytest.raises(RuntimeError, match="power cut"):
-        place.train("again", *options)
-    assert run_train.main(["--resume", "--output", str(place.folder / "again")]) == 0
+        place.train("scored-once", *options)
+    assert run_train.main(["--resume", "--output", str(place.folder / "scored-once")]) == 0
     assert scored == ["before training", "after 2 steps", "after 4 steps", "after 6 steps"]
 
 
