@@ -229,8 +229,8 @@ def make_line(rng: random.Random, task: str, query: Query, notes: list[Note]) ->
     by_grade: dict[int, list[Note]] = {0: [], 1: [], 2: []}
     for note in notes:
         by_grade[relevance(task, query, note)].append(note)
-    other_task = [note for note in by_grade[0] if any(relevance(other, query, note) == 2 for other in TASKS)]
-    easy = [note for note in by_grade[0] if note not in other_task]
+    other_task = [note for note in by_grade[0] if relevance(note.topic, query, note) == 2]
+    easy = [note for note in by_grade[0] if relevance(note.topic, query, note) != 2]
 
     relevant = sample(rng, by_grade[2], POSITIVES + 1)
     positives, negatives = relevant[:POSITIVES], relevant[POSITIVES:] if rng.random() < PLANTED else []

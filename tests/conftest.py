@@ -72,8 +72,9 @@ def start_ranks(world_size: int, arguments: Sequence[object], **options: Any) ->
         port = free.getsockname()[1]
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
                    "WORLD_SIZE": str(world_size), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    return [subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, env={**environment, "RANK": str(rank)},
-                             **options) for rank in range(world_size)]
+    start = ["-m", "light_start"] if arguments[0] == "run_train.py" else []
+    return [subprocess.Popen([sys.executable, *start, *map(str, arguments)], cwd=ROOT, **options,
+                             env={**environment, "RANK": str(rank)}) for rank in range(world_size)]
 
 
 @pytest.fixture(scope="session")

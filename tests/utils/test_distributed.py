@@ -222,10 +222,10 @@ def test_heartbeats_are_sent():
 
 # ---- whole runs ---------------------------------------------------------------------------------------------
 
-STEPS = 40
+STEPS = 22
 DRIVER = """
 import os, signal, sys
-import run_train
+import light_start, run_train
 from ref.training import run_dir, trainer
 name, where, count, rank = sys.argv.pop(1).split(":")  # signal, moment, how often it comes, rank or "all"
 places = {"prepare": (trainer.Trainer, "prepare"), "step": (trainer.Trainer, "step"),
@@ -377,7 +377,7 @@ def test_killed_at_random_moments_the_weights_are_the_same(world_size, kills, fo
 def test_the_last_states_are_kept(folder):
     assert run_train.main(options(folder, "kept", "--save-total-limit", 3)) == 0
     kept = sorted(path.name for path in (folder / "kept/state").iterdir())
-    assert kept == ["00000036", "00000039", "00000040"]
+    assert kept == ["00000018", "00000021", "00000022"]
 
 
 def test_minutes_need_a_single_process(folder):
@@ -398,11 +398,11 @@ def test_two_ranks_score_during_training_and_extend_the_run(folder, uninterrupte
     write_lines(held_out / "corpus.jsonl", [{"_id": word, "text": word} for word in WORDS])
     write_lines(held_out / "queries.jsonl", [{"_id": "q", "text": WORDS[0]}])
     write_lines(held_out / "qrels.jsonl", [{"query-id": "q", "corpus-id": WORDS[0], "score": 1}])
-    scoring = ["--eval-data", folder / "sets", "--eval-steps", 16, "--keep-best"]
+    scoring = ["--eval-data", folder / "sets", "--eval-steps", 8, "--keep-best"]
     processes = start_ranks(2, ["run_train.py", *options(folder, "run", *scoring)], stdout=subprocess.DEVNULL)
     assert exit_codes(processes) == [0, 0]
     scores, run = (json.loads((folder / "run" / name).read_text()) for name in ("held_out.json", "run.json"))
-    assert list(scores) == ["16", "32", str(STEPS)] and run["result_step"] == int(max(scores, key=scores.__getitem__))
+    assert list(scores) == ["8", "16", str(STEPS)] and run["result_step"] == int(max(scores, key=scores.__getitem__))
     losses = [[row["loss"] for row in metrics(path)] for path in (folder / "run", uninterrupted(2))]
     assert losses[0] == losses[1]
     more = [*resume(folder, "run"), "--steps", STEPS + 3]
