@@ -10,8 +10,10 @@ from types import SimpleNamespace
 
 import torch
 
-torch._dynamo = SimpleNamespace(disable=lambda function, *_, **__: function, graph_break=lambda: None)
-sys.modules["torch._dynamo"] = torch._dynamo
+if torch.__version__.startswith("2.13."):  # the names that this version uses; others start as usual
+    torch._dynamo = SimpleNamespace(disable=lambda function, *_, **__: function, graph_break=lambda: None,
+                                    trace_rules=SimpleNamespace(clear_lru_cache=lambda: None))
+    sys.modules["torch._dynamo"] = torch._dynamo
 
 if __name__ == "__main__":
     sys.argv.pop(0)
