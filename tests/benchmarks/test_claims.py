@@ -139,6 +139,15 @@ def test_arms_that_differ_in_evaluation_only_are_trained_once():
                                               for arm in ("default", three[1], "fixed examples")]
 
 
+def test_a_run_writes_the_rows_of_all_arms_that_are_trained_alike(results, monkeypatch):
+    monkeypatch.setattr(claims, "run_arms", lambda setting, arms, seed: [{"score": arm.num_examples} for arm in arms])
+    setting = Setting("world", 7, "tiny")
+    claims.run_and_store(setting, "random examples, 2 at evaluation", 1)
+    rows = {name: json.loads(row_path(setting, ARMS[name], 1).read_text()) for name in trained_alike("random examples")}
+    assert {name: row["score"] for name, row in rows.items()} == {name: ARMS[name].num_examples for name in rows}
+    assert len(rows) == 3 and all(row["arm"] == name for name, row in rows.items())
+
+
 def test_changes_of_the_instructions():
     before = [{"query": f"q{n}", "prompt": f"p{n // 10}"} for n in range(20)]
     same, shuffled, untouched = ([dict(line) for line in before] for _ in range(3))

@@ -9,7 +9,7 @@ from sample_sets import WordHash, encoder_of, world, write_retrieval  # noqa: F4
 from tiny_mteb import sentence, write_json
 
 from benchmarks import experiment_data, experiment_scores
-from benchmarks.arms import ARMS
+from benchmarks.arms import ARMS, trained_alike
 from benchmarks.experiment import Setting, run_arms
 from benchmarks.experiment_data import teacher_folder
 from benchmarks.experiment_scores import TeacherEmbedder, keep_query_scores, shorten
@@ -60,7 +60,9 @@ def test_the_teacher_ignores_instructions():
 
 def test_a_run_of_the_pretrained_setting(world, tiny_run, tmp_path, monkeypatch):  # noqa: F811
     """Two steps of LoRA on a small checkpoint: its scores, by query where there are any, and how it was trained."""
-    instructions = dict.fromkeys(["BIOSSES", "TwitterURLCorpus", "MyRetrieval"], "Find it.")
+    instructions = {"BIOSSES": "Find it.", "TwitterURLCorpus": "Find it.", "MyRetrieval": "No line has it."}
+    shortened = []
+    monkeypatch.setattr(experiment_scores, "shorten", lambda task: shortened.append(task.metadata.name))
     for module in (experiment_data, experiment_scores):
         monkeypatch.setattr(module, "REAL_INSTRUCTIONS", write_json(tmp_path / "instructions.json", instructions))
     for folder in ("soft_labels", "pairs"):
@@ -71,9 +73,11 @@ def test_a_run_of_the_pretrained_setting(world, tiny_run, tmp_path, monkeypatch)
     (tmp_path / "real/soft_labels/some.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setenv("LG_ANNA_DATA", str(tmp_path / "real"))
     setting = Setting("llm", 2, str(tiny_run / "model"))
-    plain, with_examples = run_arms(setting, [ARMS["random examples"], ARMS["random examples, 2 at evaluation"]], 0)
-    for row in (plain, with_examples):
+    rows = run_arms(setting, [ARMS[name] for name in trained_alike("random examples")], 0)
+    for row in rows:
         assert (row["steps"], row["dtype"], row["task_scores"].keys()) == (2, "float32", instructions.keys())
         assert row["query_scores"].keys() == {"MyRetrieval"} and len(row["query_scores"]["MyRetrieval"]) >= 11
         assert row["score"] == pytest.approx(np.mean(list(row["task_scores"].values())))
-    assert plain["task_scores"] != with_examples["task_scores"]
+    plain, two, five = rows
+    assert plain["task_scores"] != two["task_scores"] and sorted(shortened) == sorted([*instructions] * 3)
+    assert plain["query_scores"] == two["query_scores"] == five["query_scores"]  # no example has its instruction
