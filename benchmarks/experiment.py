@@ -24,7 +24,8 @@ from ref.embedder import Embedder
 from ref.evaluation.retrieval import TextEmbedder
 from ref.utils.files import hash_files, read_json
 
-LLM_OPTIONS = ("--mini-batch-tokens", "6144")  # `auto` would depend on the memory that other runs leave
+# texts are cut in training and evaluation; `auto` would depend on the memory that other runs leave
+LLM_OPTIONS = ("--max-text-tokens", "48", "--mini-batch-tokens", "6144")
 
 
 @dataclass(frozen=True)

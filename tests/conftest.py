@@ -10,9 +10,6 @@ import dataclasses
 import json
 import os
 import random
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,18 +60,6 @@ def seed(request: pytest.FixtureRequest) -> int:
     random.seed(number)
     np.random.seed(number)
     return number
-
-
-def start_ranks(world_size: int, arguments: Sequence[object], **options: Any) -> list[subprocess.Popen[Any]]:
-    """Python processes with the variables that torchrun sets; `options` go to Popen."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-                   "WORLD_SIZE": str(world_size), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    start = ["-m", "light_start"] if arguments[0] == "run_train.py" else []
-    return [subprocess.Popen([sys.executable, *start, *map(str, arguments)], cwd=ROOT, **options,
-                             env={**environment, "RANK": str(rank)}) for rank in range(world_size)]
 
 
 @pytest.fixture(scope="session")

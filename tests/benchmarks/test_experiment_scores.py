@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import WORDS, draw_training_lines
 from sample_sets import WordHash, encoder_of, world, write_retrieval  # noqa: F401 (a fixture)
-from tiny_mteb import sentence, write_json
+from tiny_mteb import sentence, write_json, write_lines
 
 from benchmarks import experiment_data, experiment_scores
 from benchmarks.arms import ARMS, trained_alike
@@ -34,21 +34,29 @@ def test_tasks_without_queries_have_no_scores_by_query(world, tmp_path):  # noqa
     assert by_query == {}
 
 
-def test_the_two_largest_tasks_are_shortened(world, tmp_path):  # noqa: F811
+def test_the_larger_tasks_are_reduced(world, tmp_path):  # noqa: F811
+    """Every n-th row; of a corpus all judged passages and every third of the others; three experiments."""
     write_retrieval(world / "MedQuADRetrieval", {"class": "ArguAna"}, documents=30)
-    corpus = world / "MedQuADRetrieval" / "corpus.jsonl"
-    corpus.write_text(corpus.read_text().replace(sentence(7), f"{sentence(7)} {'more ' * 100}"))
+    tweets = [{"sent1": sentence(n), "sent2": sentence(n), "labels": n // 40 % 2} for n in range(81)]
+    write_lines(world / "TwitterURLCorpus" / "test.jsonl", tweets)
+    names = ("TwitterURLCorpus", "MedQuADRetrieval", "MyRetrieval", "Banking77Classification")
+    tasks = {task.metadata.name: task for task in select_tasks(",".join(names), world).tasks}
+    assert tasks.keys() == set(names)
     texts = {}
-    for name in ("TwitterURLCorpus", "MedQuADRetrieval", "MyRetrieval"):
-        [task] = select_tasks(name, world).tasks
+    for name, task in tasks.items():
         shorten(task)
         embedder = WordHash()
         score_task(encoder_of(embedder), task, tmp_path / "results")
         texts[name] = {text for _, given in embedder.calls for text in given}
-    assert texts["TwitterURLCorpus"] == {sentence(n) for n in (0, 10, 20)}  # even rows: both sentences are the same
-    lengths = sorted(map(len, texts["MedQuADRetrieval"]))
-    assert lengths[-1] in (399, 400) and lengths[-2] < 100 and len(lengths) > 30
+    assert texts["TwitterURLCorpus"] == {sentence(n) for n in (0, 40, 80)}
+    lines = (world / "MedQuADRetrieval/qrels.jsonl").read_text().splitlines()
+    judged = {json.loads(line)["corpus-id"] for line in lines}
+    documents = map(json.loads, (world / "MedQuADRetrieval/corpus.jsonl").read_text().splitlines())
+    for row, document in enumerate(documents):
+        text = f"{document['title']} {document['text']}".strip()
+        assert (text in texts["MedQuADRetrieval"]) == (document["_id"] in judged or row % 3 == 0)
     assert {sentence(n) for n in range(30) if n % 3} <= texts["MyRetrieval"]
+    assert tasks["Banking77Classification"].n_experiments == 3
 
 
 def test_the_teacher_ignores_instructions():

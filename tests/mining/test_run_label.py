@@ -2,20 +2,18 @@
 
 import json
 import math
-import os
 import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, a_text, start_ranks
+from conftest import WORDS, a_text
+from ranks import exit_codes, start_ranks
 
 import run_label
 import run_train
@@ -341,8 +339,7 @@ def test_bad_options(label, options, words, capsys, monkeypatch):
 def test_two_processes_give_the_same_bytes(raw, retriever, tmp_path):
     """With torchrun's variables; each has a shard of the passages and blocks."""
     for count in (1, 2):
-        processes = start_ranks(count, command(raw, retriever, tmp_path, f"{count}")[1:])
-        assert [process.wait(timeout=300) for process in processes] == [0] * count
+        assert exit_codes(start_ranks(count, command(raw, retriever, tmp_path, f"{count}"))) == [0] * count
     assert (tmp_path / "out-1.jsonl").read_bytes() == (tmp_path / "out-2.jsonl").read_bytes()
     assert list(tmp_path.glob("cache-2/part/*"))
 
@@ -352,16 +349,18 @@ def command(raw, retriever, folder, name):
     code = ("import sys; from ref.mining import pipeline as p; p.PASSAGES_PER_BLOCK, p.QUERIES_PER_BLOCK, "
             "p.BLOCKS_PER_SEARCH, p.QUERIES_PER_RERANKING = 8, 4, 2, 4; import run_label; "
             "sys.exit(run_label.main(sys.argv[1:]))")
-    return [sys.executable, "-c", code, "--pairs", str(raw[0]), "--corpus", str(raw[1]), "--retriever", str(retriever),
+    return ["-c", code, "--pairs", str(raw[0]), "--corpus", str(raw[1]), "--retriever", str(retriever),
             "--output", str(folder / f"out-{name}.jsonl"), "--cache", str(folder / f"cache-{name}"), "--top-k", "20",
             "--device", "cpu"]
 
 
 def kill_and_resume(raw, retriever, folder, kills):
     """Kill the command at random moments, then run it to its end; returns its output and an uninterrupted run's."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    def start(name):
+        [process] = start_ranks(1, command(raw, retriever, folder, name))
+        return process
     start_s = time.monotonic()
-    subprocess.run(command(raw, retriever, folder, "whole"), cwd=ROOT, env=environment, check=True)
+    assert start("whole").wait() == 0
     whole_s = time.monotonic() - start_s
     killed = 0
     while killed < kills:
@@ -369,11 +368,10 @@ def kill_and_resume(raw, retriever, folder, kills):
             (folder / "out-killed.jsonl").unlink()
             shutil.rmtree(folder / "cache-killed")
             whole_s *= 0.8
-        process = subprocess.Popen(command(raw, retriever, folder, "killed"), cwd=ROOT, env=environment)
-        time.sleep(whole_s * random.uniform(0.4, 1.0))  # the first part is imports
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
-    subprocess.run(command(raw, retriever, folder, "killed"), cwd=ROOT, env=environment, check=True)
+        process = start("killed")
+        time.sleep(whole_s * random.uniform(0.1, 1.0))
+        killed += process.kill() == -signal.SIGKILL
+    assert start("killed").wait() == 0
     return [(folder / f"out-{name}.jsonl").read_bytes() for name in ("killed", "whole")]
 
 

@@ -8,7 +8,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -16,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, WORDS, draw_training_lines, start_ranks
+from conftest import SMALL, WORDS, draw_training_lines
+from ranks import Rank, exit_codes, start_ranks
 
 import run_train
 from ref.utils import distributed as module
@@ -24,7 +24,6 @@ from ref.utils.distributed import Distributed, RankFailure
 
 ROOT = Path(__file__).parents[2]
 BOUND = 1e-6
-HANG_S = 300  # a process that has not ended after this hangs
 INSTRUCTIONS = {"Boats": "Find a boat.", "Towers": "Find a tower with the same lamp."}
 
 
@@ -35,10 +34,6 @@ def training_lines(count: int = 32) -> list[dict]:
 def write_lines(path: Path, lines: list[dict]) -> Path:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
-
-
-def exit_codes(processes: list[subprocess.Popen]) -> list[int]:
-    return [process.wait(timeout=HANG_S) for process in processes]
 
 
 # ---- one step -----------------------------------------------------------------------------------------------
@@ -216,8 +211,9 @@ ours.close()
 
 
 def test_heartbeats_are_sent():
-    processes = start_ranks(2, ["-c", HEARTBEATS], stdout=subprocess.PIPE, text=True)
-    assert [process.communicate(timeout=HANG_S)[0] for process in processes] == ["together\n"] * 2
+    processes = start_ranks(2, ["-c", HEARTBEATS])
+    assert exit_codes(processes) == [0, 0]
+    assert [process.stdout for process in processes] == ["together\n"] * 2
 
 
 # ---- whole runs ---------------------------------------------------------------------------------------------
@@ -225,7 +221,7 @@ def test_heartbeats_are_sent():
 STEPS = 22
 DRIVER = """
 import os, signal, sys
-import light_start, run_train
+import run_train
 from ref.training import run_dir, trainer
 name, where, count, rank = sys.argv.pop(1).split(":")  # signal, moment, how often it comes, rank or "all"
 places = {"prepare": (trainer.Trainer, "prepare"), "step": (trainer.Trainer, "step"),
@@ -285,15 +281,15 @@ def uninterrupted(tmp_path_factory):
     @cache
     def run(world_size: int) -> Path:
         folder = write_inputs(tmp_path_factory.mktemp("uninterrupted"))
-        processes = start_ranks(world_size, ["run_train.py", *options(folder, "run")], stdout=subprocess.DEVNULL)
+        processes = start_ranks(world_size, ["run_train.py", *options(folder, "run")])
         assert exit_codes(processes) == [0] * world_size
         return folder / "run"
     return run
 
 
-def start_and_signal(world_size: int, moment: str, arguments: list[str], **more) -> list[subprocess.Popen]:
+def start_and_signal(world_size: int, moment: str, arguments: list[str]) -> list[Rank]:
     """Start a run in which a signal arrives at a moment "SIGNAL:FUNCTION:COUNT:RANK" (see DRIVER)."""
-    return start_ranks(world_size, ["-c", DRIVER, moment, *arguments], stdout=subprocess.DEVNULL, **more)
+    return start_ranks(world_size, ["-c", DRIVER, moment, *arguments])
 
 
 def test_order_of_the_data_and_loss_do_not_depend_on_the_number_of_ranks(uninterrupted):
@@ -309,7 +305,7 @@ def test_sigterm_saves_and_ends_and_the_run_resumes_bit_for_bit(world_size, rank
     processes = start_and_signal(world_size, f"SIGTERM:update:5:{rank}", options(folder, "stopped"))
     assert exit_codes(processes) == [130] * world_size
     assert 5 <= len(metrics(folder / "stopped")) < 9
-    resumed = start_ranks(world_size, ["run_train.py", *resume(folder, "stopped")], stdout=subprocess.DEVNULL)
+    resumed = start_ranks(world_size, ["run_train.py", *resume(folder, "stopped")])
     assert exit_codes(resumed) == [0] * world_size
     assert weights(folder / "stopped") == weights(uninterrupted(world_size))
 
@@ -323,10 +319,9 @@ def test_another_number_of_ranks_continues_up_to_rounding(folder, uninterrupted)
 
 
 def test_a_killed_rank_ends_the_others_and_is_named(folder):
-    processes = start_and_signal(3, "SIGKILL:step:4:1", options(folder, "dead", "--distributed-timeout", 20),
-                                 stderr=subprocess.PIPE, text=True)
-    errors = [process.communicate(timeout=HANG_S)[1] for process in processes]
-    assert [process.returncode for process in processes] == [4, -signal.SIGKILL, 4]
+    processes = start_and_signal(3, "SIGKILL:step:4:1", options(folder, "dead", "--distributed-timeout", 10))
+    assert exit_codes(processes) == [4, -signal.SIGKILL, 4]
+    errors = [process.stderr for process in processes]
     assert "--resume continues from the last saved state" in errors[0]
     named = [re.search(r"error: rank ([\d, ]+) of 3 failed, noticed by rank", errors[n]) for n in (0, 2)]
     assert all(named), errors  # a rank that notices late may also name one that failed as a consequence
@@ -334,16 +329,13 @@ def test_a_killed_rank_ends_the_others_and_is_named(folder):
 
 
 def test_a_hanging_rank_ends_the_others_and_is_named(folder):
-    processes = start_and_signal(2, "SIGSTOP:step:4:1", options(folder, "stuck", "--distributed-timeout", 20),
-                                 stderr=subprocess.PIPE, text=True)
+    processes = start_and_signal(2, "SIGSTOP:step:4:1", options(folder, "stuck", "--distributed-timeout", 10))
     try:
-        error = processes[0].communicate(timeout=HANG_S)[1]
-        assert processes[0].returncode == 4
-        assert "error: rank 1 of 2 failed, noticed by rank 0" in error
-        assert processes[1].poll() is None
+        assert processes[0].wait() == 4
+        assert "error: rank 1 of 2 failed, noticed by rank 0" in processes[0].stderr
+        assert processes[1].is_running
     finally:
-        processes[1].send_signal(signal.SIGKILL)
-        processes[1].communicate()
+        processes[1].kill()
 
 
 def random_moment(world_size: int) -> str:
@@ -360,15 +352,15 @@ def test_killed_at_random_moments_the_weights_are_the_same(world_size, kills, fo
     survived = 0
     while survived < kills:
         shutil.rmtree(folder / "killed", ignore_errors=True)
-        arguments = options(folder, "killed", "--distributed-timeout", 20)
+        arguments = options(folder, "killed", "--distributed-timeout", 10)
         for _ in range(3):
-            processes = start_and_signal(world_size, random_moment(world_size), arguments, stderr=subprocess.DEVNULL)
+            processes = start_and_signal(world_size, random_moment(world_size), arguments)
             survived += -signal.SIGKILL in exit_codes(processes)
             if (folder / "killed/run.json").exists():
                 arguments = resume(folder, "killed")
                 if survived >= kills or json.loads((folder / "killed/run.json").read_text())["complete"]:
                     break
-        processes = start_ranks(world_size, ["run_train.py", *arguments], stdout=subprocess.DEVNULL)
+        processes = start_ranks(world_size, ["run_train.py", *arguments])
         assert exit_codes(processes) == [0] * world_size
         assert weights(folder / "killed") == weights(uninterrupted(world_size))
         assert not list((folder / "killed").rglob("*.draft"))
@@ -384,10 +376,8 @@ def test_minutes_need_a_single_process(folder):
     arguments = options(folder, "minutes")
     at = arguments.index("--steps")
     arguments[at : at + 2] = ["--minutes", "1"]
-    processes = start_ranks(2, ["run_train.py", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                            text=True)
-    errors = [process.communicate(timeout=HANG_S)[1] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2] and "--minutes is not supported" in errors[0]
+    processes = start_ranks(2, ["run_train.py", *arguments])
+    assert exit_codes(processes) == [2, 2] and "--minutes is not supported" in processes[0].stderr
 
 
 def test_two_ranks_score_during_training_and_extend_the_run(folder, uninterrupted):
@@ -399,13 +389,13 @@ def test_two_ranks_score_during_training_and_extend_the_run(folder, uninterrupte
     write_lines(held_out / "queries.jsonl", [{"_id": "q", "text": WORDS[0]}])
     write_lines(held_out / "qrels.jsonl", [{"query-id": "q", "corpus-id": WORDS[0], "score": 1}])
     scoring = ["--eval-data", folder / "sets", "--eval-steps", 8, "--keep-best"]
-    processes = start_ranks(2, ["run_train.py", *options(folder, "run", *scoring)], stdout=subprocess.DEVNULL)
+    processes = start_ranks(2, ["run_train.py", *options(folder, "run", *scoring)])
     assert exit_codes(processes) == [0, 0]
     scores, run = (json.loads((folder / "run" / name).read_text()) for name in ("held_out.json", "run.json"))
     assert list(scores) == ["8", "16", str(STEPS)] and run["result_step"] == int(max(scores, key=scores.__getitem__))
     losses = [[row["loss"] for row in metrics(path)] for path in (folder / "run", uninterrupted(2))]
     assert losses[0] == losses[1]
     more = [*resume(folder, "run"), "--steps", STEPS + 3]
-    assert exit_codes(start_ranks(2, ["run_train.py", *more], stdout=subprocess.DEVNULL)) == [0, 0]
+    assert exit_codes(start_ranks(2, ["run_train.py", *more])) == [0, 0]
     assert [row["step"] for row in metrics(folder / "run")] == list(range(STEPS + 3))
     assert json.loads((folder / "run/run.json").read_text())["schedule_start"]["step"] == STEPS
