@@ -94,6 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     paths = {(arm, seed): row_path(setting, ARMS[arm], seed) for seed in range(num_seeds) for arm in arms_on(ground)}
     if ground == "llm":
         arms, paths = [*arms, TEACHER], {**paths, (TEACHER, 0): row_path(setting, ARMS[TEACHER], 0)}
+    restore_rows(stored, paths)
     missing = one_per_training([item for item, path in paths.items() if item[0] in arms and not path.exists()])
     per_step_s, per_run_s = SECONDS[ground]
     steps = sum(ARMS[arm].steps for arm, _ in missing) * setting.steps
@@ -102,6 +103,15 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{len(arms)} arms x {num_seeds} seeds, missing: {len(missing)} runs of {setting.steps} steps, {duration}, "
           f"{given.workers} in parallel", flush=True)
     return 0 if given.plan else run_study(name, setting, missing, paths, given.workers)
+
+
+def restore_rows(stored: Path, paths: dict[tuple[str, int], Path]) -> None:
+    """Write the files of rows again that a stored study has: the study continues in another clone."""
+    for row in read_json(stored)["rows"] if stored.exists() else ():
+        path = paths.get((row["arm"], row["seed"]))
+        if path is not None and path.stem == row.get("key") and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(row) + "\n")
 
 
 def one_per_training(items: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
@@ -119,8 +129,8 @@ def run_study(
     if any(ARMS[arm].change.startswith("mined") for arm, _ in missing):
         prepare_mining(setting.ground)
     failed = run_missing(setting, missing, paths, workers)
-    rows = [{**json.loads(path.read_text()), "arm": arm, "code": code_hash()} for (arm, _), path in paths.items()
-            if path.exists()]
+    rows = [{**json.loads(path.read_text()), "arm": arm, "code": code_hash(), "key": path.stem}
+            for (arm, _), path in paths.items() if path.exists()]
     study = {"date": utc_now(), **environment_info(), "ground": setting.ground, "steps": setting.steps, "rows": rows}
     stored = RESULTS / f"{name}.json"
     num_stored = len(read_json(stored)["rows"]) if stored.exists() else 0

@@ -22,9 +22,9 @@ class Rank:
     """A Python process with `arguments` (a script or -c CODE, then its own arguments), and torchrun's variables."""
 
     def __init__(self, arguments: Sequence[object], environment: dict[str, str]) -> None:
-        self.output = Path(tempfile.mkdtemp())
+        self.output = tempfile.TemporaryDirectory()
         words = [str(argument) for argument in arguments]
-        self.process = CONTEXT.Process(target=_run, args=(words, environment, self.output))
+        self.process = CONTEXT.Process(target=_run, args=(words, environment, self.output.name), daemon=True)
         self.process.start()
 
     def wait(self, timeout_s: float = 300) -> int:
@@ -38,12 +38,12 @@ class Rank:
     @property
     def stdout(self) -> str:
         """What it has printed so far."""
-        return (self.output / "1").read_text()
+        return Path(self.output.name, "1").read_text()
 
     @property
     def stderr(self) -> str:
         """What it has printed so far."""
-        return (self.output / "2").read_text()
+        return Path(self.output.name, "2").read_text()
 
     @property
     def is_running(self) -> bool:
@@ -70,7 +70,7 @@ def exit_codes(ranks: Sequence[Rank]) -> list[int]:
     return [rank.wait() for rank in ranks]
 
 
-def _run(words: list[str], environment: dict[str, str], output: Path) -> None:
+def _run(words: list[str], environment: dict[str, str], output: str) -> None:
     import torch
 
     torch.set_num_threads(1)
@@ -78,7 +78,7 @@ def _run(words: list[str], environment: dict[str, str], output: Path) -> None:
     os.environ.clear()
     os.environ.update(environment)
     for descriptor in (1, 2):
-        os.dup2(os.open(output / str(descriptor), os.O_CREAT | os.O_WRONLY), descriptor)
+        os.dup2(os.open(Path(output, str(descriptor)), os.O_CREAT | os.O_WRONLY), descriptor)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if words[0] == "-c":
         sys.argv = ["-c", *words[2:]]

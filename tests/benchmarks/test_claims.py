@@ -266,6 +266,11 @@ def test_what_has_run_is_written_but_never_over_more_rows(results, monkeypatch, 
     assert claims.main([*two_arms, "--seeds", "9"]) == 0
     assert "not written: 18 rows of 400 steps; 20 are stored" in capsys.readouterr().out
     assert (results / "world.json").read_bytes() == written
+    shutil.rmtree(results / "world")  # another clone: the rows come back from the stored study, unless the code changed
+    assert claims.main(two_arms) == 0 and "missing: 0 runs" in capsys.readouterr().out
+    shutil.rmtree(results / "world")
+    monkeypatch.setattr(experiment, "code_hash", lambda: "other")
+    assert claims.main([*two_arms, "--plan"]) == 0 and "missing: 20 runs" in capsys.readouterr().out
 
 
 def test_the_pages_show_the_results():
