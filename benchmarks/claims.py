@@ -44,7 +44,7 @@ GPU_MODEL = {"world": "configs/medium.json", "real": "configs/medium.json", "llm
 SEEDS = {"world": 10, "real": 3, "llm": 3}
 QUICK_STEPS = 10
 # on one thread of a server's CPU, for --plan: of a training step, and of the evaluation of a run
-SECONDS = {"world": (0.1, 0.0), "real": (0.3, 0.0), "llm": (10.0, 900.0)}
+SECONDS = {"world": (0.1, 0.0), "real": (0.3, 0.0), "llm": (11.0, 660.0)}
 
 
 def argument_parser() -> argparse.ArgumentParser:

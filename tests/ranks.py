@@ -6,12 +6,13 @@ These imports would take most of the time of the short runs in the tests, which 
 import multiprocessing
 import os
 import runpy
-import signal
 import socket
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -71,15 +72,12 @@ def exit_codes(ranks: Sequence[Rank]) -> list[int]:
 
 
 def _run(words: list[str], environment: dict[str, str], output: str) -> None:
-    import torch
-
     torch.set_num_threads(1)
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(environment)
     for descriptor in (1, 2):
         os.dup2(os.open(Path(output, str(descriptor)), os.O_CREAT | os.O_WRONLY), descriptor)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     if words[0] == "-c":
         sys.argv = ["-c", *words[2:]]
         exec(words[1], {"__name__": "__main__"})

@@ -8,11 +8,12 @@ from conftest import WORDS, draw_training_lines
 from sample_sets import WordHash, encoder_of, world, write_retrieval  # noqa: F401 (a fixture)
 from tiny_mteb import sentence, write_json, write_lines
 
-from benchmarks import experiment_data, experiment_scores
+from benchmarks import experiment, experiment_data, experiment_scores
 from benchmarks.arms import ARMS, trained_alike
 from benchmarks.experiment import Setting, run_arms
 from benchmarks.experiment_data import teacher_folder
 from benchmarks.experiment_scores import TeacherEmbedder, keep_query_scores, shorten
+from benchmarks.mining_world import read_lines
 from ref.evaluation.results import score_task
 from ref.evaluation.tasks import select_tasks
 
@@ -49,10 +50,8 @@ def test_the_larger_tasks_are_reduced(world, tmp_path):  # noqa: F811
         score_task(encoder_of(embedder), task, tmp_path / "results")
         texts[name] = {text for _, given in embedder.calls for text in given}
     assert texts["TwitterURLCorpus"] == {sentence(n) for n in (0, 40, 80)}
-    lines = (world / "MedQuADRetrieval/qrels.jsonl").read_text().splitlines()
-    judged = {json.loads(line)["corpus-id"] for line in lines}
-    documents = map(json.loads, (world / "MedQuADRetrieval/corpus.jsonl").read_text().splitlines())
-    for row, document in enumerate(documents):
+    judged = {line["corpus-id"] for line in read_lines(world / "MedQuADRetrieval/qrels.jsonl")}
+    for row, document in enumerate(read_lines(world / "MedQuADRetrieval/corpus.jsonl")):
         text = f"{document['title']} {document['text']}".strip()
         assert (text in texts["MedQuADRetrieval"]) == (document["_id"] in judged or row % 3 == 0)
     assert {sentence(n) for n in range(30) if n % 3} <= texts["MyRetrieval"]
@@ -81,11 +80,18 @@ def test_a_run_of_the_pretrained_setting(world, tiny_run, tmp_path, monkeypatch)
     (tmp_path / "real/soft_labels/some.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setenv("LG_ANNA_DATA", str(tmp_path / "real"))
     setting = Setting("llm", 2, str(tiny_run / "model"))
+    limits = []
+
+    def evaluated(embedder, *given, **named):
+        limits.append(embedder.prompt_encoder.max_text_tokens)
+        return experiment_scores.evaluate_real(embedder, *given, **named)
+    monkeypatch.setattr(experiment, "evaluate_real", evaluated)
     rows = run_arms(setting, [ARMS[name] for name in trained_alike("random examples")], 0)
     for row in rows:
         assert (row["steps"], row["dtype"], row["task_scores"].keys()) == (2, "float32", instructions.keys())
         assert row["query_scores"].keys() == {"MyRetrieval"} and len(row["query_scores"]["MyRetrieval"]) >= 11
         assert row["score"] == pytest.approx(np.mean(list(row["task_scores"].values())))
     plain, two, five = rows
+    assert limits == [48] * 3
     assert plain["task_scores"] != two["task_scores"] and sorted(shortened) == sorted([*instructions] * 3)
     assert plain["query_scores"] == two["query_scores"] == five["query_scores"]  # no example has its instruction

@@ -71,14 +71,18 @@ def test_fused_equals_plain_in_fp32(name: str) -> None:
 @NAMES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_fused_is_as_close_to_fp64_as_plain(name: str, dtype: torch.dtype) -> None:
-    """Error budget: the plain form's largest error plus two roundings of the dtype."""
+    """Error budget: the plain form's largest error plus one rounding of the dtype.
+
+    Two for RMSNorm in fp32: one is exceeded by 20 of 1,500 seeds. In bf16 and fp16 it computes in fp32 and rounds once.
+    """
+    roundings = 2 if name == "rms_norm" and dtype == torch.float32 else 1
     function, make, count = FORMS[name]
     inputs = make(dtype)
     truth = values_and_gradients(lambda *x: exact(name, list(x)), in_fp64(inputs), count)
     fused, plain = (values_and_gradients(f, inputs, count) for f in (function, function.plain))
     for ours, other, value in zip(fused, plain, truth, strict=True):
         assert ours.dtype == other.dtype == dtype
-        budget = (other.double() - value).abs().max() + 2 * torch.finfo(dtype).eps * value.abs().max()
+        budget = (other.double() - value).abs().max() + roundings * torch.finfo(dtype).eps * value.abs().max()
         assert (ours.double() - value).abs().max() <= budget
 
 
