@@ -42,7 +42,7 @@ from ref.training.run_dir import (
     trainable_parameters,
 )
 from ref.training.trainer import Trainer, num_steps, train
-from ref.utils.device import Dtype, resolve_backend, resolve_device, resolve_dtype
+from ref.utils.device import Dtype, keep_freed_memory, resolve_backend, resolve_device, resolve_dtype
 from ref.utils.distributed import Distributed, RankFailure
 from ref.utils.environment import utc_now
 from ref.utils.files import hash_files, remove_path, write_json
@@ -92,6 +92,7 @@ def set_up(arguments: list[str] | None, claims: ExitStack) -> tuple[Trainer, Pat
         raise ValueError("--minutes is not supported with several processes, whose clocks differ; give --steps or "
                          "--epochs")
     device = resolve_device(config.device)
+    keep_freed_memory(device)
     dtype, why = resolve_train_dtype(config, device)
     config = dataclasses.replace(config, dtype=dtype, backend=resolve_backend(config.backend, device))
     log(f"preset: {config.preset} ({preset_values(config)}); options on the command line override it")

@@ -42,7 +42,7 @@ from ref.model.checkpoint import resolve_checkpoint
 from ref.model.known_models import defaults_for
 from ref.text.prompts import PROMPT_FILE
 from ref.utils.block_cache import BlockCache
-from ref.utils.device import resolve_device, resolve_dtype
+from ref.utils.device import keep_freed_memory, resolve_device, resolve_dtype
 from ref.utils.distributed import Distributed
 from ref.utils.environment import environment_info, utc_now
 from ref.utils.outputs import check_outside, claim_output
@@ -129,7 +129,9 @@ def _evaluate(
     few_shot = {} if distributed.rank else load_examples(
         selection.tasks, [*folders, *(task.metadata.name for task in selection.tasks)], count=config.examples,
         path=config.examples_file, seed=config.seed)
-    dtype, why = resolve_dtype(config.dtype, resolve_device())
+    device = resolve_device()
+    keep_freed_memory(device)
+    dtype, why = resolve_dtype(config.dtype, device)
     if distributed.rank == 0:
         print(f"dtype: {dtype} ({why})")
     embedder = Embedder.from_pretrained(

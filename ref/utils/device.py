@@ -1,5 +1,6 @@
 """Device, dtype and backend of a run: the only place that asks what the machine has."""
 
+import ctypes
 import os
 import time
 from functools import cache
@@ -13,6 +14,7 @@ Backend = Literal["eager", "chunked", "triton"]  # of pooling and loss: see ref/
 
 Dtype = Literal["auto", "bfloat16", "float32"]  # of the forward pass
 FASTER = 1.25  # auto takes bfloat16 on a CPU from this ratio of the rates on
+TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
 def resolve_dtype(name: str, device: torch.device) -> tuple[Dtype, str]:
@@ -72,3 +74,15 @@ def resolve_device(name: str | None = None) -> torch.device:
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # Triton launches on the current device
     return device
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """On a CPU with glibc: keep freed blocks for the next allocation, as torch does on CUDA.
+
+    By default glibc returns large blocks to the kernel, which clears each page when it is allocated again, in every
+    layer. For the scripts: it holds for the whole process, whose memory then stays at its peak.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if device.type == "cpu" and mallopt is not None:
+        mallopt(MMAP_MAX, 0)  # no block is a mapping of its own
+        mallopt(TRIM_THRESHOLD, -1)  # nothing is returned

@@ -1,5 +1,9 @@
 """Device, dtype and backend of a run."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -62,3 +66,24 @@ def test_an_unknown_dtype_is_named():
 def test_the_measured_rate_is_that_of_this_process():
     """tests/conftest.py turns bf16 in hardware off, so that emulation is measured: much slower on any machine."""
     assert 0 < bfloat16_rate() < 0.8
+
+
+RESIDENT_AFTER_FREEING = """
+import sys
+import torch
+from ref.utils.device import keep_freed_memory
+if sys.argv[1] != "none":
+    keep_freed_memory(torch.device(sys.argv[1]))
+block = torch.ones(2**25)
+del block
+status = open("/proc/self/status").read()
+print(next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_the_scripts_keep_freed_memory_on_a_cpu():
+    resident = {name: int(subprocess.run([sys.executable, "-c", RESIDENT_AFTER_FREEING, name], capture_output=True,
+                                         text=True, check=True).stdout) for name in ("none", "cuda", "cpu")}
+    assert abs(resident["cuda"] - resident["none"]) < 2**15  # KiB; the block has 2**17
+    assert resident["cpu"] - resident["none"] > 2**16
