@@ -162,17 +162,17 @@ def run_smollm2(cuda: bool) -> dict[str, Any]:
         ["run_train.py", "--model", model, "--data", *files, *length, "--output", run],
         ["run_eval.py", "--model", run, "--data-dir", data / "mteb",
          "--instructions", ROOT / "configs/real_instructions.json", *sets]]
-    content: dict[str, Any] = {"run": str(run.relative_to(ROOT))}
     for command in commands:
         done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
                               check=False)
         if done.returncode:
             said = (done.stdout + done.stderr)[-500:]
-            return {**content, "error": f"{command[0]} failed with exit code {done.returncode}: {said}"}
-        steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        content |= {"steps": len(steps), "median_tokens_per_s": statistics.median(s["tokens_per_s"] for s in steps)}
+            return {"run": run.name, "error": f"{command[0]} failed with exit code {done.returncode}: {said}"}
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     scores = json.loads((run / "scores.json").read_text())
-    return {**content, "scores": {task: score["value"] for task, score in scores.items()}}
+    return {"run": run.name, "steps": len(steps),
+            "median_tokens_per_s": statistics.median(step["tokens_per_s"] for step in steps),
+            "scores": {task: score["value"] for task, score in scores.items()}}
 
 
 def random_lines(queries: int, tokens: int) -> list[dict[str, Any]]:

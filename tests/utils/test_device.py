@@ -73,7 +73,7 @@ RESIDENT_AFTER_FREEING = """
 import sys
 import torch
 from ref.utils.device import keep_freed_memory
-torch.ones(2**20)  # starts threads, whose memory would otherwise lie behind the block
+torch.ones(2**20)  # starts threads, whose memory would otherwise lie behind the blocks
 if sys.argv[1] != "none":
     keep_freed_memory(torch.device(sys.argv[1]))
 blocks = [torch.ones(2**22) for _ in range(8)]  # 16 MiB each
