@@ -91,11 +91,13 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := set(given.only or []) - set(arms_on(ground)):
         parser.error(f"--only: {sorted(unknown)[0]!r} is no arm of --ground {ground}")
     arms = [arm for arm in arms_on(ground) if not given.only or arm in given.only]
-    paths = {(arm, seed): row_path(setting, ARMS[arm], seed) for seed in range(num_seeds) for arm in arms_on(ground)}
+    known_seeds = max(num_seeds, num_stored_seeds(stored))  # rows of further seeds stay in the study
+    paths = {(arm, seed): row_path(setting, ARMS[arm], seed) for seed in range(known_seeds) for arm in arms_on(ground)}
     if ground == "llm":
         arms, paths = [*arms, TEACHER], {**paths, (TEACHER, 0): row_path(setting, ARMS[TEACHER], 0)}
     restore_rows(stored, paths)
-    missing = one_per_training([item for item, path in paths.items() if item[0] in arms and not path.exists()])
+    missing = one_per_training([(arm, seed) for (arm, seed), path in paths.items()
+                                if arm in arms and seed < num_seeds and not path.exists()])
     per_step_s, per_run_s = SECONDS[ground]
     steps = sum(ARMS[arm].steps for arm, _ in missing) * setting.steps
     hours = (steps * per_step_s + len(missing) * per_run_s) / given.workers / 3600
@@ -103,6 +105,12 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{len(arms)} arms x {num_seeds} seeds, missing: {len(missing)} runs of {setting.steps} steps, {duration}, "
           f"{given.workers} in parallel", flush=True)
     return 0 if given.plan else run_study(name, setting, missing, paths, given.workers)
+
+
+def num_stored_seeds(stored: Path) -> int:
+    """The number of seeds of a stored study, 0 if there is none."""
+    rows = read_json(stored)["rows"] if stored.exists() else ()
+    return max((row["seed"] + 1 for row in rows), default=0)
 
 
 def restore_rows(stored: Path, paths: dict[tuple[str, int], Path]) -> None:
