@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import claims, claims_report, experiment, experiment_data, experiment_scores
 from benchmarks.arms import ARMS, CLAIMS, MEDQUAD, TEACHER, Arm, arms_on, trained_alike
@@ -23,6 +24,7 @@ from benchmarks.world import bootstrap_interval
 from ref import Embedder
 from ref.config import TrainConfig
 from ref.training.data import SoftLabelDataset
+from ref.utils.device import resolve_dtype
 
 ROOT = Path(__file__).parents[2]
 
@@ -276,6 +278,16 @@ def test_what_has_run_is_written_but_never_over_more_rows(results, monkeypatch, 
     claims.main([*two_arms, "--seeds", "1"])
     assert "not written: 1 rows of 400 steps; 20 are stored" in capsys.readouterr().out
     assert (results / "world.json").read_bytes() == written
+
+
+def test_every_processor_runs_a_study_in_float32(monkeypatch):
+    """A processor with fast bfloat16 must not add rows of another precision."""
+    used = []
+    cpu = torch.device("cpu")
+    monkeypatch.setattr("ref.utils.device.bfloat16_rate", lambda: 9.0)
+    monkeypatch.setattr(claims, "run_and_store", lambda *_: used.append(resolve_dtype("auto", cpu)[0]))
+    claims.main(["--ground", "llm", "--one", "default", "0"])
+    assert (used, resolve_dtype("auto", cpu)[0]) == (["float32"], "bfloat16")
 
 
 def test_the_pages_show_the_results():
