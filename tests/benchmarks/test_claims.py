@@ -266,12 +266,14 @@ def test_what_has_run_is_written_but_never_over_more_rows(results, monkeypatch, 
     assert len(json.loads((results / "world.json").read_text())["rows"]) == 20
     assert "+1.00" in (results / "world.md").read_text()
     assert claims.main([*two_arms, "--seeds", "9"]) == 0  # fewer seeds: the stored ones stay
+    assert "not written" not in capsys.readouterr().out
     assert len(json.loads((results / "world.json").read_text())["rows"]) == 20
     shutil.rmtree(results / "world")  # another clone: the rows come back from the stored study, unless the code changed
     assert claims.main(two_arms) == 0 and "missing: 0 runs" in capsys.readouterr().out
     shutil.rmtree(results / "world")
     monkeypatch.setattr(experiment, "code_hash", lambda: "other")
     assert claims.main([*two_arms, "--plan"]) == 0 and "missing: 20 runs" in capsys.readouterr().out
+    assert claims.main([*two_arms, "--plan", "--seeds", "3"]) == 0 and "missing: 6 runs" in capsys.readouterr().out
     written = (results / "world.json").read_bytes()
     (results / "world").mkdir()
     row_path(Setting("world", 400, "tiny"), ARMS["default"], 0).write_text('{"seed": 0, "score": 1, "task_scores": {}}')
