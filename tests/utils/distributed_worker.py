@@ -44,14 +44,14 @@ def texts(data: SoftLabelDataset) -> Iterator[str]:
 
 
 def model_of(tokenizer: Tokenizer, config: TrainConfig) -> Mistral:
-    """The same random weights on every rank."""
+    """The same random weights on every rank, in fp64."""
     torch.manual_seed(2)
     model = Mistral(dataclasses.replace(SMALL, vocab_size=tokenizer.vocab_size))
     scatter_weights(model)
     if config.train == "lora":
         apply_lora(model, rank=4, alpha=8.0, dropout=0.0, target_modules=["q_proj", "down_proj"])
         randomize_lora(model)
-    return model
+    return model.double()
 
 
 def run_case(name: str, data_path: Path, distributed: Distributed) -> dict[str, np.ndarray]:
@@ -99,4 +99,5 @@ def main(data_path: Path, output: Path, averaged: bool) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
+    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]  # the code's fp32 is fp64 here
     main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:] == ["averaged"])

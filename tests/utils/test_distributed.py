@@ -23,7 +23,7 @@ from ref.utils import distributed as module
 from ref.utils.distributed import Distributed, RankFailure
 
 ROOT = Path(__file__).parents[2]
-BOUND = 1e-6
+BOUND = 1e-12  # the workers compute in fp64: fp32 rounds differently on each processor
 INSTRUCTIONS = {"Boats": "Find a boat.", "Towers": "Find a tower with the same lamp."}
 
 
@@ -81,14 +81,13 @@ def test_several_ranks_give_the_results_of_one(world_size, data, alone):
     assert set(first.files) == set(alone.files)
     for name in alone.files:
         assert (first[name] == last[name]).all(), name
-        second_step = "/1/" in name or "/after/" in name
-        bound = 5e-5 if second_step else BOUND  # AdamW's first step is a sign: it magnifies rounding
+        bound = 1e-6 if name.endswith("label_entropy") else BOUND  # labels are rounded to fp32 in any case
         if name.endswith("tokens"):
             assert first[name] >= alone[name], name  # each rank computes the shared prefix
         elif name.endswith("num_masked"):
             assert first[name] == alone[name], name
-        elif "/gradient/" in name and np.linalg.norm(alone[name]) < 1e-7:
-            assert np.linalg.norm(first[name]) < 1e-6, name
+        elif "/gradient/" in name and np.linalg.norm(alone[name]) < BOUND:
+            assert np.linalg.norm(first[name]) < 10 * BOUND, name
         else:
             assert distance(first[name], alone[name]) <= bound, (name, distance(first[name], alone[name]))
 
