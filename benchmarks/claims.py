@@ -30,6 +30,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from benchmarks.arms import ARMS, TEACHER, arms_on, trained_alike
@@ -93,11 +94,12 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := set(given.only or []) - set(arms_on(ground)):
         parser.error(f"--only: {sorted(unknown)[0]!r} is no arm of --ground {ground}")
     arms = [arm for arm in arms_on(ground) if not given.only or arm in given.only]
-    known_seeds = max(num_seeds, num_stored_seeds(stored))  # rows of further seeds stay in the study
+    rows = stored_rows(stored)
+    known_seeds = max([num_seeds, *(row["seed"] + 1 for row in rows)])  # rows of further seeds stay in the study
     paths = {(arm, seed): row_path(setting, ARMS[arm], seed) for seed in range(known_seeds) for arm in arms_on(ground)}
     if ground == "llm":
         arms, paths = [*arms, TEACHER], {**paths, (TEACHER, 0): row_path(setting, ARMS[TEACHER], 0)}
-    restore_rows(stored, paths)
+    restore_rows(rows, paths)
     missing = one_per_training([(arm, seed) for (arm, seed), path in paths.items()
                                 if arm in arms and seed < num_seeds and not path.exists()])
     per_step_s, per_run_s = SECONDS[ground]
@@ -109,15 +111,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if given.plan else run_study(name, setting, missing, paths, given.workers)
 
 
-def num_stored_seeds(stored: Path) -> int:
-    """The number of seeds of a stored study, 0 if there is none."""
-    rows = read_json(stored)["rows"] if stored.exists() else ()
-    return max((row["seed"] + 1 for row in rows), default=0)
+def stored_rows(stored: Path) -> list[dict[str, Any]]:
+    """The rows of a stored study, none if there is no such file."""
+    return list(read_json(stored)["rows"]) if stored.exists() else []
 
 
-def restore_rows(stored: Path, paths: dict[tuple[str, int], Path]) -> None:
+def restore_rows(rows: Sequence[dict[str, Any]], paths: dict[tuple[str, int], Path]) -> None:
     """Write the files of rows again that a stored study has: the study continues in another clone."""
-    for row in read_json(stored)["rows"] if stored.exists() else ():
+    for row in rows:
         path = paths.get((row["arm"], row["seed"]))
         if path is not None and path.stem == row.get("key") and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +144,7 @@ def run_study(
             for (arm, _), path in paths.items() if path.exists()]
     study = {"date": utc_now(), **environment_info(), "ground": setting.ground, "steps": setting.steps, "rows": rows}
     stored = RESULTS / f"{name}.json"
-    num_stored = len(read_json(stored)["rows"]) if stored.exists() else 0
+    num_stored = len(stored_rows(stored))
     write = bool(rows) and len(rows) >= num_stored and setting.steps > QUICK_STEPS
     write_report(name, study, write=write)
     if write:
