@@ -14,8 +14,8 @@ instruction: {"class": "ArguAna", "instruction": "Given a question, retrieve ans
 
 Results are written in mteb's format and read again by the next run, so an interrupted evaluation continues; with
 --embedding-cache also inside a task. If a task fails, the others are scored. At the end a table is printed, and
-report.html and report.md are written to the result folder. Exit code: 0, 1 if a task failed, 2 for invalid input, 130
-after Ctrl-C.
+report.html and report.md are written to the result folder. Exit code: 0, 1 if a task failed, 2 for invalid input, 3 if
+GPU memory or a process failed, 130 after Ctrl-C.
 """
 
 import argparse
@@ -71,6 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if type(error).__name__ not in ("OutOfMemoryError", "RankFailure"):  # torch is imported by then, not before
+            raise
+        print(f"error: {str(error).splitlines()[0]:.300}; the same command continues", file=sys.stderr)
+        return 3
 
 
 def download_data(args: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 from mteb.abstasks.abstask import AbsTask
 
 from ref.evaluation.results import TaskScore
-from ref.evaluation.tasks import is_official
+from ref.evaluation.tasks import data_origin, is_official
 from ref.model.card import Score, add_scores
 from ref.utils.files import read_json
 
@@ -27,9 +27,8 @@ def update_cards(
     """
     by_name = {task.metadata.name: task for task in tasks}
     found = {score.task: Score(
-        score.category, score.metric, round(100 * score.score, 2), str(by_name[score.task].metadata.dataset["path"]),
-        str(by_name[score.task].metadata.revision), ", ".join(by_name[score.task].eval_splits),
-        is_official(by_name[score.task])) for score in scores}
+        score.category, score.metric, round(100 * score.score, 2), *data_origin(by_name[score.task]),
+        ", ".join(by_name[score.task].eval_splits), is_official(by_name[score.task])) for score in scores}
     if finished is None or not found:
         return
     try:

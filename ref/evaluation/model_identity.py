@@ -1,12 +1,13 @@
 """The scored model: the newest run by default, its name and revision in mteb's result folders, the output folder."""
 
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from ref.model.adapter import adapter_chain
 from ref.model.card import run_folder
-from ref.model.checkpoint import resolve_checkpoint
+from ref.model.checkpoint import ADAPTER_CONFIG, resolve_checkpoint
 from ref.utils.files import check_type, hash_files, read_json
 
 PLAN_FILE = "plan.json"  # in the output folder, which may be a model folder
@@ -42,16 +43,28 @@ def _finish_time(run: dict[str, Any], path: Path) -> datetime:
 
 
 def model_identity(model: str, *, base: str | None = None) -> tuple[str, str]:
-    """Return "owner/name" and revision: a hub id and its commit, or "local/FOLDER" and a hash of the model's files."""
-    folder = Path(model)
-    if not folder.is_dir():
-        import huggingface_hub
+    """Return "owner/name" and revision: a hub id, or "local/FOLDER"; and of the model and, for an adapter, of each base
+    the commit on the hub, or a hash of the local files.
+    """
+    folder = resolve_checkpoint(model) if Path(model).is_dir() else cached_checkpoint(model)
+    if folder is None:
+        return model_label(model), "main"
+    return model_label(model), "-".join(map(_revision, adapter_chain(folder, base=base)))
 
-        files = ("config.json", "adapter_config.json")
-        cached = (huggingface_hub.try_to_load_from_cache(model, file) for file in files)
-        return model_label(model), next((Path(path).parent.name for path in cached if isinstance(path, str)), "main")
-    hashes = [_hash_model(part) for part in adapter_chain(resolve_checkpoint(model), base=base)]
-    return model_label(model), "-".join(digest[:16] for digest in hashes)
+
+def cached_checkpoint(model: str) -> Path | None:
+    """The folder of a hub id in the hub's cache; None if it has not been downloaded."""
+    import huggingface_hub
+
+    files = ("config.json", ADAPTER_CONFIG)
+    cached = (huggingface_hub.try_to_load_from_cache(model, file) for file in files)
+    return next((Path(path).parent for path in cached if isinstance(path, str)), None)
+
+
+def _revision(folder: Path) -> str:
+    if folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name):  # in the hub's cache
+        return folder.name
+    return _hash_model(folder)[:16]
 
 
 def model_label(model: str) -> str:

@@ -100,18 +100,21 @@ def _dcg(gains: Sequence[int]) -> float:
 # ---- files -------------------------------------------------------------------------------------------------
 
 
-def read_retrieval_folder(folder: str | Path) -> tuple[dict[str, str], dict[str, str], dict[str, dict[str, int]]]:
+def read_retrieval_folder(
+    folder: str | Path, *, ignore_identical_ids: bool = True,
+) -> tuple[dict[str, str], dict[str, str], dict[str, dict[str, int]]]:
     """Read queries with judgements (id -> text), documents (id -> text), relevance (query id -> document id -> score).
 
-    A document's text is its title and text, joined as mteb does. Raises ValueError that names file and line for a
-    missing or empty file, a missing or invalid field, a duplicate id, and a judgement of an unknown id.
+    A document's text is its title and text, joined as mteb does. `ignore_identical_ids`: a document with the query's
+    own id is left out of its ranking, so it must not be the only relevant one. Raises ValueError that names file and
+    line for a missing or empty file, a missing or invalid field, a duplicate id, and a judgement of an unknown id.
     """
     folder = Path(folder)
     documents = _read_texts(folder / "corpus.jsonl", with_title=True)
     queries = _read_texts(folder / "queries.jsonl", with_title=False)
     table = folder / BEIR_QRELS
     path = table if table.exists() and not (folder / "qrels.jsonl").exists() else folder / "qrels.jsonl"
-    relevance = _read_judgements(path, queries, documents)
+    relevance = _read_judgements(path, queries, documents, ignore_identical_ids)
     return {key: text for key, text in queries.items() if key in relevance}, documents, relevance
 
 
@@ -128,7 +131,9 @@ def _read_texts(path: Path, *, with_title: bool) -> dict[str, str]:
     return _not_empty(texts, path)
 
 
-def _read_judgements(path: Path, queries: Mapping[str, str], documents: Mapping[str, str]) -> dict[str, dict[str, int]]:
+def _read_judgements(
+    path: Path, queries: Mapping[str, str], documents: Mapping[str, str], ignore_identical_ids: bool,
+) -> dict[str, dict[str, int]]:
     relevance: dict[str, dict[str, int]] = {}
     for where, query, document, score in read_judgements(path):
         for field, key, known, file in (("query-id", query, queries, "queries.jsonl"),
@@ -136,6 +141,10 @@ def _read_judgements(path: Path, queries: Mapping[str, str], documents: Mapping[
             if key not in known:
                 raise ValueError(f"{where}: {field!r} must be an id of {file} (got {key!r:.60})")
         relevance.setdefault(query, {})[document] = score
+    for query, scores in relevance.items():
+        if ignore_identical_ids and [document for document, score in scores.items() if score > 0] == [query]:
+            raise ValueError(f"{path}: the only relevant document of {query!r:.60} has the query's own id, so it is "
+                             "left out of the ranking; give the documents other ids")
     return _not_empty(relevance, path)
 
 

@@ -23,7 +23,7 @@ from ref.evaluation.card_scores import time_of_completion, update_cards
 from ref.evaluation.distributed_embedder import DistributedEmbedder
 from ref.evaluation.encoder import MtebEncoder, instruction_for, published_instructions, read_instructions
 from ref.evaluation.few_shot import FewShotExamples, load_examples
-from ref.evaluation.model_identity import PLAN_FILE, default_output, model_identity
+from ref.evaluation.model_identity import PLAN_FILE, cached_checkpoint, default_output, model_identity
 from ref.evaluation.plan import TaskPlan
 from ref.evaluation.report.run_results import Report, TaskResult
 from ref.evaluation.report.write import write_report
@@ -91,9 +91,10 @@ def evaluate(config: EvalConfig) -> int:
     ValueError or OSError for invalid input.
     """
     silence_libraries()
-    selection = select_tasks(config.tasks or "all", config.data_dir)
+    selection = select_tasks("all" if config.tasks is None else config.tasks, config.data_dir)
     folders = [] if config.data_dir is None else [folder.name for folder in task_folders(config.data_dir)]
-    given = read_instructions(config.instructions, folders) if config.instructions else {}
+    known = [*folders, *(task.metadata.name for task in selection.tasks)]
+    given = read_instructions(config.instructions, known) if config.instructions else {}
     published = published_instructions(config.model)
     published = {name: published[name] for name in (task.metadata.name for task in selection.tasks)
                  if name in published and not has_own_instruction(config, name)}
@@ -103,7 +104,7 @@ def evaluate(config: EvalConfig) -> int:
     if distributed.rank == 0 and not config.plan:
         read_caches_if_offline(selection.tasks)
     with claim_results(config) if distributed.rank == 0 else nullcontext(Path()) as output:
-        return _evaluate(config, selection, folders, published | given, distributed, output)
+        return _evaluate(config, selection, known, published | given, distributed, output)
 
 
 def has_own_instruction(config: EvalConfig, task: str) -> bool:
@@ -123,12 +124,14 @@ def claim_results(config: EvalConfig) -> AbstractContextManager[Path]:
 
 
 def _evaluate(
-    config: EvalConfig, selection: TaskSelection, folders: list[str], instructions: Mapping[str, str],
+    config: EvalConfig, selection: TaskSelection, known: list[str], instructions: Mapping[str, str],
     distributed: Distributed, output: Path,
 ) -> int:
+    # a plan estimates tasks of the hub without their data, so without examples too
+    drawn_from = [task for task in selection.tasks if isinstance(task, LocalDataMixin) or not config.plan]
     few_shot = {} if distributed.rank else load_examples(
-        selection.tasks, [*folders, *(task.metadata.name for task in selection.tasks)], count=config.examples,
-        path=config.examples_file, seed=config.seed)
+        drawn_from if config.examples else selection.tasks, known, count=config.examples, path=config.examples_file,
+        seed=config.seed)
     device = resolve_device()
     keep_freed_memory(device)
     dtype, why = resolve_dtype(config.dtype, device)
@@ -180,10 +183,11 @@ def read_caches_if_offline(tasks: Sequence[AbsTask]) -> None:
 
 def template_reason(config: EvalConfig, embedder: Embedder) -> str:
     """The prompt template, and where it comes from."""
-    name, folder = embedder.prompt_encoder.template_name, Path(config.model)
+    name, is_folder = embedder.prompt_encoder.template_name, Path(config.model).is_dir()
     if config.template:
         return f"{name} (as given)"
-    if defaults_for(config.model) or (folder.is_dir() and (resolve_checkpoint(config.model) / PROMPT_FILE).exists()):
+    folder = resolve_checkpoint(config.model) if is_folder else cached_checkpoint(config.model)
+    if defaults_for(config.model) or (folder is not None and (folder / PROMPT_FILE).exists()):
         return f"{name} (the model's own)"
     return f"{name} ({'default' if name == 'paper' else 'its markers are tokens of the vocabulary'}; see --template)"
 
@@ -219,8 +223,8 @@ def score_selection(
         texts, tokens = (sum(getattr(each, key) for each in estimates.values()) for key in ("unique", "tokens"))
         rate = plan.tokens_per_character(embedder.prompt_encoder)
         sample += plan.english_sample(tokens / texts / rate)
-        print(f"{len(estimates)} tasks are estimated from mteb's statistics and {rate:.3f} tokens per character; exact "
-              "counts need their data (--download)")
+        print(f"{len(estimates)} tasks are estimated without in-context examples, from mteb's statistics and "
+              f"{rate:.3f} tokens per character; exact counts need their data (--download)")
     plans = {**estimates, **plans}
     trained = tasks_in_training_data(config.model, (task.metadata.name for task in tasks))
     print(plan.table(plans, plan.measure_speed(embedder, sample) * world_size, trained))

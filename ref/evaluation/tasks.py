@@ -112,9 +112,9 @@ def local_task(folder: Path, base: AbsTask) -> AbsTask:
     task.hf_subsets = list(base.hf_subsets)
     task.filter_eval_splits(base.eval_splits)
     origin = folder / DOWNLOADED
-    task.official = (  # type: ignore[attr-defined]
-        folder.name == base.metadata.name and origin.is_file()
-        and origin.read_text(encoding="utf-8") == _origin(base, content))
+    if folder.name == base.metadata.name and origin.is_file() and (
+            origin.read_text(encoding="utf-8") == _origin(base, content)):
+        task.downloaded = base.metadata.dataset  # type: ignore[attr-defined]
     for key, value in task_file.get("set", {}).items():
         where = f"{folder / 'task.json'}: 'set'"
         if not hasattr(task, key):
@@ -135,7 +135,7 @@ class LocalDataMixin(AbsTask):
     files, which are checked first: mteb's own errors name neither file nor line.
     """
 
-    official = False  # unchanged since `download`
+    downloaded: Mapping[str, Any] | None = None  # the hub's data set whose files these are, unchanged since `download`
 
     def load_data(self, num_proc: int | None = None, **options: Any) -> None:
         if self.data_loaded:
@@ -145,7 +145,8 @@ class LocalDataMixin(AbsTask):
         if not (folder / "README.md").is_file() and any(folder.glob("corpus.*")):
             judged = [path for path in (folder / "qrels.jsonl", folder / BEIR_QRELS) if path.is_file()]
             if judged and all((folder / name).is_file() for name in ("corpus.jsonl", "queries.jsonl")):
-                read_retrieval_folder(folder)
+                read_retrieval_folder(
+                    folder, ignore_identical_ids=getattr(self, "ignore_identical_ids", False))
             _link_with_card(folder, link)
         else:
             link_files(folder, link)
@@ -190,7 +191,13 @@ def _link_with_card(folder: Path, linked: Path) -> None:
 
 def is_official(task: AbsTask) -> bool:
     """Whether a task's data are those of the benchmark: from the hub, or unchanged since `download`."""
-    return not isinstance(task, LocalDataMixin) or task.official
+    return not isinstance(task, LocalDataMixin) or task.downloaded is not None
+
+
+def data_origin(task: AbsTask) -> tuple[str, str]:
+    """Path and revision of a task's data: on the hub, or of a folder that is not official."""
+    dataset = getattr(task, "downloaded", None) or task.metadata.dataset
+    return str(dataset["path"]), str(dataset["revision"])
 
 
 def _origin(task: AbsTask, content: str) -> str:

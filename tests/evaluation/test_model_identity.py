@@ -47,7 +47,16 @@ def test_other_weights_under_an_adapter_are_another_revision_and_a_plan_is_not(t
 
 
 def test_the_commit_of_an_adapter_on_the_hub_is_its_revision(tmp_path: Path, monkeypatch: Any) -> None:
+    """And those of its bases; another base is another revision."""
     import huggingface_hub
+    commits = {name: tmp_path / f"models--{name}/snapshots" / (character * 40)
+               for name, character in (("adapter", "a"), ("base", "b"), ("other", "c"))}
+    for name, folder in commits.items():
+        write_json(folder / ("adapter_config.json" if name == "adapter" else "config.json"), {
+            "base_model_name_or_path": str(commits["base"])})
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, name: (
-        str(tmp_path / "abc" / name) if name == "adapter_config.json" else None))
-    assert model_identity("someone/adapter") == ("someone/adapter", "abc")
+        str(commits["adapter"] / name) if name == "adapter_config.json" else None))
+    assert model_identity("someone/adapter") == ("someone/adapter", f"{'a' * 40}-{'b' * 40}")
+    assert model_identity("someone/adapter", base=str(commits["other"]))[1] == f"{'a' * 40}-{'c' * 40}"
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, name: None)
+    assert model_identity("someone/adapter")[1] == "main"

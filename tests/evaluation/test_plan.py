@@ -74,11 +74,13 @@ def test_a_plan_is_written_when_all_tasks_fail(tiny_run: Path, tmp_path: Path) -
 def test_all_41_tasks_are_estimated_without_a_network(
     tiny_run: Path, tmp_path: Path, monkeypatch: Any, capsys: Any,
 ) -> None:
+    """In-context examples would have to be drawn from the data."""
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection was made"))
+    monkeypatch.setattr("ref.evaluation.few_shot.draw_examples", lambda *_, **__: pytest.fail("data were loaded"))
     command = ["--model", str(tiny_run), "--tasks", "all", "--output", str(tmp_path / "out"), "--plan"]
-    assert run_eval.main(command) == 0
+    assert run_eval.main([*command, "--examples", "2"]) == 0
     printed = capsys.readouterr().out
-    assert "41 tasks are estimated from mteb's statistics" in printed
+    assert "41 tasks are estimated without in-context examples, from mteb's statistics" in printed
     rows = [line.split() for line in printed.splitlines() if len(line.split()) == 5 and line.split()[1][0].isdigit()]
     assert len(rows) == 42 and all(int(cell.replace(",", "")) > 0 for row in rows for cell in row[1:4])
 

@@ -11,7 +11,7 @@ from sample_sets import WordHash, encoder_of, write_retrieval
 from tiny_mteb import write_json
 
 from ref.evaluation.results import score_task
-from ref.evaluation.retrieval import evaluate_retrieval, ndcg_at_10
+from ref.evaluation.retrieval import evaluate_retrieval, ndcg_at_10, read_retrieval_folder
 from ref.evaluation.tasks import select_tasks
 
 ROOT = Path(__file__).parents[2]
@@ -101,6 +101,16 @@ def test_a_malformed_retrieval_folder_is_an_error_with_its_line(
     (tmp_path / file).unlink() if content is None else (tmp_path / file).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         evaluate_retrieval(WordHash(), tmp_path)
+
+
+def test_a_relevant_document_with_the_querys_own_id(tmp_path: Path) -> None:
+    """It could never be found where such documents are left out of the ranking, as ArguAna's class does."""
+    write_retrieval(tmp_path, {"instruction": "Find"})
+    (tmp_path / "qrels.jsonl").write_text('{"query-id": "x0", "corpus-id": "x0", "score": 0}\n'
+                                          '{"query-id": "x0", "corpus-id": "x0", "score": 1}\n')
+    with pytest.raises(ValueError, match="qrels.jsonl: the only relevant document of 'x0' has the query's own id"):
+        evaluate_retrieval(WordHash(), tmp_path)
+    assert read_retrieval_folder(tmp_path, ignore_identical_ids=False)[2] == {"x0": {"x0": 1}}
 
 
 def test_retrieval_needs_no_mteb() -> None:

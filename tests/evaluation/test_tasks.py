@@ -14,7 +14,7 @@ import run_eval
 from ref.evaluation.encoder import instruction_for
 from ref.evaluation.results import score_task
 from ref.evaluation.retrieval import read_retrieval_folder
-from ref.evaluation.tasks import CATEGORIES, download, is_official, select_tasks
+from ref.evaluation.tasks import CATEGORIES, data_origin, download, is_official, select_tasks
 
 __all__ = ["world"]  # a fixture
 
@@ -213,6 +213,8 @@ def test_downloaded_data_are_official_until_they_change(tmp_path: Path, monkeypa
     def official() -> dict[str, bool]:
         return {task.metadata.name: is_official(task) for task in select_tasks("all", tmp_path).tasks}
     assert official() == {"BIOSSES": True}
+    [local] = select_tasks("all", tmp_path).tasks
+    assert data_origin(local) == data_origin(hub) == ("mteb/biosses-sts", hub.metadata.dataset["revision"])
     shutil.copytree(tmp_path / "BIOSSES", tmp_path / "Mine")
     (tmp_path / "Mine/task.json").write_text('{"class": "BIOSSES"}')
     write_lines(tmp_path / "BIOSSES/test.jsonl", [{"a": 2}])
@@ -221,6 +223,8 @@ def test_downloaded_data_are_official_until_they_change(tmp_path: Path, monkeypa
     assert official()["BIOSSES"]
     (tmp_path / "BIOSSES/task.json").write_text('{"instruction": "Other"}')
     assert not official()["BIOSSES"]
+    assert data_origin(next(task for task in select_tasks("all", tmp_path).tasks if task.metadata.name == "BIOSSES"))[
+        1].startswith("local-")
 
 
 def test_a_beir_folder_is_the_set_that_qrels_jsonl_makes(tmp_path: Path) -> None:
