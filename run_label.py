@@ -17,6 +17,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import get_args
 
+import torch
+
 from ref.mining.labels import TEACHER_TEMPERATURE, LabelConfig, is_label_file, rule_table, write_labels
 from ref.mining.pipeline import LabellingPipeline, Retrieval, RetrievalConfig
 from ref.mining.rules import RULES
@@ -26,7 +28,7 @@ from ref.mining.teachers import load_reranker, load_retriever
 from ref.model.checkpoint import resolve_checkpoint
 from ref.utils.block_cache import BlockCache
 from ref.utils.device import Dtype
-from ref.utils.distributed import Distributed
+from ref.utils.distributed import Distributed, RankFailure
 from ref.utils.outputs import check_outside, claim_output
 
 
@@ -37,7 +39,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--pairs", type=Path, required=True, help="JSONL of query and pos (ids), or a folder in BEIR's layout")
     add("--corpus", type=Path, help="JSONL of id and text (default: corpus.jsonl in --pairs, if that is a folder; else "
         "all texts of pos and neg in --pairs)")
-    add("--split", default="train", help="split of a BEIR folder: qrels/SPLIT.tsv (default: train)")
+    add("--split", help="split of a BEIR folder: qrels/SPLIT.tsv (default: train)")
     add("--retriever", required=True, help="a run or checkpoint of this project, or any sentence-transformers model")
     add("--reranker", help="any CrossEncoder with one output (default: none; the retriever's cosines are the scores)")
     add("--output", type=Path, default=Path("soft_labels.jsonl"), help="(default: soft_labels.jsonl)")
@@ -61,9 +63,21 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("top_k", "num_candidates", "num_negatives"):
         if getattr(given, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be >= 1 (got {getattr(given, name)})")
+    check_used(given)
     if given.output.suffix != ".jsonl" or given.output.is_dir():
         raise ValueError(f"--output must be a file that ends in .jsonl (got {given.output})")
     return given
+
+
+def check_used(given: argparse.Namespace) -> None:
+    """Raise ValueError for an option that the run would not use."""
+    for name, is_used, use in (
+            ("split", given.pairs.is_dir(), "--pairs FOLDER"),
+            ("stemmer", given.retrieval != "dense" and given.bm25_tokens == "words", "BM25 over words"),
+            ("bm25_tokens", given.retrieval != "dense" or given.bm25_tokens == "words", "BM25"),
+            ("value", given.rule != "none", "another --rule than none")):
+        if getattr(given, name) is not None and not is_used:
+            raise ValueError(f"--{name.replace('_', '-')} is for {use} (got {getattr(given, name)})")
 
 
 def label_config(given: argparse.Namespace) -> LabelConfig:
@@ -86,7 +100,7 @@ def build_pipeline(given: argparse.Namespace, distributed: Distributed) -> Label
         path = given.pairs if given.pairs.is_dir() else corpus_from_pairs(given.pairs, cache.folder)
         print(f"corpus: {path}" + ("" if given.pairs.is_dir() else ", all texts of pos and neg in --pairs"))
     corpus = Corpus(path)
-    pairs = Pairs(given.pairs, corpus, split=given.split)
+    pairs = Pairs(given.pairs, corpus, split=given.split or "train")
     skipped = f" ({len(corpus.empty):,} without text are skipped)" if corpus.empty else ""
     print(f"{len(pairs):,} queries, {len(corpus):,} passages{skipped}", flush=True)
     retriever = load_retriever(given.retriever, given.device, given.dtype)
@@ -133,7 +147,7 @@ def label(pipeline: LabellingPipeline, config: LabelConfig, output: Path) -> Non
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns 0; 130 after Ctrl-C; 2 for bad input, with a message."""
+    """Returns 0; with a message 2 for bad input, 3 if GPU memory or a process failed, 130 after Ctrl-C."""
     distributed = None
     try:
         given = parse_args(arguments)
@@ -163,6 +177,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the cache", file=sys.stderr)
         return 130
+    except (torch.cuda.OutOfMemoryError, RankFailure) as error:
+        print(f"error: {str(error).splitlines()[0]:.300}; the same command continues from the cache", file=sys.stderr)
+        return 3
     finally:
         if distributed is not None:
             distributed.close()

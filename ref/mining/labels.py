@@ -39,16 +39,18 @@ def write_labels(
 ) -> tuple[dict[str, Any], dict[str, LabelStatistics]]:
     """Write the labels and their description; returns the description and the statistics of each task."""
     statistics: dict[str, LabelStatistics] = {}
+    description: dict[str, Any] = {}
 
     def write(draft: Path) -> None:
         with draft.open("wb") as file:
             for scored in pipeline.scored_pairs():
                 line = label_line(scored, pipeline, config, statistics)
                 file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        description.update(describe(pipeline, config, statistics),
+                           output={"file": output.name, "sha256": hash_file(draft)})
+        write_json(output.with_suffix(".json"), description)  # before the labels get their name: see is_label_file
     output.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(output, write)
-    description = describe(pipeline, config, output, statistics)
-    write_json(output.with_suffix(".json"), description)
     return description, statistics
 
 
@@ -105,19 +107,18 @@ def rule_table(pipeline: LabellingPipeline, num_negatives: int) -> list[str]:
 
 
 def describe(
-    pipeline: LabellingPipeline, config: LabelConfig, output: Path, statistics: dict[str, LabelStatistics],
+    pipeline: LabellingPipeline, config: LabelConfig, statistics: dict[str, LabelStatistics],
 ) -> dict[str, Any]:
-    """All that the labels depend on, hashes of the files, and statistics by task."""
+    """All that the labels depend on, hashes of the inputs, and statistics by task."""
     retriever, reranker, pairs, corpus = pipeline.retriever, pipeline.reranker, pipeline.pairs, pipeline.corpus
     return {
         "date": utc_now(), **environment_info(),
         "teacher": {"retriever": retriever.name, "retriever_hash": retriever.key,
                     "reranker": reranker and reranker.name, "reranker_hash": reranker and reranker.key},
-        "scale": pipeline.scale,
+        "scale": pipeline.scale, "instruction": pipeline.instruction,
         "rule": {"name": config.rule, "value": config.value, "num_negatives": config.num_negatives,
                  "compared_score": {"cosine": "cosine", "logit": "sigmoid(logit)"}[pipeline.scale]},
         "retrieval": asdict(pipeline.config),
         "pairs": {"file": pairs.path.name, "sha256": pairs.sha256, "queries": len(pairs)},
         "corpus": {"file": corpus.path.name, "sha256": corpus.sha256, "passages": len(corpus)},
-        "output": {"file": output.name, "sha256": hash_file(output)},
         "by_task": {task: of_task.to_json(config.num_negatives) for task, of_task in statistics.items()}}

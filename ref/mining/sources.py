@@ -125,17 +125,24 @@ class Pairs:
             self.path, qrels_path = path / "queries.jsonl", path / "qrels" / f"{split}.tsv"
             files = [self.path, qrels_path]
             self.qrels = _read_qrels(qrels_path)
-        self.all_have_prompts = True
+            if not corpus.has_ids:
+                raise ValueError(f"{corpus.path}: must have ids ('_id' or 'id'), which the qrels name")
+        self.all_have_prompts, positives_are_ids = True, not corpus.has_ids
         offsets: list[int] = []
         keys: list[int] = []
         for line in self._lines():
             pair = self._pair(line.value, len(offsets), line.where)
             self._check_positives(pair, line.where)
+            positives_are_ids = positives_are_ids and all(
+                _like_an_id(name) and corpus.row(name) is None for name in pair.positives)
             self.all_have_prompts &= pair.prompt is not None
             offsets.append(line.offset)
             keys.append(_query_key(pair))
         if not offsets:
             raise ValueError(f"{self.path}: must have at least one pair (the file is empty)")
+        if positives_are_ids:
+            raise ValueError(f"{self.path}: 'pos' must hold texts, not ids, because {corpus.path} has no ids (got "
+                             f"{pair.positives[0]!r:.60})")
         self.sha256 = hash_files(path, files) if path.is_dir() else hash_file(path)
         self.file = self.path.open("rb")
         self.offset = np.array(offsets, np.int64)
@@ -169,7 +176,9 @@ class Pairs:
         missing = set(self.qrels)
         for line in read_jsonl(self.path):
             if self.qrels:
-                name = check_id(line.value.get("_id"), f"{line.where}: '_id'")
+                name = passage_id(line.value, line.where)
+                if name is None:
+                    raise ValueError(f"{line.where}: '_id' is missing")
                 if name not in self.qrels:
                     continue  # a query of another split
                 if name not in missing:
@@ -183,7 +192,7 @@ class Pairs:
     def _pair(self, value: dict[str, Any], row: int, where: str) -> Pair:
         query, positives = value.get("query"), value.get("pos")
         if self.qrels:
-            query, positives = value.get("text"), self.qrels[str(value["_id"])]
+            query, positives = value.get("text"), self.qrels[passage_id(value, where) or ""]
         if not isinstance(positives, list) or not positives:
             raise ValueError(f"{where}: 'pos' must be a list of at least one {'id' if self.corpus.has_ids else 'text'} "
                              f"(got {positives!r:.60})")
@@ -205,16 +214,16 @@ class Pairs:
 def corpus_from_pairs(path: Path, folder: Path) -> Path:
     """A corpus of all texts of 'pos' and 'neg' (FlagEmbedding's layout), each once, as a file in `folder`."""
     seen: set[int] = set()
-    lines, has_spaces = [], False
+    lines, are_ids = [], True
     for line in read_jsonl(path):
         for key in ("pos", "neg"):
             for text in check_type(line.value.get(key) or [], list, f"{line.where}: {key!r}", "a list of texts"):
                 text = check_text(text, f"{line.where}: {key!r}").strip()
                 if _hash(text) not in seen:
                     seen.add(_hash(text))
-                    has_spaces |= len(text.split()) > 1
+                    are_ids = are_ids and _like_an_id(text)
                     lines.append(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-    if lines and not has_spaces:
+    if lines and are_ids:
         raise ValueError(f"{path}: 'pos' and 'neg' must hold texts, not ids, if there is no corpus (got "
                          f"{json.loads(lines[0])['text']!r:.60}); give the corpus with --corpus")
     content = "".join(lines).encode()
@@ -223,6 +232,11 @@ def corpus_from_pairs(path: Path, folder: Path) -> Path:
     if not target.exists():
         atomic_write(target, lambda draft: draft.write_bytes(content))
     return target
+
+
+def _like_an_id(text: str) -> bool:
+    """One word of ASCII. Languages without spaces between words are not."""
+    return len(text.split()) == 1 and text.isascii()
 
 
 def _passage_text(value: dict[str, Any], where: str) -> str:

@@ -66,7 +66,7 @@ class EmbedderRetriever:
         self.name, self.device = name, resolve_device(device)
         self.dtype, why = resolve_dtype(dtype, self.device)
         self.precision = f"{self.dtype} ({why})"
-        self.key = " ".join([*map(model_hash, adapter_chain(resolve_checkpoint(name))), self.dtype])
+        self.key = " ".join([*map(model_hash, adapter_chain(resolve_checkpoint(name))), self.device.type, self.dtype])
 
     @property
     def num_tokens(self) -> int:

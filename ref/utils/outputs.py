@@ -6,6 +6,7 @@ companions beside it.
 
 import fcntl
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
@@ -87,12 +88,14 @@ def _lock(path: Path) -> int:
     """The descriptor of a folder or empty lock file that no other process holds; the system releases it at its end."""
     if path.is_file() and path.stat().st_size:
         raise ValueError(f"{path} exists and was not written by this command; move it, or give a new name")
-    descriptor = os.open(path, os.O_RDONLY | (0 if path.is_dir() else os.O_CREAT), 0o644)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o644)  # NFS locks no O_RDONLY
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise ValueError(f"--output {path}: another process is writing it; wait for it, or give a new name") from None
+    except OSError as error:  # a network file system without locks
+        print(f"{path}: cannot be locked ({error.strerror}); start no other process with this output", file=sys.stderr)
     return descriptor
 
 

@@ -17,7 +17,7 @@ from ranks import exit_codes, start_ranks
 
 import run_label
 import run_train
-from ref.mining import pipeline, teachers
+from ref.mining import labels, pipeline, teachers
 from ref.mining.bm25 import BM25Index
 from ref.model.checkpoint import resolve_checkpoint
 from ref.training.data import parse_example
@@ -325,8 +325,27 @@ def test_a_full_disk_leaves_nothing_half_written(label, monkeypatch, tmp_path, c
     assert not list(tmp_path.rglob("*.draft")) and not list(tmp_path.glob("*out*"))
 
 
+def test_a_full_disk_at_the_end_leaves_labels_that_may_be_replaced(label, monkeypatch, tmp_path, capsys):
+    """The description beside the labels says that they are this command's; it is written before them."""
+    assert label() == 0
+    before = (tmp_path / "out.jsonl").read_bytes()
+
+    def full(path, value):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(labels, "write_json", full)
+    assert label("--rule", "none") == 2 and "No space left" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    assert label("--rule", "none") == 0 and (tmp_path / "out.jsonl").read_bytes() != before
+
+
 @pytest.mark.parametrize(("options", "words"), [
     (["--top-k", 0], "--top-k must be >= 1 (got 0)"),
+    (["--split", "dev"], "--split is for --pairs FOLDER (got dev)"),
+    (["--stemmer", "english", "--bm25-tokens", "subwords"], "--stemmer is for BM25 over words (got english)"),
+    (["--stemmer", "english", "--retrieval", "dense"], "--stemmer is for BM25 over words (got english)"),
+    (["--bm25-tokens", "subwords", "--retrieval", "dense"], "--bm25-tokens is for BM25 (got subwords)"),
+    (["--rule", "none", "--value", "0.5"], "--value is for another --rule than none (got 0.5)"),
     (["--value", "1.5"], "--value must be > 0 and <= 1 for --rule percentage (got 1.5)"),
     (["--stemmer", "klingon"], "--stemmer must be one of"), (["--retriever", "no/such-model"], "no/such-model"),
     (["--retriever", "."], "a model folder must have config.json or modules.json")])

@@ -107,6 +107,33 @@ def test_bad_sources(corpus, pairs, words, tmp_path):
         Pairs(tmp_path / "pairs.jsonl", Corpus(tmp_path / "corpus.jsonl"))
 
 
+def test_ids_need_a_corpus_with_ids(tmp_path):
+    """Otherwise an id would be embedded as if it were a text."""
+    corpus = Corpus(write(tmp_path / "corpus.jsonl", [{"docid": "d1", "text": "one text"}, {"text": "日本語の文"}]))
+    pairs = tmp_path / "pairs.jsonl"
+    with pytest.raises(ValueError, match=r"'pos' must hold texts, not ids, because .* has no ids \(got 'd1'\)"):
+        Pairs(write(pairs, [{"query": "q", "pos": ["d1"]}]), corpus)
+    for texts in (["d1", "one text"], ["not there"], ["日本語"]):
+        assert len(Pairs(write(pairs, [{"query": "q", "pos": texts}]), corpus)) == 1
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels/train.tsv").write_text("q\td1\t1\n")
+    write(tmp_path / "queries.jsonl", [{"_id": "q", "text": "x"}])
+    with pytest.raises(ValueError, match=r"corpus.jsonl: must have ids \('_id' or 'id'\), which the qrels name"):
+        Pairs(tmp_path, corpus)
+
+
+def test_queries_of_a_beir_folder_may_have_id(tmp_path):
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels/train.tsv").write_text("7\td1\t1\n")
+    corpus = Corpus(write(tmp_path / "corpus.jsonl", [{"id": "d1", "text": "one text"}]))
+    write(tmp_path / "queries.jsonl", [{"id": 7, "text": "x"}])
+    pairs = Pairs(tmp_path, corpus)
+    assert pairs.positives(pairs[0]) == [(0, "d1", "one text")]
+    write(tmp_path / "queries.jsonl", [{"name": 7, "text": "x"}])
+    with pytest.raises(ValueError, match="queries.jsonl:1: '_id' is missing"):
+        Pairs(tmp_path, corpus)
+
+
 def test_bad_files(tmp_path):
     with pytest.raises(ValueError, match="nowhere.jsonl: file does not exist"):
         Corpus(tmp_path / "nowhere.jsonl")

@@ -1,5 +1,9 @@
 """Outputs: nothing of the user's is overwritten, two processes never write the same, nothing empty is left."""
 
+import errno
+import fcntl
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +119,25 @@ def test_a_second_process_gets_one_line_and_the_first_is_not_disturbed(tmp_path,
     process.wait()
     with claim_output(output, inputs=[], is_ours=never, companions=companions):
         pass
+
+
+def test_network_file_systems(tmp_path, monkeypatch, capsys):
+    """NFS locks a file only if it is open for writing; some file systems have no locks, which is said."""
+    def nfs(descriptor, operation):
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        if not is_folder and fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+    monkeypatch.setattr(fcntl, "flock", nfs)
+    for companions in (None, []):
+        with claim_output(tmp_path / f"nfs-{companions}", inputs=[], is_ours=never, companions=companions):
+            assert capsys.readouterr().err == ""
+
+    def without_locks(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    with claim_output(tmp_path / "out", inputs=[], is_ours=never):
+        assert capsys.readouterr().err == (
+            f"{tmp_path / 'out'}: cannot be locked (No locks available); start no other process with this output\n")
 
 
 def test_a_place_that_cannot_be_written(tmp_path):
