@@ -146,8 +146,8 @@ def run(trainer: Trainer, folder: Path, source: ModelSource) -> int:
     """One run from its first step, or from a saved state, to its result."""
     config, data = trainer.config, trainer.data
     sets = held_out_sets(config, data)
-    metadata = {**run_metadata(config, source, trainer.model, data),
-                "held_out": {path.name: hash_files(path, path.glob("*.json*")) for path in sets}}
+    metadata = {**run_metadata(config, source, trainer.model, data), "held_out": {
+        path.name: hash_files(path, [*path.glob("*.json*"), *path.glob("qrels/*.tsv")]) for path in sets}}
     is_first, start, position = trainer.distributed.rank == 0, BEGINNING, BEGINNING
     if config.resume:
         saved = check_resumed(folder, metadata)
@@ -206,13 +206,14 @@ def finish(
 
 
 def held_out_sets(config: TrainConfig, data: SoftLabelDataset) -> list[Path]:
-    """The retrieval sets in --eval-data, or in held_out/ beside the first data file.
+    """The retrieval sets with a task.json in --eval-data, or in held_out/ beside the first data file.
 
     Raises ValueError if --eval-data has none, or if there is none for --eval-steps.
     """
     given = config.eval_data
     folder = Path(given) if given else data.paths[0].parent / "held_out"
-    sets = [] if given == "none" else [path.parent for path in sorted(folder.glob("*/task.json"))]
+    sets = [] if given == "none" else [
+        path.parent for path in sorted(folder.glob("*/task.json")) if (path.parent / "corpus.jsonl").exists()]
     if not sets and given and given != "none":
         raise ValueError(f"--eval-data {folder}: must hold folders with task.json, corpus.jsonl, queries.jsonl and "
                          f"qrels.jsonl{' (got one of these folders)' if (folder / 'task.json').exists() else ''}")

@@ -220,7 +220,7 @@ class TrainConfig:
     max_text_tokens: int = _option(512, "tokens of a text", least=1)
     max_prompt_tokens: int = _option(2048, "tokens of examples, instruction and query together", least=4)
     max_example_tokens: int = _option(256, "tokens of an in-context example's query, and of its response", least=1)
-    max_examples: int = _option(5, "in-context examples: each batch draws 0 to this many (preset small: none)", least=0)
+    max_examples: int = _option(5, "in-context examples: each batch draws 0 to this many", least=0)
     examples_per: Literal["batch", "query"] = _option(
         "batch", "draw in-context examples once per batch or for each query")
 
@@ -258,7 +258,7 @@ class TrainConfig:
     distributed_timeout: float = _option(600.0, "seconds that a rank waits for another", above=0)
     device: str | None = _option(None, "cpu or cuda (default: cuda if available)")
     dtype: Dtype = _option("auto", "precision of the forward pass; auto: bfloat16 on cuda and on a CPU that is faster "
-                           "in it, but float32 on a CPU for --train all")
+                           "in it, but float32 there for --train all and for several processes")
     backend: Backend | None = _option(
         None, "implementation of pooling and loss (default: triton on cuda, chunked on cpu)")
 

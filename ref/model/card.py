@@ -24,9 +24,9 @@ CARD_FILE, SCORES_FILE = "README.md", "scores.json"
 PLACEHOLDER = "OWNER/NAME"
 RESULTS = ("model", "adapter", "merged")  # folders of a run
 SIGNATURE = "<!-- written by this project; SHA-256 of the text above: {} -->\n"
-SHOWN = ("train", "lora_rank", "learning_rate", "batch_size", "batch_size_symmetric", "num_negatives", "temperature",
-         "teacher_temperature", "soft_label_weight", "contrastive_weight", "max_examples", "max_text_tokens", "seed",
-         "dtype")
+SHOWN = ("train", "lora_rank", "lora_alpha", "learning_rate", "batch_size", "batch_size_symmetric", "num_negatives",
+         "temperature", "teacher_temperature", "soft_label_weight", "contrastive_weight", "max_examples",
+         "max_text_tokens", "seed", "dtype")
 
 
 class Score(NamedTuple):
@@ -100,14 +100,28 @@ def base_of(name: str, folder: Path) -> dict[str, Any]:
 
 
 def usage(folder: Path) -> str:
-    """Three snippets that print the same cosine of a query and a passage."""
+    """Three snippets that print the same cosine of a query and a passage; one for an adapter of an adapter."""
     prompts = _prompts(folder)
     query, passage = "Who bakes bread?", "Mira kneads dough at dawn."
     before = prompts.get("query", next(iter(prompts.values()), "")), prompts.get("document", "")
-    texts = [before[0] + query, before[1] + passage]
     ours = [f", instruction={text.removeprefix('Instruct: ').removesuffix(BEFORE_TEXT)!r}" if text else ""
             for text in before]
     limit = read_json(folder / "sentence_bert_config.json")["max_seq_length"]
+    own = f"""With this project:
+
+```python
+from ref import Embedder
+embedder = Embedder.from_pretrained({PLACEHOLDER!r})
+print(embedder.encode([{query!r}]{ours[0]}) @ embedder.encode([{passage!r}]{ours[1]}).T)
+```"""
+    if _is_on_adapter(folder):
+        return f"{own}\n\nsentence-transformers and transformers load no adapter of an adapter: use merged/ (--merge)."
+    return _usage_of_libraries(query, passage, before, limit) + own
+
+
+def _usage_of_libraries(query: str, passage: str, before: tuple[str, str], limit: int) -> str:
+    """The snippets for sentence-transformers and transformers; `before`: the prompts of query and passage."""
+    texts = [before[0] + query, before[1] + passage]
     return f"""With sentence-transformers:
 
 ```python
@@ -132,13 +146,13 @@ vectors = hidden[torch.arange(len(texts)), batch["attention_mask"].sum(1) - 1]  
 print(torch.cosine_similarity(vectors[:1], vectors[1:]))
 ```
 
-With this project:
+"""
 
-```python
-from ref import Embedder
-embedder = Embedder.from_pretrained({PLACEHOLDER!r})
-print(embedder.encode([{query!r}]{ours[0]}) @ embedder.encode([{passage!r}]{ours[1]}).T)
-```"""
+
+def _is_on_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter whose base is a local adapter."""
+    path = folder / ADAPTER_CONFIG
+    return path.exists() and (Path(read_json(path)["base_model_name_or_path"]) / ADAPTER_CONFIG).exists()
 
 
 def _prompts(folder: Path) -> dict[str, str]:
@@ -157,7 +171,8 @@ def _prompt_table(folder: Path) -> str:
 
 
 def _training(facts: dict[str, Any]) -> str:
-    options = ", ".join(f"{name} {facts['options'].get(name)}" for name in SHOWN)
+    options = ", ".join(f"{name} {facts['options'].get(name)}" for name in SHOWN
+                        if not (name.startswith("lora") and facts["options"].get("train") == "all"))
     steps = facts.get("result_step")
     rows = [f"| {file['file']} | {file['bytes']:,} | {file['sha256']} |" for file in facts["data"]]
     return "\n".join([

@@ -9,7 +9,7 @@ those of the whole string, and the prefix's keys and values serve every query. A
 and to what the prefix leaves, an example's query and response to --max-example-tokens. Examples that do not fit are
 removed completely, starting with the last one, and counted.
 
-A passage has no instruction, except in symmetric tasks (ref/task_types.py): `<s>` text `</s>`. A new template is one
+A passage has no instruction, `<s>` text `</s>`, except in some task types (ref/task_types.py). A new template is one
 more entry of TEMPLATES.
 Source: arXiv 2506.07438 (the template); arXiv 2409.15700 and its trainer (in-context examples, the second template).
 """

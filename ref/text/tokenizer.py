@@ -227,7 +227,8 @@ def _surrogate_error(texts: Sequence[str]) -> ValueError:
 def train_tokenizer(
     texts: Iterable[str], *, vocab_size: int, lowercase: bool, special_tokens: Sequence[str] = (),
 ) -> Tokenizer:
-    """Learn a byte-pair vocabulary of at most `vocab_size` tokens from `texts`, plus `special_tokens`.
+    """Learn a byte-pair vocabulary of `vocab_size` tokens from `texts` (fewer if they repeat little, more if they have
+    more distinct characters), plus `special_tokens`.
 
     Words are split before a word-start mark, around punctuation and between digits; a character that `texts` do not
     contain is `<unk>`.

@@ -251,9 +251,14 @@ class SoftLabelDataset:
 
 
 def _task_names(paths: Sequence[Path]) -> list[str]:
-    """The name of each file's task: its stem, with its folder's name where several files have that stem."""
-    stems = Counter(path.stem for path in paths)
-    return [path.stem if stems[path.stem] == 1 else f"{path.resolve().parent.name}/{path.stem}" for path in paths]
+    """The name of each file's task: its stem, behind as many of its folders as make it unique."""
+    resolved = [path.resolve() for path in paths]
+    names = [""] * len(paths)
+    for folders in range(max(len(path.parts) for path in resolved) - 1):
+        endings = ["/".join([*path.parts[-1 - folders : -1], path.stem]) for path in resolved]
+        count = Counter(endings)
+        names = [name or (ending if count[ending] == 1 else "") for name, ending in zip(names, endings, strict=True)]
+    return [name or str(path) for name, path in zip(names, resolved, strict=True)]
 
 
 def parse_example(value: dict[str, Any], where: str, file_name: str, instruction: str | None) -> TrainingExample:

@@ -94,7 +94,9 @@ def exported_prompts(data: SoftLabelDataset) -> dict[str, str | None]:
 
 
 def named_prompts(data: SoftLabelDataset) -> dict[str, str]:
-    """Instruction by task name; a second instruction of the same name gets the next free number."""
+    """Instruction by task name; a second instruction of the same name gets the next free number, as does a task named
+    query or document.
+    """
     prompts: dict[str, str] = {}
     names = {task.name for task in data.tasks}
     for name, instruction in dict.fromkeys((task.name, task.instruction) for task in data.tasks):
@@ -102,7 +104,7 @@ def named_prompts(data: SoftLabelDataset) -> dict[str, str]:
             continue
         numbered = (f"{name}-{number}" for number in count(2))
         free = next(other for other in numbered if other not in prompts and other not in names)
-        prompts[free if name in prompts else name] = instruction
+        prompts[free if name in prompts or name in ("query", "document") else name] = instruction
     return prompts
 
 

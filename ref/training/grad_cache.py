@@ -12,6 +12,7 @@ accumulate the gradient of its keys and values, which is backpropagated through 
 because each mini-batch restores its random state. Source: Gao et al., arXiv 2101.06983, section 3.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,12 +52,24 @@ class GradientCache:
     ) -> None:
         self.model, self.groups, self.backend = model, [g for g in groups if g.texts], backend
         self.device = model.norm.weight.device
-        self.fits = sum(g.num_tokens for g in groups) <= mini_batch_tokens
-        for group in self.groups:
-            group.mini_batches = batch_by_tokens([len(t) for t in group.texts], tokens_per_batch=mini_batch_tokens)
+        copies = [self._copied_tokens(group.prefix) for group in self.groups]
+        self.fits = mini_batch_tokens >= sum(
+            group.num_tokens + len(group.texts) * copied for group, copied in zip(self.groups, copies, strict=True))
+        for group, copied in zip(self.groups, copies, strict=True):
+            group.mini_batches = batch_by_tokens(
+                [len(text) + copied for text in group.texts], tokens_per_batch=mini_batch_tokens)
         self.random_states: list[Callable[[], None]] = []  # restore the random state before each call of the model
         self.positions = 0  # token positions computed: more than the tokens if something were padded
         self.parts: list[Tensor] = []  # embeddings by mini-batch, with a graph if the batch fits as a whole
+
+    def _copied_tokens(self, prefix: Sequence[int]) -> int:
+        """On a CPU attention keeps a copy of the prefix's keys and values for each text: as memory of so many tokens,
+        of which one keeps about four vectors of the hidden size and three of the intermediate size in each layer.
+        """
+        config = self.model.config
+        kept = 4 * config.hidden_size + 3 * config.intermediate_size
+        copied = 2 * config.num_kv_heads * config.head_dim if self.device.type == "cpu" else 0
+        return math.ceil(len(prefix) * copied / kept)
 
     @property
     def passes(self) -> int:

@@ -2,16 +2,18 @@
 
     tokens = share x (free memory - gradients and AdamW's moments) / bytes that one token keeps for backward
 
-rounded down to three binary digits. The bytes per token are measured on the model itself, so that they account for its
-width, depth, adapters, dtype and gradient checkpointing. The number changes rounding, and how often the model runs, but
-not the gradient (grad_cache.py).
+rounded down to three significant bits. The bytes per token are measured on the model itself, so that they account for
+its width, depth, adapters, dtype and gradient checkpointing. The number changes rounding, and how often the model runs,
+but not the gradient (grad_cache.py).
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from ref.model.attention import KeyValue
 from ref.model.packing import PackedBatch, pack_sequences
 from ref.model.pooling import embed
 from ref.model.transformer import Mistral
@@ -49,7 +51,9 @@ def bytes_per_token(model: Mistral, backend: Backend) -> float:
         return (_peak if device.type == "cuda" else _kept)(model, batch, backend) / count
 
 
-def _kept(model: Mistral, batch: PackedBatch, backend: Backend) -> int:
+def _kept(
+    model: Mistral, batch: PackedBatch, backend: Backend, *, prefix: list[KeyValue] | None = None,
+) -> int:
     """Bytes of all tensors that autograd keeps in a forward pass, weights excluded, each memory counted once."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
@@ -61,7 +65,7 @@ def _kept(model: Mistral, batch: PackedBatch, backend: Backend) -> int:
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        embedding_BD = embed(model, batch, backend=backend)  # lives until the end: no memory is counted twice
+        embedding_BD = embed(model, batch, prefix=prefix, backend=backend)  # lives to the end: nothing is counted twice
     del embedding_BD
     return sum(kept.values())
 
@@ -95,9 +99,16 @@ def _machine_bytes() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def _container_bytes() -> list[int]:
+def _container_bytes(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """What each cgroup (version 2) above this process leaves; its cache of files counts as free."""
     try:
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
-        return [] if limit == "max" else [max(0, int(limit) - int(used))]
-    except OSError:
+        group = root / next(line[4:] for line in groups.read_text().splitlines() if line.startswith("0::/"))
+    except (OSError, StopIteration):
         return []
+    sizes = []
+    for folder in (group, *group.parents):
+        with suppress(OSError, KeyError, ValueError):  # no limit here: the file is missing, or says max
+            limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
+            cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())["inactive_file"]
+            sizes.append(max(0, limit - used + int(cached)))
+    return sizes

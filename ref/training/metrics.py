@@ -157,7 +157,8 @@ class TrainingProgress:
         self.bar.close()
         if self.config.max_examples and self.examples:
             fitted, drawn = (sum(counts) / len(self.examples) for counts in zip(*self.examples, strict=True))
-            hint = "" if drawn else "; all lines of a task are in one batch, lower --batch-size to leave examples"
+            hint = "" if drawn else ("; there are none where lines have no instruction, or where all lines of a task "
+                                     "are in one batch: lower --batch-size there")
             if fitted < drawn:
                 hint = f"; {drawn:.2f} were drawn: raise --max-prompt-tokens or lower --max-example-tokens"
             print(f"in-context examples per prompt: {fitted:.2f} on average, drawn from 0 to "

@@ -232,21 +232,20 @@ def train(
     log = MetricsLogger(folder if is_first else None, progress, stopwatch)
     trainer.model.train()
 
-    def prepare(item: tuple[int, int, np.ndarray]) -> PreparedBatch:
-        return trainer.prepare(item[2], epoch=item[1], step=item[0])
-
     with GracefulStop() as stop:
-        for prepared in prefetch(prepare, batch_schedule(trainer.data, first_step)):
+        for prepared in prefetch(lambda item: trainer.prepare(item[2], epoch=item[1], step=item[0]),
+                                 batch_schedule(trainer.data, first_step)):
             position = Position(step=(step := prepared.step), elapsed_s=stopwatch.elapsed_s)
             done = share_done(config, total, position, start)
             # all ranks stop at the same step: the first whose all-reduced metric `stop` is above 0
             ended = done >= 1 or (stop.requested if distributed.world_size == 1 else log.stop_requested)
-            if ended or (step > first_step and step % config.save_steps == 0):
+            is_due = step > 0 and config.eval_steps and (done >= 1 or (step % config.eval_steps == 0 and not ended))
+            # with --keep-best before every scoring too: a resumed run never goes back behind the best state
+            if ended or (step > first_step and (step % config.save_steps == 0 or (is_due and config.keep_best))):
                 log.flush()  # a loss that is not finite is noticed here and not saved
                 if is_first:
                     save_state(folder, trainer.model, trainer.optimiser, position, limit=config.save_total_limit)
                 distributed.barrier(while_alive=True)  # writing a large state takes long
-            is_due = step > 0 and config.eval_steps and (done >= 1 or (step % config.eval_steps == 0 and not ended))
             if evaluate and is_due and step not in scored:
                 score_held_out(trainer, folder, step, log, evaluate)
             if ended:

@@ -70,7 +70,12 @@ def resolve_device(name: str | None = None) -> torch.device:
         raise ValueError(f"--device must be cpu or cuda (got {name!r:.40})")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: torch finds no CUDA GPU; use --device cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device must be cpu, cuda or cuda:N (got {name!r:.40})") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA GPUs, the first is cuda:0")
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # Triton launches on the current device
     return device

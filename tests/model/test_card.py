@@ -63,6 +63,19 @@ def test_the_three_snippets_print_the_same_cosine(adapter_run, which, tmp_path):
     np.testing.assert_allclose([printed_by(snippet) for snippet in snippets], truth, atol=1e-4)
 
 
+def test_an_adapter_of_an_adapter_is_for_this_project_alone(adapter_run, tmp_path):
+    """sentence-transformers and transformers cannot load it; merged/ of the same run they can."""
+    assert run_train.main(["--data", str(adapter_run.parent / "data.jsonl"), "--steps", "1", "--batch-size", "4",
+                           "--eval-data", "none", "--model", str(adapter_run), "--merge", "--output",
+                           str(tmp_path / "run")]) == 0
+    cards = {name: (tmp_path / "run" / name / "README.md").read_text() for name in ("adapter", "merged")}
+    assert {name: card.count("```python") for name, card in cards.items()} == {"adapter": 1, "merged": 3}
+    assert "load no adapter of an adapter: use merged/" in cards["adapter"]
+    transformers = pytest.importorskip("transformers")
+    with pytest.raises(ValueError, match="Unrecognized model"):
+        transformers.AutoModel.from_pretrained(tmp_path / "run/adapter")
+
+
 def test_metadata_and_scores(adapter_run, tmp_path):
     """Only scores on the benchmark's own data are published as such; a later evaluation adds its own."""
     run = shutil.copytree(adapter_run, tmp_path / "run")

@@ -170,6 +170,12 @@ def test_files_of_equal_names_are_different_tasks(tmp_path):
              for name in ("a/train.jsonl", "b/train.jsonl", "b/other.jsonl")]
     data = SoftLabelDataset(paths, TrainConfig())
     assert {task.name for task in data.tasks} == {"a/train", "b/train", "other", "own"}
+    for name in ("a/x", "b/x"):
+        (tmp_path / name).mkdir()
+    paths = [write(tmp_path / name, [line(task=None)])
+             for name in ("a/x/train.jsonl", "b/x/train.jsonl", "b/train.jsonl", "b/nq.json", "b/nq.jsonl")]
+    data = SoftLabelDataset(paths, TrainConfig())
+    assert {task.name for task in data.tasks} == {"a/x/train", "b/x/train", "b/train", *map(str, paths[3:])}
 
 
 def test_more_files_than_may_be_open(tmp_path):

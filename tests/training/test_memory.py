@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from ref.model.lora import apply_lora
+from ref.model.packing import pack_sequences
 from ref.training import memory
+from ref.training.grad_cache import GradientCache, PromptedTexts
 from ref.training.memory import auto_mini_batch_tokens, bytes_per_token, free_bytes
 
 CPU = torch.device("cpu")
@@ -63,6 +65,32 @@ def test_free_memory_is_at_most_the_machines_and_shared_by_local_processes(monke
     assert free_bytes(CPU) == 3000
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert free_bytes(CPU) == 1500
+
+
+def test_what_the_cgroups_of_a_container_leave(tmp_path):
+    """Of all groups above the process; the cache of files is free, and a group without a limit says nothing."""
+    (tmp_path / "cgroup").write_text("1:name=x:/other\n0::/slurm/job/step\n")
+    for name, limit, used, cached in (("slurm/job", "9000", 5000, 2500), ("slurm", "20000", 19000, 9000),
+                                      ("slurm/job/step", "max", 10, 5)):
+        folder = tmp_path / "root" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 12\ninactive_file {cached}\n")
+    assert memory._container_bytes(tmp_path / "root", tmp_path / "cgroup") == [6500, 10000]
+    assert memory._container_bytes(tmp_path / "root", tmp_path / "none") == []
+
+
+@pytest.mark.parametrize("prefix", [0, 700])
+def test_copies_of_a_shared_prefix_count_as_tokens(prefix, model):
+    """On a CPU the attention of each text keeps its own copy of the prefix's keys and values."""
+    each, texts = bytes_per_token(model, "chunked"), [[1, *range(5, 20), 2]] * 64
+    cache = GradientCache(model, [PromptedTexts([7] * prefix, texts)], mini_batch_tokens=512, backend="chunked")
+    assert not cache.fits
+    shared = model.prefix_key_values(pack_sequences([[7] * prefix], device=CPU)) if prefix else None
+    kept = [memory._kept(model, pack_sequences([texts[i] for i in indices], device=CPU, prefix_length=prefix),
+                         "chunked", prefix=shared) for indices in cache.groups[0].mini_batches]
+    assert 0.5 < max(kept) / (512 * each) < 1.3
 
 
 def test_free_memory_of_this_machine():

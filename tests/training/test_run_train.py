@@ -383,7 +383,9 @@ def test_query_and_document_prompts():
     assert exported([sts]) == {"query": "Same.", "document": "Same.", "sts": "Same."}
     assert exported([sts, ("other", "Else.", "symmetric_class", 9)]) == {"sts": "Same.", "other": "Else."}
     assert exported([("bare", None, "normal", 3)]) == {"query": None, "document": None}
-    assert exported([("query", "Mine.", "symmetric_sts", 5), qa])["query"] == "Mine."  # a task of that name
+    named = [("query", "Mine.", "symmetric_sts", 5), ("document", "Its.", "symmetric_class", 9)]
+    assert exported([*named, qa]) == {  # tasks of these names do not take their places
+        "query": "Find it.", "document": None, "query-2": "Mine.", "document-2": "Its.", "qa": "Find it."}
 
 
 def test_sentence_transformers_encode_query_and_document_give_our_embeddings(place):
@@ -691,7 +693,7 @@ def test_a_damaged_state_names_the_one_before_it(place, capsys):
 
 @pytest.mark.parametrize(("options", "words"), [
     (["--max-prompt-tokens", 40, "--max-text-tokens", 20], "were drawn: raise --max-prompt-tokens"),
-    (["--batch-size", 32], "all lines of a task are in one batch"),
+    (["--batch-size", 32], "where all lines of a task are in one batch: lower --batch-size"),
     ([], r"on average, drawn from 0 to 2$"),
 ])
 def test_why_prompts_have_no_examples(place, options, words, capsys):
@@ -924,8 +926,11 @@ def test_every_option_trains(place, whole, options):
 
 
 def test_held_out_sets_are_scored_before_and_after(place, tmp_path, capsys):
+    (tmp_path / "held/STS").mkdir(parents=True)
+    (tmp_path / "held/STS/task.json").write_text('{"class": "STSBenchmark", "instruction": "Find it."}')
     assert place.train("held", "--eval-data", held_out(tmp_path / "held")) == 0
     output = capsys.readouterr().out
+    assert "STS" not in output  # no retrieval set
     run = facts(place.folder / "held")
     for when in ("before", "after"):
         assert f"held-out nDCG@10 {when} training: {run[f'eval_{when}']:.3f}" in output
@@ -1013,6 +1018,26 @@ def test_a_resumed_run_does_not_score_a_step_again(place, tmp_path, monkeypatch)
         place.train("scored-once", *options)
     assert run_train.main(["--resume", "--output", str(place.folder / "scored-once")]) == 0
     assert scored == ["before training", "after 2 steps", "after 4 steps", "after 6 steps"]
+
+
+def test_a_run_resumes_no_earlier_than_its_best_state(place, tmp_path, monkeypatch):
+    """Killed long before --save-steps: otherwise the best state could be one of steps that the resumed run replaces."""
+    options = ["--eval-data", held_out(tmp_path / "held"), "--eval-steps", 2, "--keep-best"]
+    original, updates = Trainer.update, itertools.count()
+
+    def update(self, rate):
+        if next(updates) == 5:
+            raise RuntimeError("power cut")
+        return original(self, rate)
+    monkeypatch.setattr(Trainer, "update", update)
+    scores = {"before training": 0.0, "after 2 steps": 0.2, "after 4 steps": 0.9, "after 6 steps": 0.5}
+    monkeypatch.setattr(run_train, "evaluate", lambda trainer, sets, when: scores[when])
+    with pytest.raises(RuntimeError, match="power cut"):
+        place.train("best-cut", *options)
+    folder = place.folder / "best-cut"
+    assert run_dir.last_position(folder)["step"] == 4 == json.loads((folder / "best/score.json").read_text())["step"]
+    assert run_train.main(["--resume", "--output", str(folder)]) == 0
+    assert facts(folder)["result_step"] == 4 and len(untimed(folder)) == 6
 
 
 def test_scoring_is_not_time_of_training(monkeypatch):

@@ -27,6 +27,12 @@ def test_devices(monkeypatch):
     assert resolve_device("cpu") == CPU
     with pytest.raises(ValueError, match=r"^--device must be cpu or cuda \(got 'mps'\)$"):
         resolve_device("mps")
+    with pytest.raises(ValueError, match=r"^--device must be cpu, cuda or cuda:N \(got 'cpu:x'\)$"):
+        resolve_device("cpu:x")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=r"^--device cuda:1: torch finds 1 CUDA GPUs, the first is cuda:0$"):
+        resolve_device("cuda:1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_device() == CPU
     for name in ("cuda", "cuda:1"):
