@@ -80,8 +80,8 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
 def tables() -> str:
     """All tables of docs/scaling.md."""
     return "\n".join([
-        *markdown_table(["GPUs", "all-gather", "its gradient", "adapters", "compute", "NVLink", "InfiniBand",
-                         "share of InfiniBand"], step_rows()),
+        *markdown_table(["GPUs", "all-gather", "all-reduce of their gradient", "adapters", "compute", "NVLink",
+                         "InfiniBand", "InfiniBand / step"], step_rows()),
         *markdown_table(["queries per batch", "steps per epoch", "in-batch negatives",
                          "relevant by chance, 1 in a million", "1 in 10,000"], batch_rows()),
         *markdown_table(["job", "operations or bytes", "GPU hours"], job_rows())])

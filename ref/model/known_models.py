@@ -4,7 +4,7 @@ All are Mistral-7B with last-token pooling on `</s>`, which we append by id. Eac
 
     python run_eval.py --model intfloat/e5-mistral-7b-instruct --tasks all
 
-Scoring computes in bf16 on CUDA and fp32 on a CPU, whatever the stored dtype. Token limit: 512, as in the lineage.
+Scoring computes in the precision of --dtype, whatever the stored dtype. Token limit: 512, as of BGE-EN-ICL.
 Source: the model cards; arXiv 2506.07438; template of bge-en-icl: arXiv 2409.15700.
 """
 

@@ -11,6 +11,8 @@ an embedder does not need are skipped:
 - A prefix that all texts share (instruction, in-context examples) is computed once: `prefix_key_values` returns its
   keys and values, and `forward` lets every text attend to them. Its gradient is the sum over the texts (grad_cache.py).
 
+A function under `@fused_by(F)` is the plain form; a call runs F, which computes the same and keeps less for backward.
+
 Source: Mistral 7B, arXiv 2310.06825; RMSNorm, arXiv 1910.07467, equation 4; SwiGLU, arXiv 2002.05202, equation 6.
 """
 
