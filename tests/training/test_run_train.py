@@ -679,6 +679,17 @@ def test_a_resumed_run_that_crashes_leaves_no_older_model(place, monkeypatch):
         Embedder.from_pretrained(folder)
 
 
+def test_device_and_backend_may_change(place, whole):
+    """A run of a GPU goes on without one: the backend triton is in its run.json."""
+    with ctrl_c_at(2):
+        assert place.train("moved", "--backend", "eager") == 130
+    folder = place.folder / "moved"
+    assert run_train.main(["--resume", "--output", str(folder), "--backend", "chunked", "--device", "cpu"]) == 0
+    assert facts(folder)["options"]["backend"] == "chunked" and len(untimed(folder)) == len(untimed(whole))
+    np.testing.assert_allclose([row["loss"] for row in untimed(folder)], [row["loss"] for row in untimed(whole)],
+                               rtol=1e-4)
+
+
 def test_a_damaged_state_names_the_one_before_it(place, capsys):
     with ctrl_c_at(2):
         assert place.train("damaged", "--save-steps", 2) == 130
