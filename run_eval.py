@@ -15,7 +15,7 @@ instruction: {"class": "ArguAna", "instruction": "Given a question, retrieve ans
 Results are written in mteb's format and read again by the next run, so an interrupted evaluation continues; with
 --embedding-cache also inside a task. If a task fails, the others are scored. At the end a table is printed, and
 report.html and report.md are written to the result folder. Exit code: 0, 1 if a task failed, 2 for invalid input, 3 if
-GPU memory or a process failed, 130 after Ctrl-C.
+the model does not fit into GPU memory, 130 after Ctrl-C.
 """
 
 import argparse
@@ -72,9 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stopped; the same command continues", file=sys.stderr)
         return 130
     except RuntimeError as error:
-        if type(error).__name__ not in ("OutOfMemoryError", "RankFailure"):  # torch is imported by then, not before
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported before it is needed
             raise
-        print(f"error: {str(error).splitlines()[0]:.300}; the same command continues", file=sys.stderr)
+        print(f"error: {str(error).splitlines()[0]:.300}", file=sys.stderr)
         return 3
 
 
@@ -87,7 +87,7 @@ def download_data(args: argparse.Namespace) -> int:
     from ref.evaluation.tasks import download, select_tasks
 
     silence_libraries()
-    failed = download(select_tasks(args.tasks or "all").tasks, args.download)
+    failed = download(select_tasks("all" if args.tasks is None else args.tasks).tasks, args.download)
     if failed:
         print(f"failed: {', '.join(failed)}; the same command tries these again")
     return 1 if failed else 0

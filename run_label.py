@@ -75,7 +75,8 @@ def check_used(given: argparse.Namespace) -> None:
             ("split", given.pairs.is_dir(), "--pairs FOLDER"),
             ("stemmer", given.retrieval != "dense" and given.bm25_tokens == "words", "BM25 over words"),
             ("bm25_tokens", given.retrieval != "dense" or given.bm25_tokens == "words", "BM25"),
-            ("value", given.rule != "none", "another --rule than none")):
+            ("value", given.rule != "none" and not given.compare_rules, "one --rule other than none"),
+            ("teacher_temperature", not given.compare_rules, "labels, which --compare-rules does not write")):
         if getattr(given, name) is not None and not is_used:
             raise ValueError(f"--{name.replace('_', '-')} is for {use} (got {getattr(given, name)})")
 
@@ -147,7 +148,7 @@ def label(pipeline: LabellingPipeline, config: LabelConfig, output: Path) -> Non
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns 0; with a message 2 for bad input, 3 if GPU memory or a process failed, 130 after Ctrl-C."""
+    """Returns 0; with a message 2 for bad input, 3 if GPU memory ran out, 4 if a rank failed, 130 after Ctrl-C."""
     distributed = None
     try:
         given = parse_args(arguments)
@@ -179,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except (torch.cuda.OutOfMemoryError, RankFailure) as error:
         print(f"error: {str(error).splitlines()[0]:.300}; the same command continues from the cache", file=sys.stderr)
-        return 3
+        return 4 if isinstance(error, RankFailure) else 3
     finally:
         if distributed is not None:
             distributed.close()

@@ -21,7 +21,7 @@ import torch
 
 from ref.config import PRESETS, TrainConfig
 from ref.embedder import Embedder
-from ref.evaluation.retrieval import evaluate_retrieval
+from ref.evaluation.retrieval import BEIR_QRELS, evaluate_retrieval
 from ref.model.card import write_model_cards
 from ref.training.arguments import parse_args, train_config
 from ref.training.data import SoftLabelDataset
@@ -147,7 +147,7 @@ def run(trainer: Trainer, folder: Path, source: ModelSource) -> int:
     config, data = trainer.config, trainer.data
     sets = held_out_sets(config, data)
     metadata = {**run_metadata(config, source, trainer.model, data), "held_out": {
-        path.name: hash_files(path, [*path.glob("*.json*"), *path.glob("qrels/*.tsv")]) for path in sets}}
+        path.name: hash_files(path, [*path.glob("*.json*"), *path.glob(BEIR_QRELS)]) for path in sets}}
     is_first, start, position = trainer.distributed.rank == 0, BEGINNING, BEGINNING
     if config.resume:
         saved = check_resumed(folder, metadata)
@@ -206,14 +206,15 @@ def finish(
 
 
 def held_out_sets(config: TrainConfig, data: SoftLabelDataset) -> list[Path]:
-    """The retrieval sets with a task.json in --eval-data, or in held_out/ beside the first data file.
+    """The retrieval sets with a task.json in --eval-data, or in held_out/ beside the first data file, no other sets.
 
     Raises ValueError if --eval-data has none, or if there is none for --eval-steps.
     """
     given = config.eval_data
     folder = Path(given) if given else data.paths[0].parent / "held_out"
     sets = [] if given == "none" else [
-        path.parent for path in sorted(folder.glob("*/task.json")) if (path.parent / "corpus.jsonl").exists()]
+        path.parent for path in sorted(folder.glob("*/task.json"))
+        if any((path.parent / name).exists() for name in ("corpus.jsonl", "queries.jsonl", "qrels.jsonl", BEIR_QRELS))]
     if not sets and given and given != "none":
         raise ValueError(f"--eval-data {folder}: must hold folders with task.json, corpus.jsonl, queries.jsonl and "
                          f"qrels.jsonl{' (got one of these folders)' if (folder / 'task.json').exists() else ''}")

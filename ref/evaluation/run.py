@@ -147,6 +147,8 @@ def _evaluate(
         sharded.worker_loop()
         distributed.close()
         return 0
+    if len(drawn_from) < len(selection.tasks) and config.examples:
+        print("the plan is without in-context examples for tasks whose data are not local")
     try:
         few_shot = fit_examples(few_shot, selection.tasks, embedder, instructions)
         encoder = make_encoder(config, sharded, precision=embedder.precision, overrides=instructions, few_shot=few_shot)
@@ -223,8 +225,8 @@ def score_selection(
         texts, tokens = (sum(getattr(each, key) for each in estimates.values()) for key in ("unique", "tokens"))
         rate = plan.tokens_per_character(embedder.prompt_encoder)
         sample += plan.english_sample(tokens / texts / rate)
-        print(f"{len(estimates)} tasks are estimated without in-context examples, from mteb's statistics and "
-              f"{rate:.3f} tokens per character; exact counts need their data (--download)")
+        print(f"{len(estimates)} tasks are estimated from mteb's statistics and {rate:.3f} tokens per character; exact "
+              "counts need their data (--download)")
     plans = {**estimates, **plans}
     trained = tasks_in_training_data(config.model, (task.metadata.name for task in tasks))
     print(plan.table(plans, plan.measure_speed(embedder, sample) * world_size, trained))

@@ -14,6 +14,7 @@ sorted, and 20 per pair. Texts stay in the files.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -235,8 +236,8 @@ def corpus_from_pairs(path: Path, folder: Path) -> Path:
 
 
 def _like_an_id(text: str) -> bool:
-    """One word of ASCII. Languages without spaces between words are not."""
-    return len(text.split()) == 1 and text.isascii()
+    """One word of ASCII with a digit, hyphen or underscore. Languages without spaces between words are not."""
+    return re.fullmatch(r"[!-~]*[0-9_-][!-~]*", text) is not None
 
 
 def _passage_text(value: dict[str, Any], where: str) -> str:

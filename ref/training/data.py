@@ -15,6 +15,7 @@ Source: arXiv 2506.07438 (one task per batch); arXiv 2409.15700 (types, 7 negati
 """
 
 import math
+import os
 import random
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -252,13 +253,13 @@ class SoftLabelDataset:
 
 def _task_names(paths: Sequence[Path]) -> list[str]:
     """The name of each file's task: its stem, behind as many of its folders as make it unique."""
-    resolved = [path.resolve() for path in paths]
+    absolute = [Path(os.path.abspath(path)) for path in paths]  # links are not followed: their names say more
     names = [""] * len(paths)
-    for folders in range(max(len(path.parts) for path in resolved) - 1):
-        endings = ["/".join([*path.parts[-1 - folders : -1], path.stem]) for path in resolved]
+    for folders in range(max(len(path.parts) for path in absolute) - 1):
+        endings = ["/".join([*path.parts[max(1, len(path.parts) - 1 - folders) : -1], path.stem]) for path in absolute]
         count = Counter(endings)
         names = [name or (ending if count[ending] == 1 else "") for name, ending in zip(names, endings, strict=True)]
-    return [name or str(path) for name, path in zip(names, resolved, strict=True)]
+    return [name or str(path) for name, path in zip(names, absolute, strict=True)]
 
 
 def parse_example(value: dict[str, Any], where: str, file_name: str, instruction: str | None) -> TrainingExample:

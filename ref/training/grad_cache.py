@@ -66,10 +66,11 @@ class GradientCache:
         """On a CPU attention keeps a copy of the prefix's keys and values for each text: as memory of so many tokens,
         of which one keeps about four vectors of the hidden size and three of the intermediate size in each layer.
         """
+        if self.device.type != "cpu" or self.model.gradient_checkpointing:
+            return 0
         config = self.model.config
         kept = 4 * config.hidden_size + 3 * config.intermediate_size
-        copied = 2 * config.num_kv_heads * config.head_dim if self.device.type == "cpu" else 0
-        return math.ceil(len(prefix) * copied / kept)
+        return math.ceil(len(prefix) * 2 * config.num_kv_heads * config.head_dim / kept)
 
     @property
     def passes(self) -> int:

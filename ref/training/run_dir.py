@@ -39,7 +39,7 @@ from ref.utils.environment import environment_info, utc_now
 from ref.utils.files import atomic_write, read_json, remove_drafts, remove_path
 from ref.utils.outputs import claim_output
 
-# Options that a resumed run may change: they change rounding at most.
+# Options that a resumed run may change: they change rounding at most (and, on another device, what dropout draws).
 RESUMABLE_OPTIONS = (
     "mini_batch_tokens", "gradient_checkpointing", "save_steps", "save_total_limit", "distributed_timeout", "device",
     "backend")
@@ -241,6 +241,13 @@ def save_if_best(folder: Path, model: nn.Module, step: int, score: float) -> Non
                    for name, parameter in trainable_parameters(model).items()}, draft / "state.safetensors")
         (draft / "score.json").write_text(json.dumps({"step": step, "held_out_ndcg": score}))
     atomic_write(best, write)
+
+
+def drop_best_after(folder: Path, step: int) -> None:
+    """Delete the best state if it is of steps that a resumed run, whose newer states were removed, computes again."""
+    best = folder / "best"
+    if best.exists() and read_json(best / "score.json")["step"] > step:
+        remove_path(best)
 
 
 def load_best(folder: Path, model: nn.Module) -> int:

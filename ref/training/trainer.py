@@ -40,6 +40,7 @@ from ref.training.metrics import (
 )
 from ref.training.run_dir import (
     Position,
+    drop_best_after,
     save_if_best,
     save_state,
     share_done,
@@ -226,8 +227,9 @@ def train(
     config, distributed, total = trainer.config, trainer.distributed, num_steps(trainer.config, trainer.data)
     stopwatch, first_step, is_first = Stopwatch(position["elapsed_s"]), position["step"], distributed.rank == 0
     scored = {step for step in held_out_scores(folder) if step <= first_step}
+    distributed.barrier()  # before rank 0 can write a new score
     if is_first:
-        truncate_metrics(folder, first_step)
+        drop_later_results(folder, first_step)
     progress = TrainingProgress(config, total, first_step, enabled=is_first)
     log = MetricsLogger(folder if is_first else None, progress, stopwatch)
     trainer.model.train()
@@ -254,6 +256,12 @@ def train(
             middle = 0 if config.minutes else 1 / (total - start["step"]) / 2
             train_step(trainer, prepared, log, done + middle, stop=stop.requested)
     raise AssertionError("the schedule is endless")
+
+
+def drop_later_results(folder: Path, step: int) -> None:
+    """Delete what a resumed run computes again: metrics, scores and the best state of later steps."""
+    truncate_metrics(folder, step)
+    drop_best_after(folder, step)
 
 
 def score_held_out(trainer: Trainer, folder: Path, step: int, log: MetricsLogger, evaluate: Evaluate) -> None:

@@ -1,6 +1,7 @@
 """The newest run, and name and revision of a model."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -58,5 +59,8 @@ def test_the_commit_of_an_adapter_on_the_hub_is_its_revision(tmp_path: Path, mon
         str(commits["adapter"] / name) if name == "adapter_config.json" else None))
     assert model_identity("someone/adapter") == ("someone/adapter", f"{'a' * 40}-{'b' * 40}")
     assert model_identity("someone/adapter", base=str(commits["other"]))[1] == f"{'a' * 40}-{'c' * 40}"
+    commits["base"].rename(tmp_path / ("b" * 40))  # such a name elsewhere is none of a commit
+    found = model_identity("someone/adapter", base=str(tmp_path / ("b" * 40)))[1]
+    assert re.fullmatch(f"{'a' * 40}-[0-9a-f]{{16}}", found)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, name: None)
     assert model_identity("someone/adapter")[1] == "main"

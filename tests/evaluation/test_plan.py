@@ -80,7 +80,8 @@ def test_all_41_tasks_are_estimated_without_a_network(
     command = ["--model", str(tiny_run), "--tasks", "all", "--output", str(tmp_path / "out"), "--plan"]
     assert run_eval.main([*command, "--examples", "2"]) == 0
     printed = capsys.readouterr().out
-    assert "41 tasks are estimated without in-context examples, from mteb's statistics" in printed
+    assert "the plan is without in-context examples for tasks whose data are not local" in printed
+    assert "41 tasks are estimated from mteb's statistics" in printed
     rows = [line.split() for line in printed.splitlines() if len(line.split()) == 5 and line.split()[1][0].isdigit()]
     assert len(rows) == 42 and all(int(cell.replace(",", "")) > 0 for row in rows for cell in row[1:4])
 

@@ -21,6 +21,7 @@ from ref.mining import labels, pipeline, teachers
 from ref.mining.bm25 import BM25Index
 from ref.model.checkpoint import resolve_checkpoint
 from ref.training.data import parse_example
+from ref.utils.distributed import RankFailure
 
 ROOT = Path(__file__).parent.parent.parent
 BLOCK_SIZES = {"PASSAGES_PER_BLOCK": 16, "QUERIES_PER_BLOCK": 8, "BLOCKS_PER_SEARCH": 2, "QUERIES_PER_RERANKING": 4}
@@ -325,6 +326,17 @@ def test_a_full_disk_leaves_nothing_half_written(label, monkeypatch, tmp_path, c
     assert not list(tmp_path.rglob("*.draft")) and not list(tmp_path.glob("*out*"))
 
 
+@pytest.mark.parametrize(("error", "code"), [
+    (torch.cuda.OutOfMemoryError("no memory\nadvice"), 3), (RankFailure("rank 1: no response"), 4)])
+def test_failures_that_the_same_command_mends(label, error, code, monkeypatch, capsys):
+    def fail(self):
+        raise error
+    monkeypatch.setattr(pipeline.LabellingPipeline, "encode", fail)
+    assert label() == code
+    message = str(error).splitlines()[0]
+    assert f"error: {message}; the same command continues from the cache\n" in capsys.readouterr().err
+
+
 def test_a_full_disk_at_the_end_leaves_labels_that_may_be_replaced(label, monkeypatch, tmp_path, capsys):
     """The description beside the labels says that they are this command's; it is written before them."""
     assert label() == 0
@@ -345,7 +357,9 @@ def test_a_full_disk_at_the_end_leaves_labels_that_may_be_replaced(label, monkey
     (["--stemmer", "english", "--bm25-tokens", "subwords"], "--stemmer is for BM25 over words (got english)"),
     (["--stemmer", "english", "--retrieval", "dense"], "--stemmer is for BM25 over words (got english)"),
     (["--bm25-tokens", "subwords", "--retrieval", "dense"], "--bm25-tokens is for BM25 (got subwords)"),
-    (["--rule", "none", "--value", "0.5"], "--value is for another --rule than none (got 0.5)"),
+    (["--compare-rules", "--value", "0.5"], "--value is for one --rule other than none (got 0.5)"),
+    (["--compare-rules", "--teacher-temperature", "1"], "--teacher-temperature is for labels, which --compare-rules"),
+    (["--rule", "none", "--value", "0.5"], "--value is for one --rule other than none (got 0.5)"),
     (["--value", "1.5"], "--value must be > 0 and <= 1 for --rule percentage (got 1.5)"),
     (["--stemmer", "klingon"], "--stemmer must be one of"), (["--retriever", "no/such-model"], "no/such-model"),
     (["--retriever", "."], "a model folder must have config.json or modules.json")])

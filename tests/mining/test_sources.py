@@ -113,7 +113,9 @@ def test_ids_need_a_corpus_with_ids(tmp_path):
     pairs = tmp_path / "pairs.jsonl"
     with pytest.raises(ValueError, match=r"'pos' must hold texts, not ids, because .* has no ids \(got 'd1'\)"):
         Pairs(write(pairs, [{"query": "q", "pos": ["d1"]}]), corpus)
-    for texts in (["d1", "one text"], ["not there"], ["日本語"]):
+    write(pairs, [{"query": "q", "pos": ["d-1"]}, {"query": "r", "pos": ["one text"]}])
+    assert len(Pairs(pairs, corpus)) == 2
+    for texts in (["d1", "one text"], ["not there"], ["日本語1"], ["Paris"]):
         assert len(Pairs(write(pairs, [{"query": "q", "pos": texts}]), corpus)) == 1
     (tmp_path / "qrels").mkdir()
     (tmp_path / "qrels/train.tsv").write_text("q\td1\t1\n")

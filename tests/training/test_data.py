@@ -176,6 +176,9 @@ def test_files_of_equal_names_are_different_tasks(tmp_path):
              for name in ("a/x/train.jsonl", "b/x/train.jsonl", "b/train.jsonl", "b/nq.json", "b/nq.jsonl")]
     data = SoftLabelDataset(paths, TrainConfig())
     assert {task.name for task in data.tasks} == {"a/x/train", "b/x/train", "b/train", *map(str, paths[3:])}
+    (tmp_path / "nq.jsonl").symlink_to(paths[0])
+    (task, _) = SoftLabelDataset([tmp_path / "nq.jsonl", paths[0]], TrainConfig()).tasks
+    assert task.name == "nq"  # not the name of the file that the link leads to
 
 
 def test_more_files_than_may_be_open(tmp_path):

@@ -87,6 +87,8 @@ def test_copies_of_a_shared_prefix_count_as_tokens(prefix, model):
     each, texts = bytes_per_token(model, "chunked"), [[1, *range(5, 20), 2]] * 64
     cache = GradientCache(model, [PromptedTexts([7] * prefix, texts)], mini_batch_tokens=512, backend="chunked")
     assert not cache.fits
+    larger = GradientCache(model, [PromptedTexts([7] * prefix, texts)], mini_batch_tokens=64 * 17 + 700)
+    assert larger.fits == (prefix == 0)  # 64 texts and the prefix would fit without the copies
     shared = model.prefix_key_values(pack_sequences([[7] * prefix], device=CPU)) if prefix else None
     kept = [memory._kept(model, pack_sequences([texts[i] for i in indices], device=CPU, prefix_length=prefix),
                          "chunked", prefix=shared) for indices in cache.groups[0].mini_batches]

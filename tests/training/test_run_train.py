@@ -680,11 +680,15 @@ def test_a_resumed_run_that_crashes_leaves_no_older_model(place, monkeypatch):
 
 
 def test_device_and_backend_may_change(place, whole):
-    """A run of a GPU goes on without one: the backend triton is in its run.json."""
+    """run.json as of a run that began on a GPU."""
     with ctrl_c_at(2):
-        assert place.train("moved", "--backend", "eager") == 130
+        assert place.train("moved") == 130
     folder = place.folder / "moved"
-    assert run_train.main(["--resume", "--output", str(folder), "--backend", "chunked", "--device", "cpu"]) == 0
+    run = facts(folder)
+    run["options"] |= {"device": "cuda", "backend": "triton"}
+    (folder / "run.json").write_text(json.dumps(run))
+    assert run_train.main(["--resume", "--output", str(folder), "--device", "cpu"]) == 2
+    assert run_train.main(["--resume", "--output", str(folder), "--device", "cpu", "--backend", "chunked"]) == 0
     assert facts(folder)["options"]["backend"] == "chunked" and len(untimed(folder)) == len(untimed(whole))
     np.testing.assert_allclose([row["loss"] for row in untimed(folder)], [row["loss"] for row in untimed(whole)],
                                rtol=1e-4)
@@ -1049,6 +1053,15 @@ def test_a_run_resumes_no_earlier_than_its_best_state(place, tmp_path, monkeypat
     assert run_dir.last_position(folder)["step"] == 4 == json.loads((folder / "best/score.json").read_text())["step"]
     assert run_train.main(["--resume", "--output", str(folder)]) == 0
     assert facts(folder)["result_step"] == 4 and len(untimed(folder)) == 6
+
+
+def test_a_best_state_of_removed_steps_is_dropped(place, tmp_path):
+    model = torch.nn.Linear(2, 1)
+    run_dir.save_if_best(tmp_path, model, 4, 0.9)
+    run_dir.drop_best_after(tmp_path, 4)
+    assert run_dir.load_best(tmp_path, model) == 4
+    run_dir.drop_best_after(tmp_path, 3)
+    assert not (tmp_path / "best").exists()
 
 
 def test_scoring_is_not_time_of_training(monkeypatch):
