@@ -94,6 +94,7 @@ class ModelConfig:
             "intermediate_size": self.intermediate_size, "rms_norm_eps": self.norm_eps, "rope_theta": self.rope_theta,
             "torch_dtype": self.dtype, "max_position_embeddings": 32768, "bos_token_id": self.bos_token_id,
             "eos_token_id": self.eos_token_id, "tie_word_embeddings": False,
+            "initializer_range": 0.02,  # unused, but text-embeddings-inference does not start without it
         }
         return {**values, **({"sliding_window": self.sliding_window} if self.model_type == "mistral" else {})}
 
@@ -120,7 +121,7 @@ def _model_type(values: dict[str, Any], path: Path) -> str:
         if name not in classes:
             raise ValueError(f"{path}: architecture {name!r:.80} is not supported (only {', '.join(classes)})")
     for key, supported in PLAIN_TRANSFORMER.items():
-        if values.get(key, supported) != supported:
+        if values.get(key) not in (None, supported):
             raise ValueError(f"{path}: {key} {values[key]!r:.80} is not supported (only {supported!r})")
     return str(model_type)
 
@@ -147,7 +148,8 @@ def _rope_theta(values: dict[str, Any], path: Path) -> float:
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise ValueError(f"{path}: {name}: rope_type {kind!r:.80} is not supported (only 'default')")
-    return _positive(rope.get("rope_theta", values.get("rope_theta", 10000.0)), f"{path}: 'rope_theta'")
+    theta = next((each["rope_theta"] for each in (rope, values) if each.get("rope_theta") is not None), 10000.0)
+    return _positive(theta, f"{path}: 'rope_theta'")
 
 
 def _stored_dtype(values: dict[str, Any], path: Path) -> str:

@@ -21,7 +21,7 @@ import torch
 
 from ref.model.adapter import load_model_chain
 from ref.model.checkpoint import resolve_checkpoint
-from ref.model.known_models import check_known_vocab, defaults_for
+from ref.model.known_models import KNOWN_MODELS, check_known_vocab, defaults_for
 from ref.model.packing import batch_by_tokens, pack_sequences
 from ref.model.pooling import embed
 from ref.model.transformer import Mistral
@@ -69,6 +69,8 @@ class Embedder:
         folder = resolve_checkpoint(str(name))
         model, tokenizer = load_model_and_tokenizer(folder, device=where, dtype=precision, base=base)
         check_known_vocab(str(name), model.config.vocab_size)
+        if str(name) not in KNOWN_MODELS:
+            check_end_token(folder, tokenizer)
         given = {"template": template, "max_text_tokens": max_text_tokens}
         settings = defaults_for(str(name)) | {k: v for k, v in given.items() if v is not None}
         prompt_encoder = load_prompt_encoder(folder, tokenizer, **settings)
@@ -173,8 +175,15 @@ def load_model_and_tokenizer(
     return model, tokenizer
 
 
+def check_end_token(folder: Path, tokenizer: Tokenizer) -> None:
+    """Raise ValueError for a folder of sentence-transformers whose tokenizer appends no end token."""
+    if (folder / "modules.json").exists() and not tokenizer.adds_eos:
+        raise ValueError(f"{folder}: pools the last word, which is not supported: neither the post-processor of "
+                         "tokenizer.json nor 'add_eos_token' in tokenizer_config.json adds an end token")
+
+
 def check_vocab(model: Mistral, tokenizer: Tokenizer) -> None:
     """Raise ValueError if the tokenizer has ids without a row in the model's embedding."""
-    if tokenizer.vocab_size > model.config.vocab_size:
+    if tokenizer.num_ids > model.config.vocab_size:
         raise ValueError(f"the tokenizer must have at most {model.config.vocab_size} tokens, the rows of the embedding "
-                         f"(got {tokenizer.vocab_size})")
+                         f"(got {tokenizer.num_ids})")

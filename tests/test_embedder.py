@@ -1,5 +1,6 @@
 """Embedder: duplicates embedded once, order, windows, and a bound on the host's memory."""
 
+import json
 import tracemalloc
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from ref import embedder as module
 from ref.embedder import Embedder, check_vocab
 from ref.model.transformer import Mistral, init_weights
 from ref.text.prompts import InContextExample, PromptEncoder
-from ref.text.tokenizer import train_tokenizer
+from ref.text.tokenizer import Tokenizer, train_tokenizer
 
 
 @pytest.fixture
@@ -148,6 +149,55 @@ def test_the_token_limit_that_only_sentence_transformers_file_declares(tiny_chec
     (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 2}')
     with pytest.raises(ValueError, match=r"config\.json: 'max_seq_length' must be an integer >= 3 \(got 2"):
         Embedder.from_pretrained(folder, device="cpu")
+
+
+@pytest.mark.parametrize(("declared", "tokens"), [(100, 98), (10**30, 510), (None, 512)])
+def test_the_token_limit_of_sentence_transformers_6(tiny_checkpoint, small_embedder, declared, tokens):
+    """The tokenizer's, at most the model's; not that of a folder without modules.json."""
+    folder = tiny_checkpoint()
+    small_embedder.prompt_encoder.tokenizer.save(folder)
+    for name, changes in (("config.json", {"max_position_embeddings": 512}),
+                          ("tokenizer_config.json", {"model_max_length": declared})):
+        (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **changes}))
+    assert Embedder.from_pretrained(folder, device="cpu").prompt_encoder.max_text_tokens == 512
+    (folder / "modules.json").write_text('[{"type": "sentence_transformers.models.Transformer"}]')
+    assert Embedder.from_pretrained(folder, device="cpu").prompt_encoder.max_text_tokens == tokens
+
+
+def test_a_folder_that_pools_the_last_word(tiny_checkpoint, small_embedder):
+    """sentence-transformers, whose folder it is, adds no end token there: its vectors are others."""
+    folder = tiny_checkpoint()
+    small_embedder.prompt_encoder.tokenizer.save(folder)
+    (folder / "modules.json").write_text('[{"type": "sentence_transformers.models.Transformer"}]')
+    Embedder.from_pretrained(folder, device="cpu")
+    layout = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**layout, "post_processor": None}))
+    with pytest.raises(ValueError, match="pools the last word, which is not supported: neither the post-processor"):
+        Embedder.from_pretrained(folder, device="cpu")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "add_eos_token": True}))
+    Embedder.from_pretrained(folder, device="cpu")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "modules.json").unlink()
+    Embedder.from_pretrained(folder, device="cpu")  # a language model, which gets an end token here
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_a_padding_token_needs_no_row(tmp_path, small_embedder, file):
+    """The usual form of a Llama to which one was added without resizing; another token needs one."""
+    small_embedder.prompt_encoder.tokenizer.save(tmp_path)
+    layout = json.loads((tmp_path / "tokenizer.json").read_text())
+    rows = len(layout["model"]["vocab"])
+    layout["added_tokens"].append({**layout["added_tokens"][0], "id": rows, "content": "[PAD]"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(layout))
+    model = Mistral(replace(SMALL, vocab_size=rows))
+    with pytest.raises(ValueError, match=rf"the tokenizer must have at most {rows} tokens.* \(got {rows + 1}\)"):
+        check_vocab(model, Tokenizer.from_folder(tmp_path))
+    settings = json.loads((tmp_path / file).read_text()) if (tmp_path / file).exists() else {}
+    (tmp_path / file).write_text(json.dumps({**settings, "pad_token": {"content": "[PAD]"}}))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    check_vocab(model, tokenizer)
+    assert max(tokenizer.encode(["[PAD] tea"], max_tokens=99)[0]) < rows
 
 
 def test_a_name_that_is_too_long_for_a_path_is_no_model():

@@ -19,7 +19,8 @@ MODULES = ("Transformer", "Pooling", "Normalize")
 PLAIN: dict[str, dict[str, tuple[object, ...]]] = {
     "tokenizer_config.json": {"truncation_side": ("right", None)},
     "sentence_bert_config.json": {"do_lower_case": (False, None)},
-    "config_sentence_transformers.json": {"default_prompt_name": (None,)},  # a prompt on every text
+    "config_sentence_transformers.json": {
+        "default_prompt_name": (None,), "truncate_dim": (None,)},  # a prompt on every text; shorter vectors
 }
 
 
@@ -43,22 +44,24 @@ def check_declared(folder: Path, *, is_adapter: bool) -> None:
     path = folder / "modules.json"
     if not path.exists():
         return
-    for module in read_json_list(path):
-        kind = str(check_type(module, dict, str(path), "a list of objects").get("type", "")).rpartition(".")[2]
+    modules = [(str(check_type(module, dict, str(path), "a list of objects").get("type", "")).rpartition(".")[2],
+                str(module.get("path", ""))) for module in read_json_list(path)]
+    for kind, _ in modules:
         if kind not in MODULES:
             raise ValueError(f"{path}: module {kind!r:.60} is not supported (only {', '.join(MODULES)})")
+    for kind, place in modules:
         if kind == "Pooling":
-            _check_pooling(folder / str(module.get("path", "")) / "config.json")
+            _check_pooling(folder / place / "config.json")
 
 
 def _check_pooling(path: Path) -> None:
     if not path.exists():
-        return
+        raise ValueError(f"{path}: file does not exist, but modules.json names its folder")
     values = read_json(path)
     modes = {key.removeprefix("pooling_mode_") for key, value in values.items()
              if key.startswith("pooling_mode_") and value is True}
     named = values.get("pooling_mode") or []  # the newer form: a name, several joined by +, or a list
     listed = named.split("+") if isinstance(named, str) else named if isinstance(named, list) else [named]
     modes |= set(map(str, listed))
-    if other := sorted(modes - {"lasttoken"}):
+    if other := sorted((modes or {"mean, the default,"}) - {"lasttoken"}):
         raise ValueError(f"{path}: pooling {other[0]!r:.40} is not supported (only 'lasttoken')")

@@ -235,14 +235,21 @@ def load_prompt_encoder(folder: Path, tokenizer: Tokenizer, **given: str | int) 
 
 
 def _library_limits(folder: Path, tokenizer: Tokenizer) -> dict[str, int]:
-    """sentence-transformers' max_seq_length, which includes BOS and EOS, if the folder has one."""
-    path = folder / "sentence_bert_config.json"
-    limit = read_json(path).get("max_seq_length") if path.exists() else None
+    """sentence-transformers' max_seq_length, which includes BOS and EOS, if the folder has one; since version 6 it is
+    the tokenizer's model_max_length, at most the model's max_position_embeddings.
+    """
+    limits = [(folder / "sentence_bert_config.json", "max_seq_length")]
+    if (folder / "modules.json").exists():
+        limits.append((folder / "tokenizer_config.json", "model_max_length"))
+    found = ((path, key, read_json(path).get(key)) for path, key in limits if path.exists())
+    path, key, limit = next((each for each in found if each[2] is not None), (folder, "", None))
     if limit is None:
         return {}
+    if key == "model_max_length" and (folder / "config.json").exists():
+        limit = min(limit, read_json(folder / "config.json").get("max_position_embeddings") or limit)
     least = 2 + (tokenizer.bos is not None)
-    if check_type(limit, int, f"{path}: 'max_seq_length'", f"an integer >= {least}") < least:
-        raise ValueError(f"{path}: 'max_seq_length' must be an integer >= {least} (got {limit})")
+    if check_type(limit, int, f"{path}: {key!r}", f"an integer >= {least}") < least:
+        raise ValueError(f"{path}: {key!r} must be an integer >= {least} (got {limit})")
     return {"max_text_tokens": limit - least + 1}
 
 

@@ -49,6 +49,8 @@ class Tokenizer:
         # a text is truncated to this many characters per token asked for, before it is encoded
         self.longest_token_chars = max(map(len, tokenizer.get_vocab()))
         self.word_ids: set[int] = set()  # added tokens that are ordinary words
+        self.pad_tokens: list[str] = []  # of the folder, special there; texts are not padded
+        self.adds_eos = False  # whether the folder declares that its tokenizer appends EOS
         self.mark_special([])
         self.has_word_start = self.library.encode("a", add_special_tokens=False).tokens[:1] != ["a"]
 
@@ -62,7 +64,9 @@ class Tokenizer:
             add_declared_tokens(folder, library)
             bos, eos = special_tokens(folder, library)
             tokenizer = cls(library, bos=bos, eos=eos)
+            tokenizer.adds_eos = _added_by_post_processor(library)[1] is not None or _declares_eos(folder)
             tokenizer.mark_special([BOS, EOS, UNK, eos, *([bos] if bos else []), *_named_specials(folder)])
+            tokenizer.pad_tokens = _named(folder, "pad_token")
             return tokenizer
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
@@ -85,6 +89,12 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of tokens, added tokens included."""
         return self.library.get_vocab_size()
+
+    @property
+    def num_ids(self) -> int:
+        """1 + the largest id that is used: a padding token that is nothing else is not."""
+        unused = {self.library.token_to_id(pad) for pad in self.pad_tokens} - {self.bos_id, self.eos_id}
+        return 1 + max(number for number in self.library.get_vocab().values() if number not in unused)
 
     def _known_id(self, token: str) -> int:
         token_id = self.library.token_to_id(token)
@@ -156,7 +166,7 @@ def add_declared_tokens(folder: Path, library: tokenizers.Tokenizer) -> None:
     decoder = (read_json(path) if path.exists() else {}).get("added_tokens_decoder") or {}
     decoder = check_type(decoder, dict, f"{path}: 'added_tokens_decoder'", "an object")
     listed += [(path, int(number) if number.isdigit() else number, token) for number, token in decoder.items()]
-    for path, number, token in listed:
+    for path, number, token in sorted(listed, key=lambda each: (each[0], str(each[1]).zfill(9))):
         where = f"{path}: added token {number!r:.60}"
         text = check_type(check_type(token, dict, where, "an object").get("content"), str, where, "a text")
         added = {each.content for each in library.get_added_tokens_decoder().values()}
@@ -169,14 +179,20 @@ def add_declared_tokens(folder: Path, library: tokenizers.Tokenizer) -> None:
 
 
 def _named_specials(folder: Path) -> list[str]:
-    """Padding and unknown token, and what tokenizer_config.json lists as additional or extra special tokens."""
-    path = folder / "tokenizer_config.json"
-    values = read_json(path) if path.exists() else {}
-    listed = [values.get("pad_token"), values.get("unk_token")]
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        more = values.get(key)
-        listed += list(more.values()) if isinstance(more, dict) else more if isinstance(more, list) else []
-    texts = [value.get("content") if isinstance(value, dict) else value for value in listed]
+    """Padding and unknown token, and what is listed as additional or extra special tokens."""
+    return _named(folder, "pad_token", "unk_token", "additional_special_tokens", "extra_special_tokens")
+
+
+def _named(folder: Path, *fields: str) -> list[str]:
+    """Tokens by their fields in tokenizer_config.json and special_tokens_map.json: a text, an object, or several."""
+    texts: list[Any] = []
+    for path in (folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")):
+        values = read_json(path) if path.exists() else {}
+        for value in map(values.get, fields):
+            is_token = isinstance(value, dict) and "content" in value
+            several = list(value.values()) if isinstance(value, dict) and not is_token else (
+                value if isinstance(value, list) else [value])
+            texts += [each.get("content") if isinstance(each, dict) else each for each in several]
     return [text for text in texts if isinstance(text, str)]
 
 
@@ -203,6 +219,11 @@ def special_tokens(folder: Path, library: tokenizers.Tokenizer) -> tuple[str | N
     if add_bos is None:  # nor a post-processor: by Mistral's name for it
         add_bos = bos == BOS
     return bos if add_bos else None, after or eos
+
+
+def _declares_eos(folder: Path) -> bool:
+    path = folder / "tokenizer_config.json"
+    return path.exists() and read_json(path).get("add_eos_token") is True
 
 
 def _added_by_post_processor(library: tokenizers.Tokenizer) -> tuple[str | None, str | None]:

@@ -13,6 +13,7 @@ from ref.embedder import load_model_and_tokenizer
 from ref.model.adapter import adapter_base, adapter_chain
 from ref.model.card import run_folder
 from ref.model.checkpoint import resolve_checkpoint
+from ref.model.known_models import defaults_for
 from ref.model.lora import apply_lora
 from ref.model.transformer import Mistral, init_weights
 from ref.text.prompts import PROMPT_FILE, PromptEncoder, get_template, template_of_vocabulary
@@ -108,9 +109,11 @@ def build_model(
 
 
 def declared_template(source: ModelSource, prompt_encoder: PromptEncoder) -> str | None:
-    """The template in a checkpoint's embedder.json, else the one whose markers its vocabulary has, else None."""
+    """A known model's template, else the one in embedder.json or whose markers the vocabulary has, else None."""
     if source.config is not None:
         return None
+    if known := defaults_for(source.name):
+        return str(known["template"])
     path = source.folder / PROMPT_FILE
     by_vocabulary = template_of_vocabulary(prompt_encoder.tokenizer)
     declared = read_json(path).get("template") if path.exists() else None

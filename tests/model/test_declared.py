@@ -32,6 +32,10 @@ def modules(*kinds):
     ({"1_Pooling/config.json": {"pooling_mode": "mean"}}, "pooling 'mean' is not supported"),
     ({"1_Pooling/config.json": {"pooling_mode": "lasttoken+max"}}, "pooling 'max' is not supported"),
     ({"1_Pooling/config.json": {"pooling_mode": ["mean", "lasttoken"]}}, "pooling 'mean' is not supported"),
+    ({"1_Pooling/config.json": {"embedding_dimension": 32}}, "pooling 'mean, the default,' is not supported"),
+    ({}, r"1_Pooling/config\.json: file does not exist, but modules\.json names its folder"),
+    ({"config_sentence_transformers.json": {"truncate_dim": 16}},
+     r"config_sentence_transformers\.json: truncate_dim 16 is not supported \(only None\)"),
     ({"sentence_bert_config.json": {"do_lower_case": True}},
      r"sentence_bert_config\.json: do_lower_case True is not supported \(only False\)"),
     ({"config_sentence_transformers.json": {"default_prompt_name": "query"}},
@@ -48,12 +52,11 @@ def test_modules_and_pooling(tiny_checkpoint, files, message):
 
 
 @pytest.mark.parametrize("pooling", [
-    {"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}, {"pooling_mode": "lasttoken"}, None])
+    {"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}, {"pooling_mode": "lasttoken"}])
 def test_last_token_pooling_loads(tiny_checkpoint, pooling):
     folder = tiny_checkpoint()
     write(folder / "modules.json", modules("Transformer", "Pooling", "Normalize"))
-    if pooling:
-        write(folder / "1_Pooling/config.json", pooling)
+    write(folder / "1_Pooling/config.json", pooling)
     load_model_chain(folder, device=CPU, dtype=None)
 
 

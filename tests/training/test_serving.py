@@ -110,6 +110,9 @@ def test_the_fields_that_text_embeddings_inference_reads(run: Path) -> None:
     assert isinstance(config["architectures"], list) and not config["architectures"][0].endswith("Classification")
     assert isinstance(config["max_position_embeddings"], int) and config["model_type"] == "mistral"
     assert "pad_token_id" not in config  # must be a number where it is present
+    for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                  "num_key_value_heads", "hidden_act", "initializer_range", "rms_norm_eps", "rope_theta"):
+        assert config[field], field
     pooling = json.loads((run / "merged/1_Pooling/config.json").read_text())
     modes = {mode: pooling[f"pooling_mode_{mode}"] for mode in (
         "cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "lasttoken")}
