@@ -162,6 +162,9 @@ def test_the_token_limit_of_sentence_transformers_6(tiny_checkpoint, small_embed
     assert Embedder.from_pretrained(folder, device="cpu").prompt_encoder.max_text_tokens == 512
     (folder / "modules.json").write_text('[{"type": "sentence_transformers.models.Transformer"}]')
     assert Embedder.from_pretrained(folder, device="cpu").prompt_encoder.max_text_tokens == tokens
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>", "model_max_length": "512"}')
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: 'model_max_length' must be an integer >= 3"):
+        Embedder.from_pretrained(folder, device="cpu")
 
 
 def test_a_folder_that_pools_the_last_word(tiny_checkpoint, small_embedder):

@@ -245,11 +245,12 @@ def _library_limits(folder: Path, tokenizer: Tokenizer) -> dict[str, int]:
     path, key, limit = next((each for each in found if each[2] is not None), (folder, "", None))
     if limit is None:
         return {}
-    if key == "model_max_length" and (folder / "config.json").exists():
-        limit = min(limit, read_json(folder / "config.json").get("max_position_embeddings") or limit)
     least = 2 + (tokenizer.bos is not None)
     if check_type(limit, int, f"{path}: {key!r}", f"an integer >= {least}") < least:
         raise ValueError(f"{path}: {key!r} must be an integer >= {least} (got {limit})")
+    if key == "model_max_length" and (folder / "config.json").exists():
+        positions = read_json(folder / "config.json").get("max_position_embeddings")
+        limit = min(limit, positions) if isinstance(positions, int) else limit
     return {"max_text_tokens": limit - least + 1}
 
 
