@@ -687,7 +687,6 @@ def test_device_and_backend_may_change(place, whole):
     run = facts(folder)
     run["options"] |= {"device": "cuda", "backend": "triton"}
     (folder / "run.json").write_text(json.dumps(run))
-    assert run_train.main(["--resume", "--output", str(folder), "--device", "cpu"]) == 2
     assert run_train.main(["--resume", "--output", str(folder), "--device", "cpu", "--backend", "chunked"]) == 0
     assert facts(folder)["options"]["backend"] == "chunked" and len(untimed(folder)) == len(untimed(whole))
     np.testing.assert_allclose([row["loss"] for row in untimed(folder)], [row["loss"] for row in untimed(whole)],
