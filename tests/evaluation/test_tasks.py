@@ -11,8 +11,9 @@ from sample_sets import WordHash, encoder_of, sts_pair, world, write_retrieval
 from tiny_mteb import write_lines
 
 import run_eval
+from ref.evaluation import card_scores
 from ref.evaluation.encoder import instruction_for
-from ref.evaluation.results import score_task
+from ref.evaluation.results import TaskScore, score_task
 from ref.evaluation.retrieval import read_retrieval_folder
 from ref.evaluation.tasks import CATEGORIES, data_origin, download, is_official, select_tasks
 
@@ -215,6 +216,11 @@ def test_downloaded_data_are_official_until_they_change(tmp_path: Path, monkeypa
     assert official() == {"BIOSSES": True}
     [local] = select_tasks("all", tmp_path).tasks
     assert data_origin(local) == data_origin(hub) == ("mteb/biosses-sts", hub.metadata.dataset["revision"])
+    written: dict[str, Any] = {}  # the model card names the hub's data too, not a folder of this machine
+    monkeypatch.setattr(card_scores, "time_of_completion", lambda run: "noon")
+    monkeypatch.setattr(card_scores, "add_scores", lambda run, scores: written.update(scores) or [])
+    card_scores.update_cards(tmp_path, [local], [TaskScore("BIOSSES", "STS", "cosine_spearman", 0.8)], "noon", [])
+    assert (written["BIOSSES"].dataset, written["BIOSSES"].is_official) == ("mteb/biosses-sts", True)
     shutil.copytree(tmp_path / "BIOSSES", tmp_path / "Mine")
     (tmp_path / "Mine/task.json").write_text('{"class": "BIOSSES"}')
     write_lines(tmp_path / "BIOSSES/test.jsonl", [{"a": 2}])
