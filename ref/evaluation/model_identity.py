@@ -46,14 +46,16 @@ def model_identity(model: str, *, base: str | None = None) -> tuple[str, str]:
     """Return "owner/name" and revision: a hub id, or "local/FOLDER"; and of the model and, for an adapter, of each base
     the commit on the hub, or a hash of the local files.
     """
-    folder = resolve_checkpoint(model) if Path(model).is_dir() else cached_checkpoint(model)
+    folder = local_checkpoint(model)
     if folder is None:
         return model_label(model), "main"
     return model_label(model), "-".join(map(_revision, adapter_chain(folder, base=base)))
 
 
-def cached_checkpoint(model: str) -> Path | None:
-    """The folder of a hub id in the hub's cache; None if it has not been downloaded."""
+def local_checkpoint(model: str) -> Path | None:
+    """The checkpoint of a folder, or of a hub id in the hub's cache; None if it has not been downloaded."""
+    if Path(model).is_dir():
+        return resolve_checkpoint(model)
     import huggingface_hub
 
     files = ("config.json", ADAPTER_CONFIG)

@@ -23,7 +23,7 @@ from ref.evaluation.card_scores import time_of_completion, update_cards
 from ref.evaluation.distributed_embedder import DistributedEmbedder
 from ref.evaluation.encoder import MtebEncoder, instruction_for, published_instructions, read_instructions
 from ref.evaluation.few_shot import FewShotExamples, load_examples
-from ref.evaluation.model_identity import PLAN_FILE, cached_checkpoint, default_output, model_identity
+from ref.evaluation.model_identity import PLAN_FILE, default_output, local_checkpoint, model_identity
 from ref.evaluation.plan import TaskPlan
 from ref.evaluation.report.run_results import Report, TaskResult
 from ref.evaluation.report.write import write_report
@@ -185,10 +185,9 @@ def read_caches_if_offline(tasks: Sequence[AbsTask]) -> None:
 
 def template_reason(config: EvalConfig, embedder: Embedder) -> str:
     """The prompt template, and where it comes from."""
-    name, is_folder = embedder.prompt_encoder.template_name, Path(config.model).is_dir()
+    name, folder = embedder.prompt_encoder.template_name, local_checkpoint(config.model)
     if config.template:
         return f"{name} (as given)"
-    folder = resolve_checkpoint(config.model) if is_folder else cached_checkpoint(config.model)
     if defaults_for(config.model) or (folder is not None and (folder / PROMPT_FILE).exists()):
         return f"{name} (the model's own)"
     return f"{name} ({'default' if name == 'paper' else 'its markers are tokens of the vocabulary'}; see --template)"

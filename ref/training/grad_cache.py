@@ -52,12 +52,13 @@ class GradientCache:
     ) -> None:
         self.model, self.groups, self.backend = model, [g for g in groups if g.texts], backend
         self.device = model.norm.weight.device
-        copies = [self._copied_tokens(group.prefix) for group in self.groups]
-        self.fits = mini_batch_tokens >= sum(
-            group.num_tokens + len(group.texts) * copied for group, copied in zip(self.groups, copies, strict=True))
-        for group, copied in zip(self.groups, copies, strict=True):
-            group.mini_batches = batch_by_tokens(
-                [len(text) + copied for text in group.texts], tokens_per_batch=mini_batch_tokens)
+        num_tokens = 0  # as memory
+        for group in self.groups:
+            copied = self._copied_tokens(group.prefix)
+            counts = [len(text) + copied for text in group.texts]
+            num_tokens += len(group.prefix) + sum(counts)
+            group.mini_batches = batch_by_tokens(counts, tokens_per_batch=mini_batch_tokens)
+        self.fits = num_tokens <= mini_batch_tokens
         self.random_states: list[Callable[[], None]] = []  # restore the random state before each call of the model
         self.positions = 0  # token positions computed: more than the tokens if something were padded
         self.parts: list[Tensor] = []  # embeddings by mini-batch, with a graph if the batch fits as a whole

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from ref.model.attention import KeyValue
 from ref.model.packing import PackedBatch, pack_sequences
 from ref.model.pooling import embed
 from ref.model.transformer import Mistral
@@ -51,9 +50,7 @@ def bytes_per_token(model: Mistral, backend: Backend) -> float:
         return (_peak if device.type == "cuda" else _kept)(model, batch, backend) / count
 
 
-def _kept(
-    model: Mistral, batch: PackedBatch, backend: Backend, *, prefix: list[KeyValue] | None = None,
-) -> int:
+def _kept(model: Mistral, batch: PackedBatch, backend: Backend) -> int:
     """Bytes of all tensors that autograd keeps in a forward pass, weights excluded, each memory counted once."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
@@ -65,7 +62,7 @@ def _kept(
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        embedding_BD = embed(model, batch, prefix=prefix, backend=backend)  # lives to the end: nothing is counted twice
+        embedding_BD = embed(model, batch, backend=backend)  # lives until the end: no memory is counted twice
     del embedding_BD
     return sum(kept.values())
 

@@ -109,15 +109,15 @@ def build_model(
 
 
 def declared_template(source: ModelSource, prompt_encoder: PromptEncoder) -> str | None:
-    """A known model's template, else the one in embedder.json or whose markers the vocabulary has, else None."""
+    """The template in a checkpoint's embedder.json, else a known model's or the one whose markers its vocabulary has,
+    unless that is paper, else None.
+    """
     if source.config is not None:
         return None
-    if known := defaults_for(source.name):
-        return str(known["template"])
     path = source.folder / PROMPT_FILE
-    by_vocabulary = template_of_vocabulary(prompt_encoder.tokenizer)
+    known = str(defaults_for(source.name).get("template", template_of_vocabulary(prompt_encoder.tokenizer)))
     declared = read_json(path).get("template") if path.exists() else None
-    return declared if declared is not None else by_vocabulary if by_vocabulary != "paper" else None
+    return declared if declared is not None else known if known != "paper" else None
 
 
 def _random_model(config: ModelConfig, tokenizer: Tokenizer, seed: int) -> Mistral:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,9 @@ from tiny_mteb import write_json
 from ref import embedder as embedder_module
 from ref.embedder import Embedder
 from ref.model.known_models import KNOWN_MODELS
+from ref.text.prompts import TEMPLATES, PromptEncoder
+from ref.text.tokenizer import train_tokenizer
+from ref.training.model_source import declared_template
 
 TASK = "Given a question, retrieve passages that answer it"
 TEXTS = ["how do magnets work", "  two  spaces", "a line\nand another", "日本語の文", "x" * 3000]
@@ -81,3 +85,14 @@ def test_an_incomplete_download(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(embedder_module, "resolve_checkpoint", lambda _: tmp_path)
     with pytest.raises(ValueError, match=r"model.safetensors is missing"):
         Embedder.from_pretrained("intfloat/e5-mistral-7b-instruct", device="cpu")
+
+
+@pytest.mark.parametrize(("name", "template"), [
+    ("BAAI/bge-en-icl", "bge-en-icl"), ("annamodels/LGAI-Embedding-Preview", None), ("mistralai/Mistral-7B-v0.1", None),
+    ("somebody/else", "bge-en-icl")])
+def test_the_template_that_training_finds_declared(name: str, template: str | None, tmp_path: Path) -> None:
+    """A known model's, whatever markers its vocabulary has; `paper`, the default, is nothing to note."""
+    markers = TEMPLATES["bge-en-icl"].markers
+    tokenizer = train_tokenizer(["a text"], vocab_size=40, lowercase=True, special_tokens=markers)
+    source = SimpleNamespace(name=name, config=None, folder=tmp_path)
+    assert declared_template(source, PromptEncoder(tokenizer)) == template

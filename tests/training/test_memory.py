@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from conftest import bytes_kept
 
 from ref.model.lora import apply_lora
 from ref.model.packing import pack_sequences
+from ref.model.pooling import embed
 from ref.training import memory
 from ref.training.grad_cache import GradientCache, PromptedTexts
 from ref.training.memory import auto_mini_batch_tokens, bytes_per_token, free_bytes
@@ -90,8 +92,9 @@ def test_copies_of_a_shared_prefix_count_as_tokens(prefix, model):
     larger = GradientCache(model, [PromptedTexts([7] * prefix, texts)], mini_batch_tokens=64 * 17 + 700)
     assert larger.fits == (prefix == 0)  # 64 texts and the prefix would fit without the copies
     shared = model.prefix_key_values(pack_sequences([[7] * prefix], device=CPU)) if prefix else None
-    kept = [memory._kept(model, pack_sequences([texts[i] for i in indices], device=CPU, prefix_length=prefix),
-                         "chunked", prefix=shared) for indices in cache.groups[0].mini_batches]
+    batches = [pack_sequences([texts[i] for i in indices], device=CPU, prefix_length=prefix)
+               for indices in cache.groups[0].mini_batches]
+    kept = [bytes_kept(lambda batch=batch: embed(model, batch, prefix=shared), model.parameters()) for batch in batches]
     assert 0.5 < max(kept) / (512 * each) < 1.3
 
 
