@@ -7,19 +7,22 @@
     score_QP = queries @ passages.T                             # cosine similarity
 
 Equal texts are embedded once, instruction and in-context examples pass through the model once for all texts, and
-batches are packed from texts of similar length. A thread tokenises the next window of texts while the model computes,
-and vectors are copied to the host one batch later. Besides the vectors the host holds at most 32 bytes per text, the
-ids of two windows and two batches.
+batches are packed from texts of similar length. On a CPU every core embeds its own batch. A thread tokenises the next
+window of texts while the model computes, and vectors are copied to the host one batch later. Besides the vectors the
+host holds at most 32 bytes per text, the ids of two windows and two batches, on a CPU one for each core.
 """
 
 from collections.abc import Iterable, Mapping, Sequence, Set
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ref.model.adapter import load_model_chain
+from ref.model.attention import KeyValue
 from ref.model.checkpoint import resolve_checkpoint
 from ref.model.known_models import KNOWN_MODELS, check_known_vocab, defaults_for
 from ref.model.packing import batch_by_tokens, pack_sequences
@@ -29,7 +32,7 @@ from ref.text.prompts import InContextExample, PromptEncoder, load_prompt_encode
 from ref.text.tokenizer import Tokenizer
 from ref.utils.dedup import first_occurrence, scatter_to_duplicates, unique_index
 from ref.utils.device import DTYPES, Backend, resolve_backend, resolve_device, resolve_dtype
-from ref.utils.prefetch import AsyncCopies, prefetch
+from ref.utils.prefetch import AsyncCopies, map_on_cores, prefetch
 from ref.utils.progress import TokenRate, progress_bar
 
 TEXTS_PER_WINDOW = 50_000  # texts that are sorted by length together; bounds the memory for token ids
@@ -116,10 +119,10 @@ class Embedder:
         copies = AsyncCopies(vectors)
         bar = TokenRate(progress_bar(desc="encoding", total=len(unique), unit="text", enabled=progress))
         for rows, ids in prefetch(tokenise, windows):
-            for batch in batch_by_tokens([len(text) for text in ids], tokens_per_batch=self.tokens_per_batch):
-                packed = pack_sequences(
-                    [ids[n] for n in batch], device=self.device, prefix_length=len(prefix.ids) if shared else 0)
-                copies.add(rows[batch], embed(self.model, packed, prefix=shared, backend=self.backend))
+            batches = batch_by_tokens([len(text) for text in ids], tokens_per_batch=self.tokens_per_batch)
+            embed_batch = partial(self._embed_batch, ids, shared, len(prefix.ids) if shared else 0)
+            for batch, vector_BD in zip(batches, map_on_cores(embed_batch, batches, self.device), strict=True):
+                copies.add(rows[batch], vector_BD)
                 bar.update(len(batch), sum(len(ids[n]) for n in batch))
         bar.close()
         self.num_tokens += bar.num_tokens
@@ -127,6 +130,13 @@ class Embedder:
         scatter_to_duplicates(vectors, first, rows_at_a_time=TEXTS_PER_WINDOW)
         check_finite(vectors, texts)
         return vectors
+
+    @torch.inference_mode()  # of the thread that runs it
+    def _embed_batch(
+        self, ids: Sequence[np.ndarray], prefix: Sequence[KeyValue] | None, prefix_length: int, batch: Sequence[int],
+    ) -> Tensor:
+        packed = pack_sequences([ids[n] for n in batch], device=self.device, prefix_length=prefix_length)
+        return embed(self.model, packed, prefix=prefix, backend=self.backend)
 
 
 def list_of_texts(texts: Iterable[str]) -> list[str]:

@@ -33,6 +33,20 @@ def test_windows_change_nothing(small_embedder, monkeypatch):
         np.testing.assert_array_equal(whole[n], whole[texts.index(text)])
 
 
+def test_vectors_with_a_batch_for_each_core_are_those_with_one_thread(small_embedder: Embedder):
+    texts = [f"{'tea ' * (n % 9)}{n}" for n in range(200)]
+    few, threads = texts[:3], torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = small_embedder.encode(texts, instruction="cake"), small_embedder.encode(few)
+        torch.set_num_threads(4)
+        np.testing.assert_allclose(small_embedder.encode(texts, instruction="cake"), alone[0], atol=2e-6)
+        np.testing.assert_allclose(small_embedder.encode(few), alone[1], atol=2e-6)
+        assert torch.get_num_threads() == 4 and not torch.is_inference_mode_enabled()
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_instruction_and_examples_change_the_vectors(small_embedder, small_model):
     """The shared prefix is used; a passage has none."""
     small_embedder.model = small_model(sliding_window=None)

@@ -1,7 +1,8 @@
-"""Overlapping host and device work: prefetching in a thread, and asynchronous copies from the device to the host."""
+"""Work side by side: prefetching in a thread, one item for each core of a CPU, copies from the device to the host."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import TypeVar
 
 import numpy as np
@@ -23,6 +24,29 @@ def prefetch(function: Callable[[Item], Result], items: Iterable[Item]) -> Itera
             pending = following
         if pending is not None:
             yield pending.result()
+
+
+def map_on_cores(function: Callable[[Item], Result], items: Sequence[Item], device: torch.device) -> Iterator[Result]:
+    """Yield function(item) in order; on a CPU as many items at a time as torch has threads, with one thread each.
+
+    Threads that share one item wait for each other in every operation. Fewer items than threads, and those of a GPU,
+    are computed one after the other.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1 or len(items) < threads:
+        yield from map(function, items)
+        return
+    all_started = Barrier(threads)
+
+    def use_one_thread(_: int) -> None:
+        torch.get_num_threads()  # a thread that has asked once keeps its own number
+        torch.set_num_threads(1)
+        all_started.wait()
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(use_one_thread, range(threads)))
+        torch.set_num_threads(threads)  # what threads inherit that begin later
+        yield from pool.map(function, items)
 
 
 def async_to_host(tensor: Tensor) -> Callable[[], np.ndarray]:
