@@ -26,6 +26,7 @@ from ref.model.lora import apply_lora, lora_layers
 from ref.model.packing import batch_by_tokens, pack_sequences
 from ref.model.pooling import embed
 from ref.model.transformer import Mistral
+from ref.utils.prefetch import map_on_cores
 
 CPU = torch.device("cpu")
 SMOLLM2 = ModelConfig(
@@ -91,10 +92,18 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _ours(model: Mistral, texts: Texts) -> Tensor:
-    batches = batch_by_tokens(list(map(len, texts)), tokens_per_batch=TOKENS_PER_BATCH["cpu"])
-    return torch.cat([embed(model, pack_sequences([texts[i] for i in batch], device=CPU), backend="chunked")
-                      for batch in batches])
+def _batches(texts: Texts) -> list[list[int]]:
+    return batch_by_tokens(list(map(len, texts)), tokens_per_batch=TOKENS_PER_BATCH["cpu"])
+
+
+def _embed(model: Mistral, texts: Texts, batch: list[int]) -> Tensor:
+    return embed(model, pack_sequences([texts[i] for i in batch], device=CPU), backend="chunked")
+
+
+def _encode(model: Mistral, texts: Texts) -> Tensor:
+    """As Embedder.encode does."""
+    embed_batch = torch.inference_mode()(partial(_embed, model, texts))
+    return torch.cat(list(map_on_cores(embed_batch, _batches(texts), CPU)))
 
 
 def _peer(model: Any, texts: Texts) -> Tensor:
@@ -105,7 +114,7 @@ def _peer(model: Any, texts: Texts) -> Tensor:
 def _encoders(model: Mistral, texts: Texts) -> tuple[Calls, dict[str, float]]:
     """Both encoders and the error between them, which the first calls give."""
     peer = shapes.transformers_model(model)
-    ours = torch.inference_mode()(partial(_ours, model, texts))
+    ours = partial(_encode, model, texts)
     if isinstance(peer, str):
         return {"ours": ours, "transformers": peer}, {}
     theirs = torch.inference_mode()(partial(_peer, peer, texts))
@@ -129,7 +138,8 @@ def _lora_steps(base: Mistral, texts: Texts) -> tuple[Calls, dict[str, float]]:
 
     def ours() -> None:
         optimiser.zero_grad(set_to_none=True)
-        (_ours(model, texts) * direction_BD).sum().backward()
+        embedding_BD = torch.cat([_embed(model, texts, batch) for batch in _batches(texts)])
+        (embedding_BD * direction_BD).sum().backward()
         optimiser.step()
 
     ours()
