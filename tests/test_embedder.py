@@ -4,6 +4,7 @@ import json
 import tracemalloc
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,14 @@ def test_windows_change_nothing(small_embedder, monkeypatch):
         np.testing.assert_array_equal(whole[n], whole[texts.index(text)])
 
 
-def test_vectors_with_a_batch_for_each_core_are_those_with_one_thread(small_embedder: Embedder):
+def test_vectors_with_a_batch_for_each_core_are_those_with_one_thread(small_embedder: Embedder, monkeypatch):
+    """And no thread keeps anything for backward."""
+    embed, without_gradient = module.embed, set()
+
+    def watched(*inputs: Any, **options: Any) -> torch.Tensor:
+        without_gradient.add(torch.is_inference_mode_enabled())
+        return embed(*inputs, **options)
+    monkeypatch.setattr(module, "embed", watched)
     texts = [f"{'tea ' * (n % 9)}{n}" for n in range(200)]
     few, threads = texts[:3], torch.get_num_threads()
     try:
@@ -42,7 +50,7 @@ def test_vectors_with_a_batch_for_each_core_are_those_with_one_thread(small_embe
         torch.set_num_threads(4)
         np.testing.assert_allclose(small_embedder.encode(texts, instruction="cake"), alone[0], atol=2e-6)
         np.testing.assert_allclose(small_embedder.encode(few), alone[1], atol=2e-6)
-        assert torch.get_num_threads() == 4 and not torch.is_inference_mode_enabled()
+        assert torch.get_num_threads() == 4 and without_gradient == {True}
     finally:
         torch.set_num_threads(threads)
 
