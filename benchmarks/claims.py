@@ -183,7 +183,7 @@ def run_missing(
 
 def run_and_store(setting: Setting, arm: str, seed: int) -> None:
     """Run one arm with one seed and write its row, and those of the arms that are trained alike."""
-    names = trained_alike(arm)
+    names = [name for name in trained_alike(arm) if name in (arm, *arms_on(setting.ground))]
     paths = [row_path(setting, ARMS[name], seed) for name in names]  # before the run: the hash of the code that runs
     rows = run_arms(setting, [ARMS[name] for name in names], seed)
     for name, path, row in zip(names, paths, rows, strict=True):

@@ -135,7 +135,8 @@ def test_every_claim_has_two_arms_and_every_arm_is_in_a_claim():
 
 def test_arms_that_differ_in_evaluation_only_are_trained_once():
     three = ["random examples", "random examples, 2 at evaluation", "random examples, 5 at evaluation"]
-    assert all(trained_alike(arm) == three for arm in three) and trained_alike("default") == ["default"]
+    assert all(trained_alike(arm) == three for arm in three)
+    assert trained_alike("fixed examples") == ["fixed examples"]
     items = [(arm, seed) for seed in range(2) for arm in ("default", *three[1:], "fixed examples")]
     assert claims.one_per_training(items) == [(arm, seed) for seed in range(2)
                                               for arm in ("default", three[1], "fixed examples")]
@@ -148,6 +149,18 @@ def test_a_run_writes_the_rows_of_all_arms_that_are_trained_alike(results, monke
     rows = {name: json.loads(row_path(setting, ARMS[name], 1).read_text()) for name in trained_alike("random examples")}
     assert {name: row["score"] for name, row in rows.items()} == {name: ARMS[name].num_examples for name in rows}
     assert len(rows) == 3 and all(row["arm"] == name for name, row in rows.items())
+
+
+@pytest.mark.parametrize(("ground", "stored"), [("world", 1), ("llm", 3)])
+def test_a_run_evaluates_the_arms_of_its_ground_only(results, monkeypatch, ground, stored):
+    """Models trained without in-context examples are evaluated with them only on the pretrained model."""
+    monkeypatch.setattr(claims, "run_arms", lambda setting, arms, seed: [{"score": arm.num_examples} for arm in arms])
+    monkeypatch.setattr(experiment, "data_hash", lambda ground, model: "")
+    setting = Setting(ground, 7, "tiny")
+    claims.run_and_store(setting, "default", 0)
+    alike = ["default", "default, 2 at evaluation", "default, 5 at evaluation"]
+    assert trained_alike("default") == alike
+    assert [row_path(setting, ARMS[name], 0).exists() for name in alike] == [n < stored for n in range(3)]
 
 
 def test_changes_of_the_instructions():
