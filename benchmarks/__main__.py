@@ -5,7 +5,7 @@
     B7                     the loss (loss.py)                    B8        pooling (pooling.py)
     B9                     hard-negative mining (mining.py)
     B11, B12               encoding and training a small LLM, on a CPU only (small_llm.py)
-    claims                 the report's claims as paired experiments, with its own options (claims.py)
+    claims                 the paper's claims as paired experiments, with its own options (claims.py)
     gpu                    all parts that need an NVIDIA GPU (gpu.py); without one a dry run
 
 Each benchmark compares ours with peers in one run: the same inputs, results checked, rounds in turn. It writes

@@ -1,4 +1,4 @@
-"""The report's claims, with the expected sign of each, and the arms that test them; written before the first run.
+"""The paper's claims, with the expected sign of each, and the arms that test them; written before the first run.
 
 A claim compares two arms (claims.py); an arm is one change of the default training (experiment.py).
 """
@@ -56,7 +56,7 @@ class Claim:
     text: str
     arm: str
     baseline: str
-    expected: str  # the sign, with the report's size in points if it gives one, or with the source of the expectation
+    expected: str  # the sign, with the paper's size in points if it gives one, or with the source of the expectation
     task: str = ""  # one task instead of the mean over all
     ground: str = ""  # only on this one
 

@@ -1,4 +1,4 @@
-"""The report's claims as paired experiments: `python -m benchmarks claims [--ground world|real|llm] [--plan]`.
+"""The paper's claims as paired experiments: `python -m benchmarks claims [--ground world|real|llm] [--plan]`.
 
 An arm (arms.py) is a few options of run_train.py or a change of the data. A claim compares two arms on the same seeds.
 Its result is the difference by seed: mean, 95 % interval (bootstrap) and verdict:

@@ -1,4 +1,4 @@
-"""Statistics, tables and figures of the study of the report's claims (claims.py)."""
+"""Statistics, tables and figures of the study of the paper's claims (claims.py)."""
 
 import json
 from collections.abc import Sequence

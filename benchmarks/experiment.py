@@ -1,4 +1,4 @@
-"""One run of the study of the report's claims (claims.py): change the data, train, evaluate, return one row.
+"""One run of the study of the paper's claims (claims.py): change the data, train, evaluate, return one row.
 
 Training is run_train.main, labelling run_label.main, evaluation on real tasks the score_task of run_eval.py: functions
 that users call.

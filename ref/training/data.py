@@ -9,9 +9,9 @@ One JSON object per line (FlagEmbedding's schema):
 A first pass validates every line and keeps only its offset, file and task in memory (14 bytes): files may be larger
 than memory.
 Lines of one task name, instruction and type form a Task, and every batch is drawn from one. A negative that is also a
-positive of its line is dropped. Each draw depends only on
-the seed, the epoch and the line or step: a run can start at any step and sees the same batches.
-Source: arXiv 2506.07438 (one task per batch); arXiv 2409.15700 (types, 7 negatives, in-context examples).
+positive of its line is dropped. Each draw depends only on the seed, the epoch and the line or step: a run can start at
+any step and sees the same batches.
+Source: arXiv 2409.15700 and its trainer (one task per batch, types, 7 negatives, in-context examples).
 """
 
 import math

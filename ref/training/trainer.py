@@ -6,7 +6,7 @@
     train      learning-rate schedule, saved states, metrics, end of the run
 
 With the default backends neither `step` nor `update` reads a number from the device, so the host never waits for it.
-Source: arXiv 2506.07438 (one task per batch); the defaults: docs/method.md.
+Source of the defaults: docs/method.md.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The study of the report's claims: statistics, changes of the data, cache, a small run. Not the claims themselves."""
+"""The study of the paper's claims: statistics, changes of the data, cache, a small run. Not the claims themselves."""
 
 import itertools
 import json
@@ -310,7 +310,7 @@ def test_the_pages_show_the_results():
     found = {file.stem: file.read_text().splitlines() for file in (ROOT / "benchmarks/results/claims").glob("*.md")}
     evidence = (ROOT / "docs/evidence.md").read_text().splitlines()
     assert len(found["overview"]) > 20 and all(line in evidence for line in found["overview"])
-    section = (ROOT / "README.md").read_text().split("## The report's claims")[1].split("\n## ")[0]
+    section = (ROOT / "README.md").read_text().split("## The paper's claims")[1].split("\n## ")[0]
     shown = [line for line in section.splitlines() if line.startswith("| ") and " to " in line]
     assert len(shown) > 5 and all(any(line in lines for lines in found.values()) for line in shown)
 

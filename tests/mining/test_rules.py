@@ -103,7 +103,7 @@ def test_properties_and_brute_force(candidates, positives, rule, value, count, s
 
 
 def test_a_wrong_inequality_would_be_noticed():
-    """Control: the report's sentence, taken literally, selects what scores above 95 % of the positive."""
+    """Control: the paper's sentence, taken literally, selects what scores above 95 % of the positive."""
     literally = [c for c in FIVE if c.score > threshold("percentage", 0.95, [POSITIVE.score])]
     assert select_hard_negatives("q", [POSITIVE], FIVE) != literally
 
