@@ -99,11 +99,13 @@ def build_pipeline(given: argparse.Namespace, distributed: Distributed) -> Label
     cache, path = BlockCache(given.cache), given.corpus
     if path is None:
         path = given.pairs if given.pairs.is_dir() else corpus_from_pairs(given.pairs, cache.folder)
-        print(f"corpus: {path}" + ("" if given.pairs.is_dir() else ", all texts of pos and neg in --pairs"))
+        if distributed.rank == 0:
+            print(f"corpus: {path}" + ("" if given.pairs.is_dir() else ", all texts of pos and neg in --pairs"))
     corpus = Corpus(path)
     pairs = Pairs(given.pairs, corpus, split=given.split or "train")
     skipped = f" ({len(corpus.empty):,} without text are skipped)" if corpus.empty else ""
-    print(f"{len(pairs):,} queries, {len(corpus):,} passages{skipped}", flush=True)
+    if distributed.rank == 0:
+        print(f"{len(pairs):,} queries, {len(corpus):,} passages{skipped}", flush=True)
     retriever = load_retriever(given.retriever, given.device, given.dtype)
     reranker = load_reranker(given.reranker, given.device, given.dtype) if given.reranker else None
     if distributed.rank == 0:

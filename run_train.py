@@ -98,9 +98,9 @@ def set_up(arguments: list[str] | None, claims: ExitStack) -> tuple[Trainer, Pat
     log(f"preset: {config.preset} ({preset_values(config)}); options on the command line override it")
     log(f"trainable: {config.train}; device: {device}; backend: {config.backend}")
     log(f"dtype: {dtype} ({why})")
+    folder = claims.enter_context(open_run_dir(config, source, create=distributed.rank == 0))
     data = SoftLabelDataset([Path(path) for path in config.data], config)
     describe_data(data, log)
-    folder = claims.enter_context(open_run_dir(config, source, create=distributed.rank == 0))
     model, prompt_encoder = build_model(source, config, data, device=device)
     if (declared := declared_template(source, prompt_encoder)) not in (None, config.template):
         log(f"note: the checkpoint's own template is {declared}; --template is {config.template}")

@@ -9,7 +9,7 @@
 Equal texts are embedded once, instruction and in-context examples pass through the model once for all texts, and
 batches are packed from texts of similar length. On a CPU every core embeds its own batch. A thread tokenises the next
 window of texts while the model computes, and vectors are copied to the host one batch later. Besides the vectors the
-host holds at most 32 bytes per text, the ids of two windows and two batches, on a CPU one for each core.
+host holds up to 32 bytes per text, the ids of two windows, and batches that are not yet copied.
 """
 
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -62,10 +62,11 @@ class Embedder:
     ) -> "Embedder":
         """Load a run folder of run_train.py, a checkpoint or adapter folder, or a hub id.
 
-        Template and token limits come from the model's embedder.json, for a known hub id from
-        ref/model/known_models.py, the token limit else from sentence_bert_config.json; otherwise they are the paper's.
-        `dtype`: auto, bfloat16 or float32 (device.py). Adapters are merged; `base` replaces the model that an adapter
-        names, for one that has moved. Raises ValueError that names file and tensor for anything malformed.
+        `template`, `max_text_tokens`: by default those of ref/model/known_models.py for a known hub id, else of the
+        model's embedder.json. Without that file the template is the one whose markers the vocabulary has, else the
+        paper's, and the limit that of sentence-transformers' files, else 512. `dtype`: auto, bfloat16 or float32
+        (device.py). `tokens_per_batch`: of a forward pass. Adapters are merged; `base` replaces the model that an
+        adapter names, for one that has moved. Raises ValueError that names file and tensor for anything malformed.
         """
         where = resolve_device(device)
         precision = DTYPES[resolve_dtype(dtype, where)[0]]

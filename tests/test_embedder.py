@@ -148,7 +148,7 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows(small_embedder
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"dtype": "float16"}, r"--dtype must be auto, bfloat16 or float32 \(got 'float16'\)"),
+    ({"dtype": "float16"}, r"dtype must be auto, bfloat16 or float32 \(got 'float16'\)"),
     ({"device": "tpu"}, r"--device must be cpu or cuda \(got 'tpu'\)"),
     ({"template": "e5"}, r"template must be one of paper, bge-en-icl \(got 'e5'\)"),
     ({"tokens_per_batch": 0}, r"tokens_per_batch must be an integer >= 1 \(got 0\)"),

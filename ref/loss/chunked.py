@@ -8,8 +8,9 @@
                                              g = a (exp(s - lse_A) - onehot) + b (exp(s - lse_C) - y)
                                              dQ += g P / temperature          dP = g^T Q / temperature
 
-The second part of g is zero outside the candidate columns. The products are those of cuBLAS or MKL. What happens to a
-chunk of cosines between them is a `ChunkOps`: in torch here, on CUDA two Triton kernels (kernels/soft_contrastive.py).
+The second part of g is zero outside the candidate columns. The products are those of cuBLAS or MKL. The elementwise
+work on a chunk of cosines is behind the protocol `ChunkOps`: torch here, two Triton kernels on CUDA
+(kernels/soft_contrastive.py).
 Memory besides inputs and gradients is a few chunks and dQ in fp32.
 
 The running maximum is needed: with a constant shift of 1 / temperature, exp underflows where all scores of a query are
@@ -67,7 +68,7 @@ class LossState:
 
 
 class ChunkOps(Protocol):
-    """What happens to a chunk of cosines (Q, columns), whose column 0 is passage `first` of the batch.
+    """The elementwise work on a chunk of cosines (Q, columns), whose column 0 is passage `first` of the batch.
 
     Implementations may overwrite `cosine`.
     """

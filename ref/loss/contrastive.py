@@ -35,8 +35,8 @@ from ref.utils.fused_by import fused_by
 class LossRows(NamedTuple):
     """The terms of each query."""
 
-    contrastive_Q: Tensor  # fp32
-    soft_label_Q: Tensor  # fp32; meaningless for a query without labels, which training_loss gives weight 0
+    contrastive_Q: Tensor  # fp32, or fp64 for fp64 vectors
+    soft_label_Q: Tensor  # the same; meaningless for a query without labels, which training_loss gives weight 0
     num_masked_Q: Tensor  # int64: columns masked as false negatives
 
 

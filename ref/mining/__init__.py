@@ -1,4 +1,4 @@
-"""From raw pairs to soft labels: the paper's teacher, as run_label.py runs it.
+"""From raw pairs to soft labels: the paper's mining, with a teacher of your choice. run_label.py runs it.
 
     rules.py         which candidates become hard negatives: the page to read
     sources.py       pairs and corpus, in the layouts in use

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ref.mining.rules import Candidate, Decision, filter_candidates, sort_by_score
+from ref.utils.entropy import softmax_entropy
 from ref.utils.files import atomic_write
 
 COMPARED_RULES = [("none", 0.0), *(("percentage", r) for r in (0.99, 0.97, 0.95, 0.9, 0.8)),
@@ -38,7 +39,7 @@ class LabelStatistics:
         self.num_queries += 1
         self.decisions.update(decision for _, decision in decisions)
         self.queries_by_negatives[len(negatives)] += 1
-        self.entropy += label_entropy([positives[0], *negatives], self.teacher_temperature)
+        self.entropy += softmax_entropy([positives[0], *negatives], self.teacher_temperature)
         self.scores["positive"].extend(positives)
         self.scores["negative"].extend(negatives)
         self.scores["candidate"].extend(candidates[self.num_queries % CANDIDATE_SAMPLING :: CANDIDATE_SAMPLING])
@@ -57,14 +58,6 @@ class LabelStatistics:
             "teacher_temperature": self.teacher_temperature,
             "score_quantiles": {name: {str(q): round(float(np.quantile(self.scores[name], q)), 4) for q in QUANTILES}
                                 for name in ("positive", "negative") if self.scores[name]}}
-
-
-def label_entropy(scores: Sequence[float], temperature: float) -> float:
-    """Entropy of softmax(scores / temperature), in nats."""
-    largest = max(scores)
-    weights = [math.exp((score - largest) / temperature) for score in scores]
-    total = sum(weights)
-    return math.log(total) - sum(w * math.log(w) for w in weights if w > 0) / total
 
 
 def compare_rules(

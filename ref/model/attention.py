@@ -15,9 +15,9 @@ For W = 3 and one text behind a prefix of two tokens (rows are queries, columns 
         i=4   . .     x x x
 
 On a CPU, scaled_dot_product_attention runs once for each bucket of consecutive texts of equal length. Its backward is
-slow in bf16, so training in bf16 takes `softmax_attention`, on buckets of similar length, padded on the right: a causal
-query never looks right, so padding needs no mask of its own. On CUDA, FlexAttention evaluates the rule (flex.py).
-Tests hold all equal.
+slow in bf16, so LoRA training with bf16 weights takes `softmax_attention`, on buckets of similar length, padded on the
+right: a causal query never looks right, so padding needs no mask of its own. On CUDA, FlexAttention evaluates the rule
+(flex.py). Tests hold all equal.
 
 N counts the query positions: all T tokens, or in the last layer only the B last tokens.
 Source: Mistral 7B, arXiv 2310.06825, section 2; grouped queries: arXiv 2305.13245.
@@ -35,8 +35,9 @@ from ref.model.flex import build_block_mask, flex_attention
 from ref.model.packing import PackedBatch
 
 # Up to this many scores of a head and text, softmax_attention's backward is faster on a CPU than that of
-# scaled_dot_product_attention, in bf16 6 to 2 times (40 to 128 tokens); beyond it keeps too much for backward.
+# scaled_dot_product_attention, in bf16 6 to 2 times (40 to 128 tokens); above it, softmax_attention keeps too much.
 MAX_SCORES = 256**2
+MIN_LENGTH_RATIO = 0.75  # of the texts of a padded bucket: fewer, larger products against padding
 
 KeyValue = tuple[Tensor, Tensor]  # of one layer, keys rotated: (T, G, K) of a packed batch, (S, G, K) of a prefix
 
@@ -48,13 +49,13 @@ class AttentionMask:
     batch: PackedBatch
     sliding_window: int | None  # keys that a query attends to, its own included; None: all before it
     query_rows: Tensor | None = None  # (B,) the query positions; None: all tokens
-    by_softmax: bool = False  # compute it by softmax_attention, in training in bf16 on a CPU
+    use_softmax: bool = False  # compute it by softmax_attention, in training with bf16 weights on a CPU
     block_mask: Any = None  # FlexAttention's BlockMask, on CUDA
 
     @cached_property
     def buckets(self) -> list[list[int]]:
         """Lengths of the texts that are computed together, on a CPU."""
-        return self.batch.length_buckets(least=0.75 if self.by_softmax else 1.0)
+        return self.batch.length_buckets(least=MIN_LENGTH_RATIO if self.use_softmax else 1.0)
 
     @cached_property
     def bucket_rows(self) -> list[int]:
@@ -72,13 +73,13 @@ class AttentionMask:
 
 
 def attention_mask(
-    batch: PackedBatch, sliding_window: int | None, *, last_token_only: bool = False, by_softmax: bool = False,
+    batch: PackedBatch, sliding_window: int | None, *, last_token_only: bool = False, use_softmax: bool = False,
 ) -> AttentionMask:
     """Build the mask; with `last_token_only` the query positions are the last tokens of the texts."""
     rows = batch.last_token_B if last_token_only else None
     on_cuda = batch.input_ids_T.device.type == "cuda"
     return AttentionMask(
-        batch, sliding_window, rows, by_softmax, build_block_mask(batch, rows, sliding_window) if on_cuda else None)
+        batch, sliding_window, rows, use_softmax, build_block_mask(batch, rows, sliding_window) if on_cuda else None)
 
 
 def attention(
@@ -140,13 +141,13 @@ def _bucket_attention(q: Tensor, k: Tensor, v: Tensor, position: Tensor, mask: A
     A model in training uses one form with and without gradient: both passes of gradient caching must round equally.
     """
     sliding_window, (queries, keys) = mask.sliding_window, (q.shape[2], k.shape[2])
-    by_softmax = mask.by_softmax and queries * keys <= MAX_SCORES
-    if not by_softmax and queries == keys and (sliding_window is None or sliding_window >= keys):
+    use_softmax = mask.use_softmax and queries * keys <= MAX_SCORES
+    if not use_softmax and queries == keys and (sliding_window is None or sliding_window >= keys):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     distance = position[..., None] - torch.arange(keys)
     allowed = distance >= 0
     if sliding_window is not None:
         allowed &= distance < sliding_window  # exactly W keys: distances 0 to W - 1
-    if by_softmax:
+    if use_softmax:
         return softmax_attention(q, k, v, allowed)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=True)

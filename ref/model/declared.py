@@ -3,7 +3,8 @@
     modules.json, N_Pooling/config.json    sentence-transformers: a transformer, last-token pooling, normalisation
     sentence_bert_config.json and others   sentence-transformers and transformers: options that change the tokens
     llm2vec_config.json                    LLM2Vec: bidirectional attention
-    config.json beside an adapter          the model class that the adapter was trained with; so adapter_config.json
+    config.json beside an adapter          the model that the adapter was trained with
+    adapter_config.json                    its class, in 'auto_mapping'
 
 config.json of a checkpoint itself is checked by ref.config.ModelConfig.
 """

@@ -60,15 +60,15 @@ class RotaryFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_THK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> Tensor:
         ctx.save_for_backward(cos_TJ, sin_TJ)
-        return _rotate_in_place(x_THK, cos_TJ, sin_TJ).detach()
+        return _rotate(x_THK, cos_TJ, sin_TJ).detach()
 
     @staticmethod
     def backward(ctx: Any, grad_THK: Tensor) -> tuple[Tensor, None, None]:
         cos_TJ, sin_TJ = ctx.saved_tensors
-        return _rotate_in_place(grad_THK, cos_TJ, -sin_TJ), None, None
+        return _rotate(grad_THK, cos_TJ, -sin_TJ), None, None
 
 
-def _rotate_in_place(x_THK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> Tensor:
+def _rotate(x_THK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> Tensor:
     """One product with the cosines, then the sine terms are added in place."""
     x32_THK, sin = x_THK.float(), sin_TJ[:, None]
     rotated_THK = x32_THK * torch.cat((cos_TJ, cos_TJ), dim=-1)[:, None]

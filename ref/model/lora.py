@@ -31,11 +31,12 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        dropped_TD = F.dropout(x_TD, self.dropout, self.training) if self.dropout else x_TD  # at 0 it would copy
-        down_TR = F.linear(dropped_TD, self.lora_A.to(x_TD.dtype))
-        frozen_TF = F.linear(x_TD, self.weight)
-        return frozen_TF.addmm_(down_TR, self.lora_B.to(x_TD.dtype).T, alpha=self.alpha / self.rank)
+    def forward(self, x: Tensor) -> Tensor:
+        """W x + (alpha / R) B A x, (T, in_features) -> (T, out_features)."""
+        dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x  # at 0 it would copy
+        down_TR = F.linear(dropped, self.lora_A.to(x.dtype))
+        frozen = F.linear(x, self.weight)
+        return frozen.addmm_(down_TR, self.lora_B.to(x.dtype).T, alpha=self.alpha / self.rank)
 
     def delta_weight(self) -> Tensor:
         """(alpha / R) B A in fp32, the shape of the weight."""

@@ -65,7 +65,7 @@ class PackedBatch:
         return buckets
 
     def padded_row_T(self, buckets: list[list[int]]) -> Tensor | None:
-        """Row of each token when every text is padded to the longest of its bucket; None if all rows stay."""
+        """Row of each token when every text is padded to the longest of its bucket; None if no text is padded."""
         if all(min(lengths) == max(lengths) for lengths in buckets):
             return None
         width_B = np.concatenate([np.full(len(lengths), max(lengths)) for lengths in buckets])

@@ -1,6 +1,6 @@
 """Mistral: token ids to hidden states. RMSNorm, grouped-query attention, SwiGLU, and the block that combines them.
 
-    h = x + Attention(RMSNorm(x))          y = h + SwiGLU(RMSNorm(h))          32 times
+    h = x + Attention(RMSNorm(x))          y = h + SwiGLU(RMSNorm(h))          num_layers times
 
 Llama without biases and with default RoPE (SmolLM2, TinyLlama, Llama 2) has the same forward pass, without a window.
 Module attributes are named as the checkpoint's tensors, so that loading is one strict load_state_dict. Two computations
@@ -146,7 +146,7 @@ class Mistral(nn.Module):
         """
         x_TD = self.embed_tokens(batch.input_ids_T)
         rotary = self._rotary(batch)
-        build_mask = partial(attention_mask, batch, self.config.sliding_window, by_softmax=self._by_softmax)
+        build_mask = partial(attention_mask, batch, self.config.sliding_window, use_softmax=self._use_softmax)
         mask = build_mask()
         last_mask = mask if every_token else build_mask(last_token_only=True)
         *all_but_last, last = self._blocks()
@@ -158,7 +158,7 @@ class Mistral(nn.Module):
         """Keys and values of one text (the shared prefix) in each layer; the last layer computes only these."""
         x_TD = self.embed_tokens(batch.input_ids_T)
         rotary = self._rotary(batch)
-        mask = attention_mask(batch, self.config.sliding_window, by_softmax=self._by_softmax)
+        mask = attention_mask(batch, self.config.sliding_window, use_softmax=self._use_softmax)
         *all_but_last, last = self._blocks()
         key_values = []
         for block in all_but_last:
@@ -177,7 +177,7 @@ class Mistral(nn.Module):
         return forward(*inputs)
 
     @property
-    def _by_softmax(self) -> bool:
+    def _use_softmax(self) -> bool:
         return self.training and self.embed_tokens.weight.dtype == torch.bfloat16
 
     def _rotary(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:

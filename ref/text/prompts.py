@@ -55,7 +55,7 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class InContextExample:
-    """A query of the same task with a correct response, shown in the prompt; its instruction, if not the task's."""
+    """A query with a correct response, shown in the prompt. `instruction`: None for the task's own."""
 
     query: str
     response: str
@@ -69,7 +69,7 @@ class PromptPrefix:
     ids: tuple[int, ...]
     suffix: tuple[int, ...] = ()
     num_examples: int = 0
-    before_text: str = ""  # the space between prefix and text, which a byte-level vocabulary encodes with the text
+    space: str = ""  # between prefix and text; a byte-level vocabulary encodes it with the text
 
     @property
     def is_shared(self) -> bool:
@@ -114,14 +114,14 @@ class PromptEncoder:
     def encode(self, texts: Sequence[str], prefix: PromptPrefix) -> list[list[int]]:
         """Ids of each text behind the prefix, truncated to what fits, followed by suffix and `</s>`."""
         room = self.max_prompt_tokens - len(prefix.ids) - len(prefix.suffix) - 1
-        if prefix.before_text and not self.tokenizer.has_word_start:
-            texts = [prefix.before_text + text for text in texts]
+        if prefix.space and not self.tokenizer.has_word_start:
+            texts = [prefix.space + text for text in texts]
         limit = min(self.max_text_tokens, room)
         ids = self.tokenizer.encode(texts, max_tokens=limit)
-        if prefix.before_text and self.tokenizer.has_word_start:
+        if prefix.space and self.tokenizer.has_word_start:
             # no word-start mark stands for the space in front of an empty text or of an added token
             words = self.tokenizer.word_ids
-            ids = [self.tokenizer.encode_continuation(prefix.before_text + text)[:limit]
+            ids = [self.tokenizer.encode_continuation(prefix.space + text)[:limit]
                    if not found or found[0] in words else found for found, text in zip(ids, texts, strict=True)]
         return [[*text, *prefix.suffix, self.tokenizer.eos_id] for text in ids]
 
@@ -208,8 +208,10 @@ def template_of_vocabulary(tokenizer: Tokenizer) -> str:
 
 
 def load_prompt_encoder(folder: Path, tokenizer: Tokenizer, **given: str | int) -> PromptEncoder:
-    """Template and token limits from a model's embedder.json, if it has one, overridden by `given`; without either the
-    template that the vocabulary has markers of, and sentence-transformers' token limit.
+    """Template and token limits of a model: `given`, else its embedder.json.
+
+    Without that file the template is the one whose markers the vocabulary has, and the limit sentence-transformers'.
+    Raises ValueError for an unknown key, template or limit.
     """
     path = folder / PROMPT_FILE
     if not path.exists():

@@ -32,7 +32,7 @@ from ref.config import TrainConfig
 from ref.loss.contrastive import CandidateIndex
 from ref.task_types import TASK_TYPES, check_task_type
 from ref.text.prompts import InContextExample
-from ref.training.data_report import FIELDS, DataReport
+from ref.training.data_report import FIELDS, MINING, DataReport
 from ref.utils.files import check_text, hash_file, parse_json_object, read_jsonl
 from ref.utils.text import normalize_whitespace
 
@@ -143,7 +143,10 @@ class SoftLabelDataset:
         return self.locations([int(np.flatnonzero(self.task == self.tasks.index(task))[0])])
 
     def batches(self, epoch: int) -> list[np.ndarray]:
-        """Line numbers of every batch of an epoch: each line once, one task per batch, shuffled."""
+        """Line numbers of every batch of an epoch: each line once, one task per batch, shuffled.
+
+        A last batch of one query joins the batch before it: it would have no in-batch negatives.
+        """
         by_task: list[list[np.ndarray]] = []
         for number, task in enumerate(self.tasks):
             draw = np.random.default_rng([self.config.seed, epoch, number])
@@ -152,7 +155,7 @@ class SoftLabelDataset:
             size = self.config.batch_size if in_batch else self.config.batch_size_symmetric
             bounds = list(range(size, len(lines), size))
             if size > 1 and len(lines) % size == 1 and bounds:
-                bounds.pop()  # a batch of one query would have no in-batch negatives
+                bounds.pop()
             by_task.append(np.split(lines, bounds))
         batches = [batch for task_batches in by_task for batch in task_batches]
         order = np.random.default_rng([self.config.seed, epoch, len(by_task)]).permutation(len(batches))
@@ -233,7 +236,7 @@ class SoftLabelDataset:
         for line in read_jsonl(path):
             example = parse_example(line.value, line.where, name, self.config.instruction)
             scores = [*(example.positive_scores or []), *(example.negative_scores or [])]
-            self.report.add(path, scores, example.num_dropped, line.value.keys() - set(FIELDS))
+            self.report.add(path, scores, example.num_dropped, line.value.keys() - {*FIELDS, MINING})
             in_batch = self.has_in_batch_negatives(example.task) and self.config.batch_size > 1
             if not in_batch and not example.negatives[: self._num_negatives(example.task)]:
                 got = "--num-negatives 0" if example.negatives else "none"

@@ -7,16 +7,17 @@
     small batches         a batch has one instruction: with many of them in a task, batches have few queries
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from ref.utils.entropy import softmax_entropy
 from ref.utils.files import read_json
 
 FIELDS = ("query", "pos", "neg", "pos_scores", "neg_scores", "prompt", "type", "task")  # of a line
+MINING = "mining"  # a field of run_label.py's lines: the decisions of its rule, not needed here
 LOW_ENTROPY = 0.05  # nats; a hard label has 0
 LARGEST_COSINE = 1.001  # rounded scores may exceed 1
 
@@ -38,7 +39,7 @@ class DataReport:
         self.not_read.update(not_read)
         if scores:
             self.num_labels += 1
-            self.entropy += _entropy(scores, self.teacher_temperature)
+            self.entropy += softmax_entropy(scores, self.teacher_temperature)
             self.largest_score[path] = max(self.largest_score.get(path, 0.0), *map(abs, scores))
 
     def lines(
@@ -68,14 +69,6 @@ class DataReport:
 
 def _median_size(batches: Sequence[np.ndarray]) -> int:
     return sorted(map(len, batches))[len(batches) // 2]
-
-
-def _entropy(scores: Sequence[float], temperature: float) -> float:
-    """Entropy of softmax(scores / temperature), in nats."""
-    largest = max(scores)
-    weights = [math.exp((score - largest) / temperature) for score in scores]
-    total = sum(weights)
-    return -sum(w / total * math.log(w / total) for w in weights if w > 0)
 
 
 def _says_logits(path: Path) -> bool:

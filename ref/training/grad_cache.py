@@ -52,20 +52,20 @@ class GradientCache:
     ) -> None:
         self.model, self.groups, self.backend = model, [g for g in groups if g.texts], backend
         self.device = model.norm.weight.device
-        num_tokens = 0  # as memory
+        memory_tokens = 0
         for group in self.groups:
             copied = self._copied_tokens(group.prefix)
             counts = [len(text) + copied for text in group.texts]
-            num_tokens += len(group.prefix) + sum(counts)
+            memory_tokens += len(group.prefix) + sum(counts)
             group.mini_batches = batch_by_tokens(counts, tokens_per_batch=mini_batch_tokens)
-        self.fits = num_tokens <= mini_batch_tokens
+        self.fits = memory_tokens <= mini_batch_tokens  # as a whole, so that each text is embedded once
         self.random_states: list[Callable[[], None]] = []  # restore the random state before each call of the model
-        self.positions = 0  # token positions computed: more than the tokens if something were padded
         self.parts: list[Tensor] = []  # embeddings by mini-batch, with a graph if the batch fits as a whole
 
     def _copied_tokens(self, prefix: Sequence[int]) -> int:
-        """On a CPU attention keeps a copy of the prefix's keys and values for each text: as memory of so many tokens,
-        of which one keeps about four vectors of the hidden size and three of the intermediate size in each layer.
+        """Tokens that a text counts more: on a CPU attention copies the prefix's keys and values for each text.
+
+        For backward a token keeps about four vectors of the hidden size and three of the intermediate size per layer.
         """
         if self.device.type != "cpu" or self.model.gradient_checkpointing:
             return 0
@@ -73,14 +73,9 @@ class GradientCache:
         kept = 4 * config.hidden_size + 3 * config.intermediate_size
         return math.ceil(len(prefix) * 2 * config.num_kv_heads * config.head_dim / kept)
 
-    @property
-    def passes(self) -> int:
-        """Forward passes of a step: two if the mini-batches are embedded again."""
-        return 1 if self.fits else 2
-
     def embeddings(self) -> Tensor:
         """All embeddings (texts, D) fp32, as a leaf whose .grad `backward` propagates."""
-        self.parts, self.positions = [], 0
+        self.parts = []
         with torch.set_grad_enabled(self.fits):
             for group in self.groups:
                 prefix = self._first_call(self._prefix_key_values, group)
@@ -118,14 +113,11 @@ class GradientCache:
     def _prefix_key_values(self, group: PromptedTexts) -> PrefixKeyValues:
         if not group.prefix:
             return None
-        packed = pack_sequences([group.prefix], device=self.device)
-        self.positions += len(packed.input_ids_T)
-        return self.model.prefix_key_values(packed)
+        return self.model.prefix_key_values(pack_sequences([group.prefix], device=self.device))
 
     def _embed(self, group: PromptedTexts, indices: list[int], prefix: PrefixKeyValues) -> Tensor:
         packed = pack_sequences(
             [group.texts[i] for i in indices], device=self.device, prefix_length=len(group.prefix))
-        self.positions += len(packed.input_ids_T)
         return embed(self.model, packed, prefix=prefix, backend=self.backend)
 
     def _text_order(self) -> Iterator[int]:

@@ -46,7 +46,7 @@ class ModelSource:
         return {} if run is None else read_json(run / "run.json")
 
     def fingerprint(self) -> str | None:
-        """That of the checkpoint's files, an adapter's base included; None for random initialisation."""
+        """Fingerprint of the checkpoint's files, an adapter's base included; None for random initialisation."""
         if self.config is not None:
             return None
         return fingerprint(path for folder in adapter_chain(self.folder) for path in folder.iterdir()

@@ -143,11 +143,9 @@ class Trainer:
             if parameter.grad is None:  # the shard is empty
                 parameter.grad = torch.zeros_like(parameter)
         self.distributed.all_reduce_([*(p.grad for p in parameters if p.grad is not None), metrics])
-        efficiency = tokens * cache.passes / max(1, cache.positions)
         drawn = sum(map(len, prepared.batch.examples)) / len(prepared.batch.examples)
         return dict(zip(METRICS, metrics, strict=True)), {
-            "padding_efficiency": efficiency, "examples_per_prompt": prepared.examples_per_prompt,
-            "examples_drawn": drawn}
+            "examples_per_prompt": prepared.examples_per_prompt, "examples_drawn": drawn}
 
     def loss(self, prepared: PreparedBatch, embeddings: torch.Tensor) -> LossTerms:
         """This rank's part of both terms: its queries against all passages of the batch."""
@@ -253,8 +251,8 @@ def train(
             if ended:
                 log.close()
                 return done >= 1
-            middle = 0 if config.minutes else 1 / (total - start["step"]) / 2
-            train_step(trainer, prepared, log, done + middle, stop=stop.requested)
+            half_step = 0 if config.minutes else 1 / (total - start["step"]) / 2  # so that no step has rate 0
+            train_step(trainer, prepared, log, done + half_step, stop=stop.requested)
     raise AssertionError("the schedule is endless")
 
 

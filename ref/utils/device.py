@@ -1,4 +1,4 @@
-"""Device, dtype and backend of a run: the only place that asks what the machine has."""
+"""Device, dtype and backend of a run."""
 
 import ctypes
 import os
@@ -24,7 +24,7 @@ def resolve_dtype(name: str, device: torch.device) -> tuple[Dtype, str]:
     processes on CPUs float32, because they may run on different ones. Raises ValueError for another name.
     """
     if name not in ("auto", "bfloat16", "float32"):
-        raise ValueError(f"--dtype must be auto, bfloat16 or float32 (got {name!r:.60})")
+        raise ValueError(f"dtype must be auto, bfloat16 or float32 (got {name!r:.60})")
     if name == "float32" or (name == "bfloat16" and device.type == "cuda"):
         return cast(Dtype, name), "as given"
     if device.type == "cuda":

@@ -372,7 +372,9 @@ def test_bad_options(label, options, words, capsys, monkeypatch):
 def test_two_processes_give_the_same_bytes(raw, retriever, tmp_path):
     """With torchrun's variables; each has a shard of the passages and blocks."""
     for count in (1, 2):
-        assert exit_codes(start_ranks(count, command(raw, retriever, tmp_path, f"{count}"))) == [0] * count
+        ranks = start_ranks(count, command(raw, retriever, tmp_path, f"{count}"))
+        assert exit_codes(ranks) == [0] * count
+        assert [bool(rank.stdout) for rank in ranks] == [True, False][:count]  # rank 0 speaks for all
     assert (tmp_path / "out-1.jsonl").read_bytes() == (tmp_path / "out-2.jsonl").read_bytes()
     assert list(tmp_path.glob("cache-2/part/*"))
 

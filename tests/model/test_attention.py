@@ -49,7 +49,7 @@ def as_in_training(
     q_NHK: Tensor, k_TGK: Tensor, v_TGK: Tensor, mask: AttentionMask, prefix: KeyValue | None = None,
 ) -> Tensor:
     """`attention` as a bf16 model in training mode computes it: by softmax_attention, in padded buckets."""
-    return attention(q_NHK, k_TGK, v_TGK, replace(mask, by_softmax=True), prefix)
+    return attention(q_NHK, k_TGK, v_TGK, replace(mask, use_softmax=True), prefix)
 
 
 def by_flex_attention(
@@ -98,7 +98,7 @@ def test_training_uses_the_softmax_form_for_short_texts(monkeypatch: pytest.Monk
     for length, training, expected in ((4, True, 1), (5, True, 0), (4, False, 0)):
         used.clear()
         q, k, v = (torch.randn(length, 2, 4) for _ in range(3))
-        mask = attention_mask(pack_sequences([[0] * length], device=CPU), 3, by_softmax=training)
+        mask = attention_mask(pack_sequences([[0] * length], device=CPU), 3, use_softmax=training)
         assert (attention(q, k, v, mask).double() - attention_by_loops(q, k, v, mask)).abs().max() < 1e-6
         assert len(used) == expected
 
@@ -107,7 +107,7 @@ def test_control_padding_that_is_seen_is_noticed(monkeypatch: pytest.MonkeyPatch
     """Last tokens at the bucket's end instead of their own text's."""
     packed = pack_sequences([[0] * 4, [0] * 3], device=CPU)
     q, (k, v) = torch.randn(2, 2, 4), (torch.randn(7, 2, 4) for _ in range(2))
-    mask = attention_mask(packed, None, last_token_only=True, by_softmax=True)
+    mask = attention_mask(packed, None, last_token_only=True, use_softmax=True)
     truth = attention_by_loops(q, k, v, mask)
     assert (attention(q, k, v, mask).double() - truth).abs().max() < 1e-5
     monkeypatch.setattr(torch, "tensor", lambda lengths: torch.full((len(lengths),), max(lengths)))

@@ -64,6 +64,10 @@ def test_fields_that_are_not_read_are_named(tmp_path):
     assert said_line.startswith("fields not read: negs, pos_score (read: query, pos, neg, pos_scores,")
 
 
+def test_the_field_mining_of_run_label_is_no_mistake(tmp_path):
+    assert said(load(tmp_path / "a.jsonl", [{**line(n), "mining": {"candidates": 3}} for n in range(4)])) == []
+
+
 def test_nearly_hard_labels_are_a_warning(tmp_path):
     rows = [line(n, scores=(1.0, 0.5)) for n in range(4)]
     (warning,) = said(load(tmp_path / "a.jsonl", rows))

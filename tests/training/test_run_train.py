@@ -166,12 +166,11 @@ def test_metrics_are_complete(whole):
     assert [row["step"] for row in rows] == list(range(STEPS))
     for row in rows:
         assert {"loss", "contrastive_loss", "soft_label_loss", "learning_rate", "grad_norm", "tokens_per_s",
-                "padding_efficiency", "examples_per_prompt", "num_masked", "label_entropy",
+                "examples_per_prompt", "num_masked", "label_entropy",
                 "epoch", "task", "tokens", "elapsed_s"} <= set(row)
         assert all(math.isfinite(value) for value in row.values() if not isinstance(value, str))
         assert row["loss"] == pytest.approx(row["contrastive_loss"] + row["soft_label_loss"], rel=1e-5)
         assert row["soft_label_loss"] >= row["label_entropy"] > 0
-        assert row["padding_efficiency"] == 1  # nothing is padded
         assert row["task"] in INSTRUCTIONS
         assert row["grad_norm"] > 0 < row["tokens_per_s"]
     assert max(row["examples_per_prompt"] for row in rows) > 0

@@ -66,7 +66,7 @@ def test_dtype_on_a_gpu_and_for_several_processes(monkeypatch):
 
 
 def test_an_unknown_dtype_is_named():
-    with pytest.raises(ValueError, match=r"^--dtype must be auto, bfloat16 or float32 \(got 'float16'\)$"):
+    with pytest.raises(ValueError, match=r"^dtype must be auto, bfloat16 or float32 \(got 'float16'\)$"):
         resolve_dtype("float16", CPU)
 
 
