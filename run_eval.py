@@ -19,7 +19,9 @@ the model does not fit into GPU memory, 130 after Ctrl-C.
 """
 
 import argparse
+import math
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--examples must be >= 0 (got {args.examples})")
         if args.examples and args.examples_file is not None:
             raise ValueError("--examples and --examples-file exclude each other; give one")
+        if not 0 < args.embedding_cache_gb < math.inf:
+            raise ValueError(f"--embedding-cache-gb must be a number > 0 (got {args.embedding_cache_gb})")
         return evaluate(args) if args.download is None else download_data(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -116,4 +120,5 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing half-written stays
     sys.exit(main())

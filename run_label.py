@@ -12,8 +12,10 @@ another rule takes seconds. Several GPUs: torchrun --nproc-per-node 8 run_label.
 
 import argparse
 import os
+import signal
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import get_args
 
@@ -31,6 +33,8 @@ from ref.utils.device import Dtype
 from ref.utils.distributed import Distributed, RankFailure
 from ref.utils.outputs import check_outside, claim_output
 
+RANK_TIMEOUT = timedelta(minutes=10)  # how long the ranks wait for one without heartbeat
+
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line. Raises ValueError for a value out of range."""
@@ -43,7 +47,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--retriever", required=True, help="a run or checkpoint of this project, or any sentence-transformers model")
     add("--reranker", help="any CrossEncoder with one output (default: none; the retriever's cosines are the scores)")
     add("--output", type=Path, default=Path("soft_labels.jsonl"), help="(default: soft_labels.jsonl)")
-    add("--instruction", help="instruction for pairs without a prompt")
+    add("--instruction", help="instruction for pairs without a prompt (default: none)")
     add("--retrieval", choices=get_args(Retrieval), default="hybrid", help="hybrid: both lists, fused (default)")
     add("--top-k", type=int, default=100, help="passages per list (default: 100)")
     add("--num-candidates", type=int, default=50, help="passages of the fused list that are scored (default: 50)")
@@ -64,6 +68,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         if getattr(given, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be >= 1 (got {getattr(given, name)})")
     check_used(given)
+    if given.instruction in ("", "none"):  # as in run_train.py
+        given.instruction = None
     if given.output.suffix != ".jsonl" or given.output.is_dir():
         raise ValueError(f"--output must be a file that ends in .jsonl (got {given.output})")
     return given
@@ -155,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         given = parse_args(arguments)
         config = label_config(given)
-        distributed = Distributed()
+        distributed = Distributed(timeout=RANK_TIMEOUT)
         writes = distributed.rank == 0 and not given.compare_rules
         with claim_labels(given) if writes else nullcontext():
             pipeline = build_pipeline(given, distributed)
@@ -172,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
                 label(pipeline, config, given.output)
             elif distributed.rank == 0:
                 print("\n".join(rule_table(pipeline, given.num_negatives)))
-            distributed.barrier()
+            distributed.barrier(while_alive=True)
         return 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -189,4 +195,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing half-written stays
     sys.exit(main())

@@ -10,6 +10,7 @@ continues, and with a larger --steps, --epochs or --minutes extends a complete r
 
 import dataclasses
 import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -169,6 +170,7 @@ def run(trainer: Trainer, folder: Path, source: ModelSource) -> int:
     complete = train(trainer, folder, position, start, lambda step: evaluate(trainer, sets, f"after {step} steps"))
     if is_first:
         finish(trainer, folder, source, sets, metadata, complete=complete)
+    trainer.distributed.barrier(while_alive=True)  # a launcher ends all ranks when the first returns 130
     return 0 if complete else 130
 
 
@@ -235,4 +237,5 @@ def evaluate(trainer: Trainer, sets: list[Path], when: str) -> float:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, before the first step and after the last
     sys.exit(main())

@@ -182,7 +182,10 @@ def load_model_and_tokenizer(
     """
     model, root = load_model_chain(folder, device=device, dtype=dtype, base=base)
     tokenizer = Tokenizer.from_folder(folder if (folder / "tokenizer.json").exists() else root)
-    check_vocab(model, tokenizer)
+    try:
+        check_vocab(model, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
     return model, tokenizer
 
 

@@ -107,6 +107,15 @@ def make_plan(
     return plans, [text for plan in plans.values() for text in plan.sample]
 
 
+def is_plan_file(path: Path) -> bool:
+    """Whether `make_plan` wrote the file: a folder that holds another plan.json is not that of an evaluation."""
+    try:
+        plans = read_json(path).values()
+    except ValueError:
+        return False
+    return all(isinstance(plan, dict) and {"revision", "tokens"} <= plan.keys() for plan in plans)
+
+
 def estimate_plan(task: AbsTask, *, rate: float, max_text_tokens: int) -> TaskPlan | None:
     """A plan from the statistics that mteb ships; None if the task has none.
 

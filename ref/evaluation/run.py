@@ -119,8 +119,7 @@ def claim_results(config: EvalConfig) -> AbstractContextManager[Path]:
     if config.embedding_cache is not None:
         model = [resolve_checkpoint(config.model)] if Path(config.model).is_dir() else []
         check_outside(config.embedding_cache, [*inputs, *model], f"--embedding-cache {config.embedding_cache}")
-    return claim_output(output, inputs=inputs, is_ours=lambda: any(
-        (output / name).exists() for name in (PLAN_FILE, "results")))
+    return claim_output(output, inputs=inputs, is_ours=lambda: plan.is_plan_file(output / PLAN_FILE))
 
 
 def _evaluate(

@@ -25,7 +25,7 @@ class BM25Index:
         """`subwords`: the tokenizer.json to split texts with, instead of into words."""
         import bm25s
 
-        self.tokenise: Any = _tokeniser(stemmer, subwords)
+        self.tokenise: Any = make_tokeniser(stemmer, subwords)
         self.index = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
         words = self.tokenise(list(texts), return_ids=False)
         if not any(words):
@@ -50,7 +50,7 @@ class BM25Index:
         if (folder / HASH_FILE).read_text() != _hash_index(folder):
             raise ValueError("its hash differs")
         loaded = cls.__new__(cls)
-        loaded.tokenise, loaded.index = _tokeniser(stemmer, subwords), bm25s.BM25.load(str(folder))
+        loaded.tokenise, loaded.index = make_tokeniser(stemmer, subwords), bm25s.BM25.load(str(folder))
         return loaded
 
     def search(self, queries: list[str], k: int, id_order: np.ndarray) -> np.ndarray:
@@ -83,8 +83,12 @@ def _hash_index(folder: Path) -> str:
     return hash_files(folder, (path for path in folder.iterdir() if path.name != HASH_FILE))
 
 
-def _tokeniser(stemmer: str | None, subwords: Path | None) -> Any:
-    import bm25s
+def make_tokeniser(stemmer: str | None, subwords: Path | None) -> Any:
+    """A function from texts to their words or subwords. Raises ValueError if a package or the stemmer is missing."""
+    try:
+        import bm25s
+    except ImportError:
+        raise ValueError("BM25 needs the package bm25s; pip install -e .[teacher], or use --retrieval dense") from None
 
     if subwords is not None:
         library = tokenizers.Tokenizer.from_file(str(subwords))

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from ref.mining.bm25 import BM25Index
+from ref.mining.bm25 import BM25Index, make_tokeniser
 from ref.mining.dense import DenseTopK, on_device
 from ref.mining.fusion import reciprocal_rank_fusion
 from ref.mining.sources import Corpus, Pair, Pairs
@@ -71,6 +71,8 @@ class LabellingPipeline:
         self.candidate_block = lru_cache(maxsize=256)(self.fuse)  # used for scores, then for labels; 0.2 MB each
         self.query_blocks = _split(range(len(pairs)), QUERIES_PER_BLOCK)
         self.passage_blocks = corpus.blocks(PASSAGES_PER_BLOCK)
+        if config.retrieval != "dense":
+            make_tokeniser(config.stemmer, self._subwords)  # what is missing shows before the long work
 
     def print_changes(self) -> None:
         """Print which model or corpus differs from those of the last run with this cache."""
@@ -94,7 +96,7 @@ class LabellingPipeline:
                 self.passage_vectors(rows.start // PASSAGES_PER_BLOCK)
             for rows in self._shard("encoding queries", self.query_blocks):
                 self.query_vectors(rows)
-        self.distributed.barrier()
+        self.distributed.barrier(while_alive=True)
 
     def passage_vectors(self, block: int) -> np.ndarray:
         """Unit vectors of a block of passages."""
@@ -138,12 +140,12 @@ class LabellingPipeline:
         if self.config.retrieval != "dense":
             if self.distributed.world_size > 1 and self.distributed.rank == 0:
                 _ = self.bm25_index  # rank 0 builds the index, the other ranks load it
-            self.distributed.barrier()
+            self.distributed.barrier(while_alive=True)
             for rows in self._shard("BM25 search", self.query_blocks):
                 self.bm25_block(rows)
         if self.config.retrieval != "bm25":
             self._dense_search()
-        self.distributed.barrier()
+        self.distributed.barrier(while_alive=True)
 
     @cached_property
     def bm25_index(self) -> BM25Index:
@@ -209,7 +211,7 @@ class LabellingPipeline:
                 for rows in self.distributed.shard(blocks):
                     first = rows.start - blocks[0].start
                     self._write_dense(rows, row_QL[first : first + len(rows)])
-                self.distributed.barrier()
+                self.distributed.barrier(while_alive=True)
 
     def _merge_processes(self, best: DenseTopK, blocks: list[range]) -> None:
         """Merge what each process has found among its passages, exchanged through the cache."""
@@ -219,7 +221,7 @@ class LabellingPipeline:
                 for rank in range(self.distributed.world_size)]
         found = {"score": best.score_QL.cpu().numpy(), "id_order": best.id_order_QL.cpu().numpy()}
         self.cache.block("part", keys[self.distributed.rank], lambda: found)
-        self.distributed.barrier()
+        self.distributed.barrier(while_alive=True)
         for key in set(keys) - {keys[self.distributed.rank]}:
             part = self.cache.read(self.cache.path("part", key))
             assert part is not None
@@ -263,7 +265,7 @@ class LabellingPipeline:
             part for rows in self.query_blocks for part in _split(rows, QUERIES_PER_RERANKING)]
         for rows in self._shard("scoring", blocks):
             self.score_block(rows)
-        self.distributed.barrier()
+        self.distributed.barrier(while_alive=True)
 
     def scored_pairs(self) -> Iterator[ScoredPair]:
         """Yield all queries, in the order of the pairs, with raw scores."""

@@ -85,7 +85,8 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     sizes = [_machine_bytes(), *_container_bytes()]
-    return min(sizes) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # only torchrun says how many processes this machine has; all of them at most
+    return min(sizes) // int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1"))
 
 
 def _machine_bytes() -> int:
@@ -97,15 +98,22 @@ def _machine_bytes() -> int:
 
 
 def _container_bytes(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> list[int]:
-    """What each cgroup (version 2) above this process leaves; its cache of files counts as free."""
+    """What each cgroup above this process leaves, of version 2 or 1; its cache of files counts as free."""
     try:
-        group = root / next(line[4:] for line in groups.read_text().splitlines() if line.startswith("0::/"))
-    except (OSError, StopIteration):
+        lines = [line.split(":", 2) for line in groups.read_text().splitlines()]
+    except OSError:
         return []
     sizes = []
-    for folder in (group, *group.parents):
-        with suppress(OSError, KeyError, ValueError):  # no limit here: the file is missing, or says max
-            limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
-            cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())["inactive_file"]
-            sizes.append(max(0, limit - used + int(cached)))
+    for _, controllers, path in lines:
+        version_1 = controllers.split(",").count("memory")
+        if controllers and not version_1:
+            continue
+        group = root / ("memory" if version_1 else "") / path.lstrip("/")
+        files = ("limit_in_bytes", "usage_in_bytes") if version_1 else ("max", "current")
+        cache = "total_inactive_file" if version_1 else "inactive_file"
+        for folder in (group, *group.parents):
+            with suppress(OSError, KeyError, ValueError):  # no limit here: the file is missing, or says max
+                limit, used = (int((folder / f"memory.{name}").read_text()) for name in files)
+                cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())[cache]
+                sizes.append(max(0, limit - used + int(cached)))
     return sizes

@@ -166,7 +166,10 @@ class TrainingProgress:
 
 
 class GracefulStop:
-    """The first Ctrl-C or SIGTERM stops after the current step, the second at once."""
+    """The first Ctrl-C or SIGTERM stops after the current step, a second Ctrl-C at once.
+
+    A second SIGTERM does nothing: a scheduler may send it to the launcher and to each process.
+    """
 
     requested = False
 
@@ -179,7 +182,7 @@ class GracefulStop:
     def _request(self, *_: object) -> None:
         print("\nstopping after this step; Ctrl-C again stops at once", flush=True)
         self.requested = True
-        self.__exit__()
+        signal.signal(signal.SIGINT, self.handlers[signal.SIGINT])
 
     def __exit__(self, *_: object) -> None:
         for kind, handler in self.handlers.items():

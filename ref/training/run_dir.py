@@ -66,6 +66,10 @@ def resume_options(given: Namespace) -> Namespace:
     saved = read_json(folder / "run.json")
     if not isinstance(saved.get("options"), dict) or "model" not in saved or "data" not in saved:
         raise ValueError(f"{folder / 'run.json'}: must have 'options', 'model' and 'data', as run_train.py writes it")
+    unknown = saved["options"].keys() - {field.name for field in dataclasses.fields(TrainConfig)}
+    if unknown:
+        raise ValueError(f"{folder / 'run.json'}: the option {sorted(unknown)[0]!r:.60} is unknown; resume the run "
+                         "with the version that began it")
     may_change = (*RESUMABLE_OPTIONS, *(LENGTHS if saved.get("complete") else ()))
     different = {k: v for k, v in vars(given).items()
                  if k not in ("resume", "output", *may_change) and v != saved["options"].get(k)}
@@ -216,7 +220,8 @@ def load_state(folder: Path, model: nn.Module, optimiser: torch.optim.AdamW, sta
     _copy_parameters(model, tensors, state)
     for name, parameter in trainable_parameters(model).items():
         optimiser.state[parameter] = {
-            key.partition("/")[0]: value.to(parameter.device)  # also AdamW's step: fused, it is on the device
+            # also AdamW's step: fused, it is on the device; a copy, because the file is mapped into memory
+            key.partition("/")[0]: value.to(parameter.device, copy=True)
             for key, value in tensors.items() if key.partition("/")[2] == name}
     return position
 

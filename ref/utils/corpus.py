@@ -28,13 +28,13 @@ def read_qrels(path: Path) -> Iterator[Judgement]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); choose the split with --split") from None
+        raise ValueError(f"{path}: cannot be read ({error}); the splits are the files of {path.parent}") from None
     for number, line in enumerate(lines, start=1):
         cells = line.split("\t")
         if (number == 1 and cells[-1].strip().lower() == "score") or not line.strip():
             continue
         try:
-            query, passage, score = cells[0], cells[-2], float(cells[-1])
+            query, *_, passage, score = (*cells[:-1], float(cells[-1]))
         except (ValueError, IndexError):
             raise ValueError(f"{path}:{number}: must be query-id, corpus-id and score, separated by tabs "
                              f"(got {line!r:.80})") from None

@@ -41,8 +41,8 @@ class Distributed:
             ("WORLD_SIZE", "1"), ("RANK", "0")))
         self.timeout = timeout
         cuda = torch.cuda.is_available()
-        if cuda and "LOCAL_RANK" in os.environ:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if int(os.environ.get("LOCAL_RANK", torch.cuda.device_count())) < torch.cuda.device_count():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # without a GPU of its own: resolve_device says so
         if self.world_size > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
             self.store = dist.distributed_c10d._get_default_store()
@@ -70,7 +70,7 @@ class Distributed:
         if self.world_size == 1:
             return
         self.barriers += 1
-        self.store.set(f"barrier/{self.rank}", str(self.barriers))
+        self._arrive()
         end_s, pause_s = time.monotonic() + self.timeout.total_seconds(), 0.0005
         while missing := self._missing_ranks():
             if time.monotonic() > end_s:
@@ -128,11 +128,21 @@ class Distributed:
         failed = ", ".join(map(str, ranks)) or "unknown"
         return f"rank {failed} of {self.world_size} failed, noticed by rank {self.rank} ({why})"
 
+    def _arrive(self) -> None:
+        try:
+            self.store.set(f"barrier/{self.rank}", str(self.barriers))
+        except RuntimeError as error:
+            raise self._lost_store(error) from None
+
     def _missing_ranks(self) -> list[int]:
         try:
             return [rank for rank, value in enumerate(self._read("barrier")) if value < self.barriers]
-        except RuntimeError as error:  # rank 0 holds the store, unless the launcher does
-            raise RankFailure(self._describe([0], str(error).splitlines()[0][:200])) from None
+        except RuntimeError as error:
+            raise self._lost_store(error) from None
+
+    def _lost_store(self, error: RuntimeError) -> RankFailure:
+        """Rank 0 holds the store, unless the launcher does."""
+        return RankFailure(self._describe([0], str(error).splitlines()[0][:200]))
 
     def _send_heartbeats(self) -> None:
         while not self.stopping.is_set():

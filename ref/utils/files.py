@@ -151,7 +151,8 @@ def remove_drafts(folder: Path) -> None:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write one JSON object atomically."""
-    atomic_write(path, lambda draft: draft.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n"))
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    atomic_write(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
 def remove_path(path: Path) -> None:

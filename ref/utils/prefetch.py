@@ -30,7 +30,7 @@ def map_on_cores(function: Callable[[Item], Result], items: Sequence[Item], devi
     """Yield function(item) in order; on a CPU as many items at a time as torch has threads, with one thread each.
 
     Threads that share one item wait for each other in every operation. Fewer items than threads, and those of a GPU,
-    are computed one after the other.
+    are computed one after the other; so is everything if the system refuses a thread.
     """
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1 or len(items) < threads:
@@ -44,9 +44,14 @@ def map_on_cores(function: Callable[[Item], Result], items: Sequence[Item], devi
         all_started.wait()
 
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(use_one_thread, range(threads)))
+        mapped: Callable[..., Iterator[Result]] = pool.map
+        try:
+            list(pool.map(use_one_thread, range(threads)))
+        except RuntimeError:  # "can't start new thread"; those that have started wait
+            all_started.abort()
+            mapped = map
         torch.set_num_threads(threads)  # what threads inherit that begin later
-        yield from pool.map(function, items)
+        yield from mapped(function, items)
 
 
 def async_to_host(tensor: Tensor) -> Callable[[], np.ndarray]:

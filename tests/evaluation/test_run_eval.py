@@ -51,7 +51,11 @@ def embedder(monkeypatch: Any) -> WordHash:
     """What the command loads, whatever model is named."""
     words = WordHash()
     monkeypatch.setattr("ref.embedder.Embedder.from_pretrained", lambda name, **options: words)
-    monkeypatch.setattr("ref.evaluation.plan.make_plan", lambda *_: ({}, []))  # tokens and speed need a model
+
+    def no_plan(*given: Any) -> tuple[dict[str, Any], list[str]]:  # tokens and speed need a model
+        write_json(given[-1], {})
+        return {}, []
+    monkeypatch.setattr("ref.evaluation.plan.make_plan", no_plan)
     monkeypatch.setattr("ref.evaluation.plan.measure_speed", lambda *_: 1.0)
     words.prompt_encoder, words.precision = SimpleNamespace(template_name="paper"), "words"  # type: ignore[attr-defined]
     return words
@@ -95,6 +99,27 @@ def test_a_folder_of_the_user_is_not_an_output(
         assert f"--embedding-cache {cache}: must not be an input or lie in one" in capsys.readouterr().err
         assert not (model / "vectors").exists() and not (tmp_path / "out").exists()
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["report.html"] and not (world / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["results", "plan.json"])
+def test_a_folder_with_names_of_this_command_is_not_an_output(
+    name: str, world: Path, model: Path, tmp_path: Path, embedder: WordHash, capsys: Any,
+) -> None:
+    """The working directory has results/ after an evaluation of a hub model; a plan.json may be anyone's."""
+    mine = tmp_path / "mine"
+    (mine / "results").mkdir(parents=True)
+    if name == "plan.json":
+        write_json(mine / name, {"monday": "run"})
+    (mine / "report.md").write_text("mine")
+    assert run_eval.main(command(model, world, mine, "--tasks", "STS")) == 2
+    assert "exists and was not written by this command" in capsys.readouterr().err
+    assert (mine / "report.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "nan", "inf"])
+def test_a_cache_needs_a_size(size: str, capsys: Any) -> None:
+    assert run_eval.main(["--embedding-cache", "cache", "--embedding-cache-gb", size]) == 2
+    assert "--embedding-cache-gb must be a number > 0" in capsys.readouterr().err
 
 
 def test_a_home_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -458,6 +459,52 @@ def test_the_output_never_overwrites_what_is_read_or_its_own_companion(label, ra
         assert label(output=output) == 2
         assert words in capsys.readouterr().err
     assert label("--teacher-temperature", 0) == 2
+
+
+@pytest.mark.parametrize("given", ["none", ""])
+def test_no_instruction_is_none(label, raw, tmp_path, given):
+    """As in run_train.py: the word is no instruction, and the lines have no prompt."""
+    pairs = [{key: value for key, value in pair.items() if key != "prompt"} for pair in rows_of(raw[0])]
+    write(raw[0], pairs)
+    assert label(output="plain.jsonl") == 0 and label("--instruction", given) == 0
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "plain.jsonl").read_bytes()
+    assert all("prompt" not in row for row in rows_of(tmp_path / "out.jsonl"))
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (["--stemmer", "klingon"], "--stemmer must be one of"), ([], "BM25 needs the package bm25s")])
+def test_what_bm25_lacks_is_said_before_the_long_work(label, monkeypatch, capsys, options, words):
+    def encode(self):
+        raise AssertionError("too early")
+    monkeypatch.setattr("ref.mining.pipeline.LabellingPipeline.encode", encode)
+    if not options:
+        monkeypatch.setitem(sys.modules, "bm25s", None)
+    assert label(*options) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_sigterm_leaves_nothing_half_written(raw, retriever, tmp_path):
+    """As Ctrl-C: exit code 130, and the lock of the output is gone."""
+    [rank] = start_ranks(1, ["run_label.py", *command(raw, retriever, tmp_path, "stopped")[2:], "--top-k", "21"])
+    while rank.is_running and not (tmp_path / "cache-stopped/vectors").exists():
+        time.sleep(0.005)
+    rank.process.terminate()
+    code = rank.wait()
+    assert code == 130 or (code == 0 and (tmp_path / "out-stopped.jsonl").exists())
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_dead_rank_ends_the_others(raw, retriever, tmp_path):
+    """A launcher that is not torchrun does not end them."""
+    code = ("import os, run_label; from datetime import timedelta; run_label.RANK_TIMEOUT = timedelta(seconds=2); "
+            "from ref.mining.pipeline import LabellingPipeline as L; encode = L.encode\n"
+            "def die(self):\n"
+            "    if os.environ['RANK'] == '1': os._exit(9)\n"
+            "    encode(self)\n"
+            "L.encode = die; import sys; sys.exit(run_label.main(sys.argv[1:]))")
+    ranks = start_ranks(2, ["-c", code, *command(raw, retriever, tmp_path, "dead")[2:]])
+    assert exit_codes(ranks) == [4, 9]
+    assert "error: rank 1 of 2 failed, noticed by rank 0" in ranks[0].stderr
 
 
 @pytest.mark.parametrize("name", ["mine.json", "mine.png", "mine.jsonl"])

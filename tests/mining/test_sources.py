@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from ref.mining.sources import Corpus, Pairs, corpus_from_pairs
+from ref.utils.corpus import read_qrels
 
 
 def write(path, rows):
@@ -182,3 +183,14 @@ def test_blank_lines_change_nothing(tmp_path):
 def test_pairs_without_a_corpus_must_hold_lists_of_texts(row, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         corpus_from_pairs(write(tmp_path / "pairs.jsonl", [row]), tmp_path)
+
+
+def test_judgements_have_three_columns(tmp_path):
+    """Without a score two numeric ids would be a passage and its score; TREC's form has four."""
+    path = tmp_path / "train.tsv"
+    path.write_text("12\t345\n")
+    with pytest.raises(ValueError, match=r"train.tsv:1: must be query-id, corpus-id and score"):
+        list(read_qrels(path))
+    path.write_text("12\t0\t345\t1\n7\t8\t2\n")
+    found = [each[1:] for each in read_qrels(path)]
+    assert found == [("12", "345", 1.0), ("7", "8", 2.0)]

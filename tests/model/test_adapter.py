@@ -172,6 +172,18 @@ def test_adapters_that_name_each_other_are_rejected(adapter: tuple[Path, Mistral
         adapter_chain(folder)
 
 
+def test_a_copied_run_has_its_own_base(adapter: tuple[Path, Mistral], tmp_path: Path) -> None:
+    """Another run may be in the place that it was copied from."""
+    folder, _ = adapter
+    run = tmp_path / "copy"
+    shutil.copytree(folder, run / "adapter")
+    shutil.copytree(tmp_path / "base", run / "base")
+    edit_json(run / "adapter" / ADAPTER_CONFIG, {"base_model_name_or_path": str(tmp_path / "base")})
+    assert adapter_base(run / "adapter") == run / "base"
+    shutil.rmtree(run / "base")
+    assert adapter_base(run / "adapter") == tmp_path / "base"
+
+
 @torch.no_grad()
 def test_a_base_that_has_moved_can_be_given(adapter: tuple[Path, Mistral], tmp_path: Path) -> None:
     folder, model = adapter

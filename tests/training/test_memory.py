@@ -65,6 +65,8 @@ def test_free_memory_is_at_most_the_machines_and_shared_by_local_processes(monke
     monkeypatch.setattr(memory, "_machine_bytes", lambda: 8000)
     monkeypatch.setattr(memory, "_container_bytes", lambda: [3000])
     assert free_bytes(CPU) == 3000
+    monkeypatch.setenv("WORLD_SIZE", "3")  # a launcher that does not say how many of them are here
+    assert free_bytes(CPU) == 1000
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert free_bytes(CPU) == 1500
 
@@ -81,6 +83,16 @@ def test_what_the_cgroups_of_a_container_leave(tmp_path):
         (folder / "memory.stat").write_text(f"anon 12\ninactive_file {cached}\n")
     assert memory._container_bytes(tmp_path / "root", tmp_path / "cgroup") == [6500, 10000]
     assert memory._container_bytes(tmp_path / "root", tmp_path / "none") == []
+
+
+def test_what_the_cgroups_of_version_1_leave(tmp_path):
+    """A container sees its own group as the root of the mount, under another path than the host's."""
+    (tmp_path / "cgroup").write_text("4:cpu,memory:/docker/abc\n1:name=systemd:/docker/abc\n")
+    folder = tmp_path / "root/memory"
+    folder.mkdir(parents=True)
+    for name, text in (("limit_in_bytes", "9000"), ("usage_in_bytes", "5000"), ("stat", "total_inactive_file 2500")):
+        (folder / f"memory.{name}").write_text(f"{text}\n")
+    assert memory._container_bytes(tmp_path / "root", tmp_path / "cgroup") == [6500]
 
 
 @pytest.mark.parametrize("prefix", [0, 700])

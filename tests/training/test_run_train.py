@@ -131,14 +131,15 @@ def untimed(folder: Path) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def ctrl_c_at(step: int):
+def ctrl_c_at(step: int, signals: tuple[int, ...] = (signal.SIGINT,)):
     """Ctrl-C while that step runs: a real signal, sent where the progress is updated."""
     original = metrics.TrainingProgress.update
 
     def update(self, row):
         original(self, row)
         if row["step"] == step:
-            signal.raise_signal(signal.SIGINT)
+            for number in signals:
+                signal.raise_signal(number)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics.TrainingProgress, "update", update)
         yield
@@ -676,6 +677,45 @@ def test_a_resumed_run_that_crashes_leaves_no_older_model(place, monkeypatch):
         run_train.main(["--resume", "--output", str(folder)])
     with pytest.raises(ValueError, match=r"no model yet.*--resume"):
         Embedder.from_pretrained(folder)
+
+
+def test_a_second_sigterm_changes_nothing(place):
+    """A scheduler sends it to the launcher, which passes it on, and to each process."""
+    with ctrl_c_at(2, (signal.SIGTERM, signal.SIGTERM)):
+        assert place.train("twice") == 130
+    assert next((place.folder / "twice/state").glob("0*"))
+
+
+def test_a_second_ctrl_c_ends_at_once(place):
+    with ctrl_c_at(2, (signal.SIGINT, signal.SIGINT)):
+        assert place.train("at-once") == 130
+    assert not (place.folder / "at-once/state").exists()
+
+
+def test_an_option_of_another_version_is_named(place, whole, capsys):
+    folder = shutil.copytree(whole, place.folder / "newer")
+    run = facts(folder)
+    run["options"]["moon_phase"] = 3
+    (folder / "run.json").write_text(json.dumps(run))
+    assert run_train.main(["--resume", "--output", str(folder)]) == 2
+    assert "run.json: the option 'moon_phase' is unknown" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_a_resumed_run_keeps_no_saved_state_mapped(place):
+    """On a network file system a mapped file cannot be removed, and the states are removed one after the other."""
+    with ctrl_c_at(2):
+        assert place.train("mapped") == 130
+    folder, seen = place.folder / "mapped", []
+    original = run_train.train
+
+    def look(*arguments):
+        seen.append(str(folder) in Path("/proc/self/maps").read_text())
+        return original(*arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_train, "train", look)
+        assert run_train.main(["--resume", "--output", str(folder)]) == 0
+    assert seen == [False]
 
 
 def test_device_and_backend_may_change(place, whole):

@@ -98,3 +98,13 @@ def test_the_scripts_keep_freed_memory_on_a_cpu():
                 for name in ("none", "cuda", "cpu")}
     assert abs(resident["cuda"] - resident["none"]) < 2**15  # KiB; the blocks have 2**17
     assert resident["cpu"] - resident["none"] > 120 * 2**10
+
+
+def test_a_process_without_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    for name in (None, "cuda"):
+        with pytest.raises(ValueError, match=r"process 4 of this machine has no GPU of its own \(it has 4\)"):
+            resolve_device(name)
+    assert resolve_device("cpu").type == "cpu"

@@ -11,6 +11,7 @@ import signal
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -302,6 +303,8 @@ def test_order_of_the_data_and_loss_do_not_depend_on_the_number_of_ranks(uninter
 def test_sigterm_saves_and_ends_and_the_run_resumes_bit_for_bit(world_size, rank, folder, uninterrupted):
     """Also if only one rank receives the signal: all stop after the same step."""
     processes = start_and_signal(world_size, f"SIGTERM:update:5:{rank}", options(folder, "stopped"))
+    assert processes[-1].wait() == 130
+    assert (folder / "stopped/model").is_dir()  # torchrun ends all ranks when one of them has ended with 130
     assert exit_codes(processes) == [130] * world_size
     assert 5 <= len(metrics(folder / "stopped")) < 9
     resumed = start_ranks(world_size, ["run_train.py", *resume(folder, "stopped")])
@@ -398,3 +401,14 @@ def test_two_ranks_score_during_training_and_extend_the_run(folder, uninterrupte
     assert exit_codes(start_ranks(2, ["run_train.py", *more])) == [0, 0]
     assert [row["step"] for row in metrics(folder / "run")] == list(range(STEPS + 3))
     assert json.loads((folder / "run/run.json").read_text())["schedule_start"]["step"] == STEPS
+
+
+def test_a_store_that_is_gone_is_a_rank_failure():
+    """Rank 0, which holds it, has ended before this rank comes to a barrier."""
+    def gone(*_):
+        raise RuntimeError("Broken pipe")
+    distributed = Distributed()
+    distributed.world_size, distributed.rank, distributed.barriers = 2, 1, 0
+    distributed.store = SimpleNamespace(set=gone)
+    with pytest.raises(RankFailure, match=r"rank 0 of 2 failed, noticed by rank 1 \(Broken pipe\)"):
+        distributed.barrier()

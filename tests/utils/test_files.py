@@ -4,12 +4,15 @@ import gzip
 import os
 import resource
 import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from ref.utils import files
 from ref.utils.files import (
     MAX_TEXT_CHARS,
     atomic_write,
@@ -225,3 +228,11 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, write):
     with full_disk(), pytest.raises(ValueError, match=one_line):
         atomic_write(path, write)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_json_is_utf_8_in_any_locale(tmp_path):
+    code = ("import pathlib, runpy, sys; "
+            "runpy.run_path(sys.argv[1])['write_json'](pathlib.Path(sys.argv[2]), {'task': 'caf\\u00e9'})")
+    subprocess.run([sys.executable, "-X", "utf8=0", "-c", code, files.__file__, str(tmp_path / "run.json")], check=True,
+                   env={**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"})
+    assert read_json(tmp_path / "run.json") == {"task": "caf\u00e9"}

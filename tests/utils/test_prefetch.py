@@ -95,3 +95,18 @@ def test_copies_complete_one_batch_later():
     assert vectors[:, 0].tolist() == [1, 0, 1, 0]
     copies.finish()
     assert vectors[:, 0].tolist() == [1, 2, 1, 0]
+
+
+def test_a_thread_that_cannot_start_is_no_end(three_threads, monkeypatch):
+    """A limit of processes: the two that have started would wait for the third for ever."""
+    started = []
+
+    def start(thread: threading.Thread) -> None:
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        original(thread)
+    original = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert list(map_on_cores(lambda item: 2 * item, range(8), CPU)) == list(range(0, 16, 2))
+    assert torch.get_num_threads() == 3 and len(started) == 2
