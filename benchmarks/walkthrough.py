@@ -160,7 +160,7 @@ def _chosen_batch(data: SoftLabelDataset, rows: list[dict[str, Any]]) -> Batch:
     for epoch in range(100):
         for step in range(20):
             batch = data.batch(torch.arange(2).numpy(), epoch=epoch, step=step)
-            if shared == batch.passages[3] and shared != batch.passages[0] and len(batch.examples[0]) == 1:
+            if shared == batch.passages[3] and shared != batch.passages[0] and len(batch.in_context_examples[0]) == 1:
                 return batch
     raise AssertionError("no epoch draws these positives")
 

@@ -80,7 +80,7 @@ def _page_text(walk: "Walk") -> Iterator[str]:
 def _page_prompt(walk: "Walk") -> Iterator[str]:
     yield "## 2. Prompt"
     yield ""
-    example = walk.batch.examples[0][0]
+    example = walk.batch.in_context_examples[0][0]
     yield (f"The batch has one in-context example, drawn from another line of the task: query “{example.query}”, "
            f"response “{example.response}”. {_link(PromptEncoder.prefix)} puts it and the instruction in front of "
            "each query, up to and including `Query:`. These are the same ids for both queries: the shared prefix. "

@@ -11,7 +11,7 @@ through the cache and wait for each other after each stage; the result is the sa
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -210,7 +210,8 @@ class LabellingPipeline:
                 row_QL = self._row_by_id_order[best.id_order_QL.cpu().numpy()]
                 for rows in self.distributed.shard(blocks):
                     first = rows.start - blocks[0].start
-                    self._write_dense(rows, row_QL[first : first + len(rows)])
+                    self.cache.block("dense", self._dense_key(rows), partial(
+                        dict, row=row_QL[first : first + len(rows)]))
                 self.distributed.barrier(while_alive=True)
 
     def _merge_processes(self, best: DenseTopK, blocks: list[range]) -> None:
@@ -226,9 +227,6 @@ class LabellingPipeline:
             part = self.cache.read(self.cache.path("part", key))
             assert part is not None
             best.merge(*(torch.from_numpy(part[name]).to(self.device) for name in ("score", "id_order")))
-
-    def _write_dense(self, rows: range, found: np.ndarray) -> None:
-        self.cache.block("dense", self._dense_key(rows), lambda: {"row": found})
 
     def _dense_key(self, rows: range) -> str:
         return hash_key("dense", self.retriever.key, self.corpus.sha256, self.top_k, self._query_key(rows))

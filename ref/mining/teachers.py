@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from ref.embedder import Embedder
 from ref.model.adapter import adapter_chain
 from ref.model.checkpoint import ADAPTER_CONFIG, resolve_checkpoint
-from ref.text.prompts import PROMPT_FILE
+from ref.text.prompts import PROMPT_FILE, TEMPLATES
 from ref.utils.block_cache import model_hash
 from ref.utils.device import resolve_device, resolve_dtype
 from ref.utils.files import read_json
@@ -123,7 +123,8 @@ class SentenceTransformerRetriever:
     def encode_queries(self, texts: Sequence[str], instruction: str | None) -> np.ndarray:
         if instruction is None or not self.uses_instructions:
             return self._encode(self.model.encode_query, texts)
-        return self._encode(self.model.encode_query, texts, prompt=f"Instruct: {instruction}\nQuery: ")
+        prompt = TEMPLATES["paper"].before_text.format(instruction=instruction)
+        return self._encode(self.model.encode_query, texts, prompt=prompt)
 
     def encode_passages(self, texts: Sequence[str]) -> np.ndarray:
         return self._encode(self.model.encode_document, texts)

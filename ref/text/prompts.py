@@ -41,6 +41,11 @@ class Template:
     suffix: str = ""
     markers: tuple[str, ...] = ()  # inserted by id if they are tokens of the vocabulary
 
+    @property
+    def before_text(self) -> str:
+        """What stands in front of a query's text, with {instruction}."""
+        return self.query.removesuffix("{text}")
+
 
 TEMPLATES = {
     "paper": Template(
@@ -132,14 +137,13 @@ class PromptEncoder:
             "instruction": instruction if e.instruction is None else e.instruction,
             "query": self.tokenizer.truncate(e.query, max_tokens=limit),
             "response": self.tokenizer.truncate(e.response, max_tokens=limit)}) for e in examples]
-        before_text = self.template.query.removesuffix("{text}").removesuffix(" ")
-        blocks.append(self._fill(before_text, {"instruction": instruction}))
+        blocks.append(self._fill(self.template.before_text.removesuffix(" "), {"instruction": instruction}))
         return (*self._bos(), *self._ids(_join(blocks, self.template.separator)))
 
     @property
     def _space(self) -> str:
         """The space in front of {text} in the template, if there is one."""
-        before_text = self.template.query.removesuffix("{text}")
+        before_text = self.template.before_text
         return before_text[len(before_text.removesuffix(" ")) :]
 
     def _bos(self) -> tuple[int, ...]:

@@ -71,7 +71,7 @@ class Batch:
     candidates: CandidateIndex
     teacher_QC: Tensor  # fp32 raw scores; NaN where there is none
     in_batch_negatives: bool
-    examples: list[list[InContextExample]]  # one list for the whole batch, or one per query
+    in_context_examples: list[list[InContextExample]]  # one list for the whole batch, or one per query
 
 
 class SoftLabelDataset:
@@ -182,7 +182,7 @@ class SoftLabelDataset:
             task=task, lines=[int(n) for n in numbers], queries=[example.query for example in examples],
             passages=passages, candidates=_candidate_index(columns, examples, passages),
             teacher_QC=_pad(teacher, math.nan, torch.float32), in_batch_negatives=self.has_in_batch_negatives(task),
-            examples=self._in_context_examples(numbers, examples, passages, step))
+            in_context_examples=self._in_context_examples(numbers, examples, passages, step))
 
     def _num_negatives(self, task: Task) -> int:
         """How many hard negatives of a line are used, at most."""
@@ -207,7 +207,7 @@ class SoftLabelDataset:
         draw = random.Random(f"{self.config.seed} examples {step}")
         if self.tasks[self.task[numbers[0]]].instruction is None:
             return [[]]
-        used = {normalize_whitespace(text) for example in batch for text in (example.query, *example.positives)}
+        used = {normalize_whitespace(text) for line in batch for text in (line.query, *line.positives)}
         used |= set(map(normalize_whitespace, passages))
         others = self.task == self.task[numbers[0]]
         others[numbers] = False

@@ -127,7 +127,6 @@ def _save_for_libraries(
     """Tokenizer, embedder.json and what sentence-transformers reads beside the weights of a checkpoint or adapter."""
     prompt_encoder.tokenizer.save(folder)
     save_prompt_encoder(folder, prompt_encoder)
-    before_text = prompt_encoder.template.query.removesuffix("{text}")
     named = {} if prompt_encoder.template.suffix else prompts
     added = 1 + (prompt_encoder.tokenizer.bos_id is not None)  # EOS, and BOS where there is one
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
@@ -139,7 +138,7 @@ def _save_for_libraries(
                                   **{f"pooling_mode_{mode}": mode == "lasttoken" for mode in POOLING_MODES},
                                   "include_prompt": True},
         "config_sentence_transformers.json": {
-            "prompts": {name: "" if text is None else before_text.format(instruction=text)
+            "prompts": {name: "" if text is None else prompt_encoder.template.before_text.format(instruction=text)
                         for name, text in named.items()},
             "default_prompt_name": None, "similarity_fn_name": "cosine"},
     }

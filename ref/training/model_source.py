@@ -128,6 +128,6 @@ def _random_model(config: ModelConfig, tokenizer: Tokenizer, seed: int) -> Mistr
 def _all_texts(data: SoftLabelDataset) -> Iterator[str]:
     for number in range(len(data)):
         example = data[number]
-        # the template's own words too, so that the vocabulary contains them
+        # the words of the paper's template too, so that the vocabulary contains them
         yield from (example.task.instruction or "", example.query, *example.positives, *example.negatives,
                     "Instruct: Query: Response:")

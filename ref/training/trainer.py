@@ -100,7 +100,7 @@ class Trainer:
     def prompted_texts(self, batch: Batch, shard: Shard) -> tuple[list[PromptedTexts], float]:
         """Queries and passages as ids behind their prefixes, and the mean number of examples that fitted."""
         instruct_passages = TASK_TYPES[batch.task.type].instruct_passages
-        prefixes = [self.prompt_encoder.prefix(batch.task.instruction, examples) for examples in batch.examples]
+        prefixes = [self.prompt_encoder.prefix(batch.task.instruction, each) for each in batch.in_context_examples]
         if len(prefixes) == 1:
             queries = self._prompted(prefixes[0], batch.queries[shard.queries])
         else:  # each query has its own examples: there is no shared prefix
@@ -143,7 +143,7 @@ class Trainer:
             if parameter.grad is None:  # the shard is empty
                 parameter.grad = torch.zeros_like(parameter)
         self.distributed.all_reduce_([*(p.grad for p in parameters if p.grad is not None), metrics])
-        drawn = sum(map(len, prepared.batch.examples)) / len(prepared.batch.examples)
+        drawn = sum(map(len, prepared.batch.in_context_examples)) / len(prepared.batch.in_context_examples)
         return dict(zip(METRICS, metrics, strict=True)), {
             "examples_per_prompt": prepared.examples_per_prompt, "examples_drawn": drawn}
 

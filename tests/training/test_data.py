@@ -204,7 +204,7 @@ def test_training_without_an_instruction(tmp_path):
     for step, lines in enumerate(data.batches(0)):
         batch = data.batch(lines, epoch=0, step=step)
         if batch.task.instruction is None:
-            assert batch.examples == [[]]
+            assert batch.in_context_examples == [[]]
     with pytest.raises(ValueError, match="'prompt' is missing.*--instruction none"):
         load(tmp_path, rows)
 
@@ -361,8 +361,8 @@ def test_examples_are_of_the_task_and_never_of_the_batch(tmp_path, per):
         batch = data.batch(numbers, epoch=step // 20, step=step)
         rows = [data[n] for n in batch.lines]
         own = {*batch.passages, *batch.queries, *(text for row in rows for text in row.positives)}
-        assert len(batch.examples) == (1 if per == "batch" else len(rows))
-        for examples in batch.examples:
+        assert len(batch.in_context_examples) == (1 if per == "batch" else len(rows))
+        for examples in batch.in_context_examples:
             counts.append(len(examples))
             assert len(set(examples)) == len(examples)
             for example in examples:
@@ -371,7 +371,7 @@ def test_examples_are_of_the_task_and_never_of_the_batch(tmp_path, per):
     assert set(counts) == {0, 1, 2, 3, 4, 5}
     again = load(tmp_path, lines, batch_size=4, max_examples=5, examples_per=per)
     one, other = (source.batch(data.batches(0)[1], epoch=0, step=7) for source in (data, again))
-    assert one.examples == other.examples
+    assert one.in_context_examples == other.in_context_examples
 
 
 @pytest.mark.parametrize("inside", [2, 45])
@@ -379,16 +379,16 @@ def test_the_number_of_examples_is_uniform(tmp_path, inside):
     """P(k) = 1/6 each: 600 draws, every count within five standard deviations; also where most lines are in the batch.
     """
     data = load(tmp_path, rows_of({"A": 60}), batch_size=inside)
-    drawn = [data.batch(np.arange(inside), epoch=0, step=step).examples[0] for step in range(600)]
+    drawn = [data.batch(np.arange(inside), epoch=0, step=step).in_context_examples[0] for step in range(600)]
     counts = np.bincount(list(map(len, drawn)), minlength=6)
     assert abs(counts - 100).max() < 5 * math.sqrt(600 / 6 * 5 / 6)
 
 
 def test_no_examples_where_there_are_none(tmp_path):
     alone = load(tmp_path, rows_of({"A": 3}))
-    assert all(alone.batch(np.arange(3), epoch=0, step=s).examples == [[]] for s in range(20))
+    assert all(alone.batch(np.arange(3), epoch=0, step=s).in_context_examples == [[]] for s in range(20))
     off = load(tmp_path, rows_of({"A": 30}), max_examples=0)
-    assert all(off.batch(np.arange(3), epoch=0, step=s).examples == [[]] for s in range(20))
+    assert all(off.batch(np.arange(3), epoch=0, step=s).in_context_examples == [[]] for s in range(20))
 
 
 # ------------------------------------------------------------------------------------------------- any bytes
