@@ -41,16 +41,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--template", help="prompt template, a key of TEMPLATES in ref/text/prompts.py (default: the model's own)")
     add("--output", metavar="DIR", type=Path, help="result folder (default: RUN/mteb, or results/MODEL)")
     add("--instructions", metavar="FILE", type=Path, help='JSON {"task": "instruction"}, instead of mteb\'s')
-    add("--runs", metavar="DIR", type=Path, default=Path("runs"), help="folder of runs (default: %(default)s)")
+    add("--runs", metavar="DIR", type=Path, help="folder of runs (default: runs)")
     add("--examples", metavar="K", type=int, default=0, help="in-context examples from each task's training split "
         "(default: 0, zero-shot)")
     add("--examples-file", metavar="FILE|DIR", type=Path, help='JSON {"task": [{"query": …, "response": …}]}, or a '
         "folder of TASK.json with such a list each, instead of --examples")
-    add("--seed", type=int, default=0, help="random seed of --examples (default: 0)")
+    add("--seed", type=int, help="random seed of --examples (default: 0)")
     add("--plan", action="store_true", help="print texts, tokens and hours, and stop")
     add("--download", metavar="DIR", type=Path, help="download the tasks' data into DIR, for --data-dir, and stop")
     add("--embedding-cache", metavar="DIR", type=Path, help="store embeddings in DIR: an interrupted task continues")
-    add("--embedding-cache-gb", metavar="GB", type=float, default=50.0, help="maximum size (default: 50)")
+    add("--embedding-cache-gb", metavar="GB", type=float, help="maximum size (default: 50)")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="precision of the forward pass "
         "(default: auto, bfloat16 where the processor is faster in it)")
     add("--max-text-tokens", metavar="N", type=int, help="truncate texts to N tokens (default: the model's, else 512)")
@@ -66,8 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--examples must be >= 0 (got {args.examples})")
         if args.examples and args.examples_file is not None:
             raise ValueError("--examples and --examples-file exclude each other; give one")
-        if not 0 < args.embedding_cache_gb < math.inf:
+        if args.embedding_cache_gb is not None and not 0 < args.embedding_cache_gb < math.inf:
             raise ValueError(f"--embedding-cache-gb must be a number > 0 (got {args.embedding_cache_gb})")
+        check_used(args)
         return evaluate(args) if args.download is None else download_data(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -80,6 +81,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {str(error).splitlines()[0]:.300}", file=sys.stderr)
         return 3
+
+
+def check_used(args: argparse.Namespace) -> None:
+    """Raise ValueError for an option that the run would not use."""
+    default = build_parser().parse_args([])
+    for name, is_used, use in (
+            ("seed", args.examples, "--examples"), ("embedding_cache_gb", args.embedding_cache, "--embedding-cache"),
+            ("runs", args.model is None, "the newest run (--model names another model)"),
+            *((name, args.download is None or name in ("tasks", "download"), "scoring, not for --download")
+              for name in vars(args))):
+        if getattr(args, name) != getattr(default, name) and not is_used:
+            raise ValueError(f"--{name.replace('_', '-')} is for {use} (got {getattr(args, name)})")
 
 
 def download_data(args: argparse.Namespace) -> int:
@@ -103,9 +116,10 @@ def evaluate(args: argparse.Namespace) -> int:
     from ref.utils.files import read_json
     from ref.utils.outputs import check_cache
 
-    model, data_dir = args.model or str(newest_run(args.runs)), args.data_dir
+    runs = args.runs or Path("runs")
+    model, data_dir = args.model or str(newest_run(runs)), args.data_dir
     log = print if os.environ.get("RANK", "0") == "0" else lambda *_: None
-    log(f"model: {model}" + ("" if args.model else f", the newest complete run in {args.runs} (see --model)"))
+    log(f"model: {model}" + ("" if args.model else f", the newest complete run in {runs} (see --model)"))
     if (Path(model) / "run.json").is_file() and not read_json(Path(model) / "run.json").get("complete"):
         log("note: this run is not complete; the model is that of its last stop")
     if args.tasks is None and data_dir is None:
@@ -115,7 +129,7 @@ def evaluate(args: argparse.Namespace) -> int:
     check_cache("MTEB_CACHE", ".cache/mteb")  # mteb creates it when it is imported
     from ref.evaluation import run
 
-    options = {key: value for key, value in vars(args).items() if key not in ("runs", "download")}
+    options = {key: value for key, value in vars(args).items() if key not in ("runs", "download") and value is not None}
     return run.evaluate(run.EvalConfig(**{**options, "model": model, "data_dir": data_dir}))
 
 

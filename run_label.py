@@ -54,7 +54,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--stemmer", help="for BM25: a language, such as english (default: none)")
     add("--bm25-tokens", choices=("words", "subwords"), default="words", help="for BM25: words (default), or the "
         "retriever's own subwords, for languages without spaces between words")
-    add("--rule", choices=RULES, default="percentage", help="which candidates are negatives (default: percentage)")
+    add("--rule", choices=RULES, help="which candidates are negatives (default: percentage)")
     add("--value", type=float, help=f"of the rule (default: {', '.join(f'{k} {v}' for k, v in RULES.items())})")
     add("--num-negatives", type=int, default=7, help="hard negatives per query, at most (default: 7)")
     add("--teacher-temperature", type=float, help="for the reported entropy (default: 0.05 for cosines, 1 for logits)")
@@ -68,6 +68,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         if getattr(given, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be >= 1 (got {getattr(given, name)})")
     check_used(given)
+    given.rule = given.rule or "percentage"
     if given.instruction in ("", "none"):  # as in run_train.py
         given.instruction = None
     if given.output.suffix != ".jsonl" or given.output.is_dir():
@@ -81,6 +82,7 @@ def check_used(given: argparse.Namespace) -> None:
             ("split", given.pairs.is_dir(), "--pairs FOLDER"),
             ("stemmer", given.retrieval != "dense" and given.bm25_tokens == "words", "BM25 over words"),
             ("bm25_tokens", given.retrieval != "dense" or given.bm25_tokens == "words", "BM25"),
+            ("rule", not given.compare_rules, "labels, which --compare-rules does not write"),
             ("value", given.rule != "none" and not given.compare_rules, "one --rule other than none"),
             ("teacher_temperature", not given.compare_rules, "labels, which --compare-rules does not write")):
         if getattr(given, name) is not None and not is_used:

@@ -47,6 +47,11 @@ def _check_used(given: argparse.Namespace, config: TrainConfig, source: ModelSou
     for flag in vars(given):
         if config.train == "all" and (flag.startswith("lora_") or (flag == "merge" and given.merge)):
             raise ValueError(f"--{flag.replace('_', '-')} is for --train lora (this run has --train all)")
+        if flag == "examples_per" and not config.max_examples:
+            raise ValueError(f"--examples-per is for --max-examples above 0 (got {given.examples_per})")
+        if flag == "false_negative_margin" and config.in_batch_negatives == "none":
+            raise ValueError("--false-negative-margin is for in-batch negatives (this run has --in-batch-negatives "
+                             "none)")
         if flag == "lowercase" and source.config is None:
             raise ValueError(f"--lowercase is for random initialisation ({source.name} has a tokenizer)")
 

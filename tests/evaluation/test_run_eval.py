@@ -116,6 +116,17 @@ def test_a_folder_with_names_of_this_command_is_not_an_output(
     assert (mine / "report.md").read_text() == "mine"
 
 
+@pytest.mark.parametrize(("options", "words"), [
+    (["--seed", "1"], "--seed is for --examples (got 1)"),
+    (["--embedding-cache-gb", "2"], "--embedding-cache-gb is for --embedding-cache (got 2.0)"),
+    (["--model", "m", "--runs", "r"], "--runs is for the newest run (--model names another model) (got r)"),
+    (["--download", "d", "--plan"], "--plan is for scoring, not for --download (got True)"),
+    (["--download", "d", "--tasks", "STS", "--dtype", "float32"], "--dtype is for scoring, not for --download")])
+def test_options_without_effect(options: list[str], words: str, capsys: Any) -> None:
+    assert run_eval.main(options) == 2
+    assert words in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("size", ["0", "-1", "nan", "inf"])
 def test_a_cache_needs_a_size(size: str, capsys: Any) -> None:
     assert run_eval.main(["--embedding-cache", "cache", "--embedding-cache-gb", size]) == 2

@@ -358,6 +358,7 @@ def test_a_full_disk_at_the_end_leaves_labels_that_may_be_replaced(label, monkey
     (["--stemmer", "english", "--bm25-tokens", "subwords"], "--stemmer is for BM25 over words (got english)"),
     (["--stemmer", "english", "--retrieval", "dense"], "--stemmer is for BM25 over words (got english)"),
     (["--bm25-tokens", "subwords", "--retrieval", "dense"], "--bm25-tokens is for BM25 (got subwords)"),
+    (["--compare-rules", "--rule", "percentage"], "--rule is for labels, which --compare-rules does not"),
     (["--compare-rules", "--value", "0.5"], "--value is for one --rule other than none (got 0.5)"),
     (["--compare-rules", "--teacher-temperature", "1"], "--teacher-temperature is for labels, which --compare-rules"),
     (["--rule", "none", "--value", "0.5"], "--value is for one --rule other than none (got 0.5)"),

@@ -785,6 +785,8 @@ def test_why_prompts_have_no_examples(place, options, words, capsys):
     (["--model", "whole/model", "--output", "whole/model/bad"], r"--output .*must not be an input or lie in one"),
     (["--lora-rank", "8"], r"--lora-rank is for --train lora"),
     (["--merge"], r"--merge is for --train lora"),
+    (["--max-examples", "0", "--examples-per", "query"], r"--examples-per is for --max-examples above 0 \(got query\)"),
+    (["--in-batch-negatives", "none", "--false-negative-margin", "0.2"], r"--false-negative-margin is for in-"),
     (["--model", "whole/model", "--no-lowercase"], r"--lowercase is for random initialisation"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_bad_input_is_one_clear_error(place, whole, capsys, monkeypatch, options, message):
