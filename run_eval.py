@@ -15,7 +15,7 @@ instruction: {"class": "ArguAna", "instruction": "Given a question, retrieve ans
 Results are written in mteb's format and read again by the next run, so an interrupted evaluation continues; with
 --embedding-cache also inside a task. If a task fails, the others are scored. At the end a table is printed, and
 report.html and report.md are written to the result folder. Exit code: 0, 1 if a task failed, 2 for invalid input, 3 if
-the model does not fit into GPU memory, 130 after Ctrl-C.
+the model does not fit into GPU memory, 130 after Ctrl-C, or SIGTERM to a single process.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.examples and args.examples_file is not None:
             raise ValueError("--examples and --examples-file exclude each other; give one")
         if args.embedding_cache_gb is not None and not 0 < args.embedding_cache_gb < math.inf:
-            raise ValueError(f"--embedding-cache-gb must be a number > 0 (got {args.embedding_cache_gb})")
+            raise ValueError(f"--embedding-cache-gb must be a finite number > 0 (got {args.embedding_cache_gb})")
         check_used(args)
         return evaluate(args) if args.download is None else download_data(args)
     except (ValueError, OSError) as error:
@@ -88,7 +88,7 @@ def check_used(args: argparse.Namespace) -> None:
     default = build_parser().parse_args([])
     for name, is_used, use in (
             ("seed", args.examples, "--examples"), ("embedding_cache_gb", args.embedding_cache, "--embedding-cache"),
-            ("runs", args.model is None, "the newest run (--model names another model)"),
+            ("runs", args.model is None, "the newest run, without --model"),
             *((name, args.download is None or name in ("tasks", "download"), "scoring, not for --download")
               for name in vars(args))):
         if getattr(args, name) != getattr(default, name) and not is_used:
@@ -134,5 +134,6 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing half-written stays
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # ranks wait for each other where no handler interrupts
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing half-written stays
     sys.exit(main())

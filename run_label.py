@@ -158,12 +158,15 @@ def label(pipeline: LabellingPipeline, config: LabelConfig, output: Path) -> Non
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns 0; with a message 2 for bad input, 3 if GPU memory ran out, 4 if a rank failed, 130 after Ctrl-C."""
+    """Returns 0; with a message 2 for bad input, 3 if GPU memory ran out, 4 if a rank failed, 130 after Ctrl-C or
+    SIGTERM.
+    """
     distributed = None
     try:
         given = parse_args(arguments)
         config = label_config(given)
-        distributed = Distributed(timeout=RANK_TIMEOUT)
+        distributed = Distributed()
+        distributed.timeout = RANK_TIMEOUT
         writes = distributed.rank == 0 and not given.compare_rules
         with claim_labels(given) if writes else nullcontext():
             pipeline = build_pipeline(given, distributed)

@@ -28,7 +28,7 @@ from ref.training.arguments import parse_args, train_config
 from ref.training.data import SoftLabelDataset
 from ref.training.export import earlier_results, save_merged, save_result
 from ref.training.memory import auto_mini_batch_tokens
-from ref.training.metrics import held_out_scores, plot_loss
+from ref.training.metrics import GracefulStop, held_out_scores, plot_loss
 from ref.training.model_source import ModelSource, build_model, declared_template, resolve_model
 from ref.training.run_dir import (
     BEGINNING,
@@ -167,10 +167,12 @@ def run(trainer: Trainer, folder: Path, source: ModelSource) -> int:
         for result in results:
             remove_path(result)
     trainer.distributed.barrier(while_alive=True)
-    complete = train(trainer, folder, position, start, lambda step: evaluate(trainer, sets, f"after {step} steps"))
-    if is_first:
-        finish(trainer, folder, source, sets, metadata, complete=complete)
-    trainer.distributed.barrier(while_alive=True)  # a launcher ends all ranks when the first returns 130
+    with GracefulStop() as stop:
+        complete = train(trainer, folder, position, start, stop,
+                         lambda step: evaluate(trainer, sets, f"after {step} steps"))
+        if is_first:
+            finish(trainer, folder, source, sets, metadata, complete=complete)
+        trainer.distributed.barrier(while_alive=True)  # a launcher ends all ranks when the first returns 130
     return 0 if complete else 130
 
 
@@ -237,5 +239,6 @@ def evaluate(trainer: Trainer, sets: list[Path], when: str) -> float:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, before the first step and after the last
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # ranks wait for each other where no handler interrupts
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, before the first step
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""The paper's claims, with the expected sign of each, and the arms that test them; written before the first run.
+"""The paper's claims, with the expected sign of each, and the arms that test them; written before they first ran.
 
 A claim compares two arms (claims.py); an arm is one change of the default training (experiment.py).
 """

@@ -12,7 +12,8 @@ Shape suffixes: tensors carry one letter per axis, and a letter has one meaning 
     D  hidden size                      H  query heads                G  key/value heads
     K  head dimension                   J  rotary pairs of a head: K / 2
     F  intermediate size of SwiGLU      V  vocabulary                 R  LoRA rank
-    Q  queries    P  passages: of a batch, in search of the corpus    X  known positives of a query, and its own text
+    Q  queries of a batch or search     P  passages of a batch or corpus
+    X  known positives of a query, and its own text
     C  candidates of a query: its positive, then its hard negatives
     L  passages in the top-k list of a query
     M  models of the leaderboard        E  evaluation tasks

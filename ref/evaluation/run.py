@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,7 +153,8 @@ def _evaluate(
         encoder = make_encoder(config, sharded, precision=embedder.precision, overrides=instructions, few_shot=few_shot)
         return score_selection(config, selection, encoder, embedder, output, world_size=distributed.world_size)
     finally:
-        sharded.shutdown()
+        with suppress(RuntimeError):  # another rank has ended before, after Ctrl-C
+            sharded.shutdown()
         distributed.close()
 
 

@@ -70,12 +70,14 @@ def adapter_base(folder: Path) -> Path | None:
         return None
     named = read_json(path).get("base_model_name_or_path")
     name = check_type(named, str, f"{path}: 'base_model_name_or_path'", "a folder or hub id")
-    beside = (folder / "../base").resolve()  # of a run that was moved or copied
+    beside = (folder / "../base").resolve()
     relative = (folder / name).resolve()
+    is_run = (folder / "../run.json").is_file()  # its copy may name the base of another run in the old place
     if name.startswith("../") and relative.is_dir():
         base = relative
-    elif Path(name).is_absolute() and Path(name).name == "base" and beside.is_dir():
-        base = beside  # first: another run may be in the place that this one was copied from
+    elif Path(name).is_absolute() and Path(name).name == "base" and beside.is_dir() and (
+            is_run or not Path(name).is_dir()):
+        base = beside
     elif Path(name).is_absolute() and not Path(name).is_dir():
         raise ValueError(f"{path}: 'base_model_name_or_path' must be a folder of this machine or a hub id (got "
                          f"{name!r:.200}); write there where the base is now, or give --base to run_eval.py")

@@ -85,7 +85,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     sizes = [_machine_bytes(), *_container_bytes()]
-    # only torchrun says how many processes this machine has; all of them at most
+    # without torchrun's LOCAL_WORLD_SIZE as if all processes ran here
     return min(sizes) // int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -105,7 +105,7 @@ def _container_bytes(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/
         return []
     sizes = []
     for _, controllers, path in lines:
-        version_1 = controllers.split(",").count("memory")
+        version_1 = "memory" in controllers.split(",")
         if controllers and not version_1:
             continue
         group = root / ("memory" if version_1 else "") / path.lstrip("/")

@@ -166,7 +166,7 @@ class TrainingProgress:
 
 
 class GracefulStop:
-    """The first Ctrl-C or SIGTERM stops after the current step, a second Ctrl-C at once.
+    """The first Ctrl-C or SIGTERM stops after the current step and writes the result, a second Ctrl-C ends at once.
 
     A second SIGTERM does nothing: a scheduler may send it to the launcher and to each process.
     """

@@ -120,7 +120,7 @@ class Trainer:
     def step(self, prepared: PreparedBatch, *, stop: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         """Accumulate the gradient of the whole batch's loss in the parameters; returns metrics on device and host.
 
-        `stop`: whether this rank received Ctrl-C; the metric `stop` is the number of such ranks.
+        `stop`: whether this rank received Ctrl-C or SIGTERM; the metric `stop` is the number of such ranks.
         """
         assert self.config.mini_batch_tokens != "auto", "resolve it first (memory.py)"
         cache = GradientCache(self.model, prepared.groups, mini_batch_tokens=self.config.mini_batch_tokens,
@@ -215,9 +215,10 @@ def num_steps(config: TrainConfig, data: SoftLabelDataset) -> int:
 
 
 def train(
-    trainer: Trainer, folder: Path, position: Position, start: Position, evaluate: Evaluate | None = None,
+    trainer: Trainer, folder: Path, position: Position, start: Position, stop: GracefulStop,
+    evaluate: Evaluate | None = None,
 ) -> bool:
-    """Train until the end of the schedule, or until Ctrl-C, which returns False; saves states in the run folder.
+    """Train until the end of the schedule, or until `stop`, which returns False; saves states in the run folder.
 
     `position`: where to go on. `start`: where the schedule begins, later than the run's beginning if that is extended.
     `evaluate` returns a held-out score; called on rank 0 every --eval-steps and at the end.
@@ -232,27 +233,26 @@ def train(
     log = MetricsLogger(folder if is_first else None, progress, stopwatch)
     trainer.model.train()
 
-    with GracefulStop() as stop:
-        for prepared in prefetch(lambda item: trainer.prepare(item[2], epoch=item[1], step=item[0]),
-                                 batch_schedule(trainer.data, first_step)):
-            position = Position(step=(step := prepared.step), elapsed_s=stopwatch.elapsed_s)
-            done = share_done(config, total, position, start)
-            # all ranks stop at the same step: the first whose all-reduced metric `stop` is above 0
-            ended = done >= 1 or (stop.requested if distributed.world_size == 1 else log.stop_requested)
-            is_due = step > 0 and config.eval_steps and (done >= 1 or (step % config.eval_steps == 0 and not ended))
-            # with --keep-best before every scoring too: a resumed run never goes back behind the best state
-            if ended or (step > first_step and (step % config.save_steps == 0 or (is_due and config.keep_best))):
-                log.flush()  # a loss that is not finite is noticed here and not saved
-                if is_first:
-                    save_state(folder, trainer.model, trainer.optimiser, position, limit=config.save_total_limit)
-                distributed.barrier(while_alive=True)  # writing a large state takes long
-            if evaluate and is_due and step not in scored:
-                score_held_out(trainer, folder, step, log, evaluate)
-            if ended:
-                log.close()
-                return done >= 1
-            half_step = 0 if config.minutes else 1 / (total - start["step"]) / 2  # so that no step has rate 0
-            train_step(trainer, prepared, log, done + half_step, stop=stop.requested)
+    for prepared in prefetch(lambda item: trainer.prepare(item[2], epoch=item[1], step=item[0]),
+                             batch_schedule(trainer.data, first_step)):
+        position = Position(step=(step := prepared.step), elapsed_s=stopwatch.elapsed_s)
+        done = share_done(config, total, position, start)
+        # all ranks stop at the same step: the first whose all-reduced metric `stop` is above 0
+        ended = done >= 1 or (stop.requested if distributed.world_size == 1 else log.stop_requested)
+        is_due = step > 0 and config.eval_steps and (done >= 1 or (step % config.eval_steps == 0 and not ended))
+        # with --keep-best before every scoring too: a resumed run never goes back behind the best state
+        if ended or (step > first_step and (step % config.save_steps == 0 or (is_due and config.keep_best))):
+            log.flush()  # a loss that is not finite is noticed here and not saved
+            if is_first:
+                save_state(folder, trainer.model, trainer.optimiser, position, limit=config.save_total_limit)
+            distributed.barrier(while_alive=True)  # writing a large state takes long
+        if evaluate and is_due and step not in scored:
+            score_held_out(trainer, folder, step, log, evaluate)
+        if ended:
+            log.close()
+            return done >= 1
+        half_step = 0 if config.minutes else 1 / (total - start["step"]) / 2  # so that no step has rate 0
+        train_step(trainer, prepared, log, done + half_step, stop=stop.requested)
     raise AssertionError("the schedule is endless")
 
 

@@ -35,7 +35,7 @@ def read_qrels(path: Path) -> Iterator[Judgement]:
             continue
         try:
             query, *_, passage, score = (*cells[:-1], float(cells[-1]))
-        except (ValueError, IndexError):
+        except ValueError:
             raise ValueError(f"{path}:{number}: must be query-id, corpus-id and score, separated by tabs "
                              f"(got {line!r:.80})") from None
         if not math.isfinite(score):

@@ -66,7 +66,7 @@ def resolve_device(name: str | None = None) -> torch.device:
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if name == "cuda" and local_rank >= torch.cuda.device_count() > 0:
-        raise ValueError(f"--device cuda: process {local_rank} of this machine has no GPU of its own (it has "
+        raise ValueError(f"--device cuda: LOCAL_RANK must be below the number of visible GPUs (got {local_rank} of "
                          f"{torch.cuda.device_count()}); start as many processes as there are GPUs")
     if name == "cuda" and torch.cuda.is_available():
         name = f"cuda:{torch.cuda.current_device()}"  # each rank has its own

@@ -41,7 +41,7 @@ class Distributed:
             ("WORLD_SIZE", "1"), ("RANK", "0")))
         self.timeout = timeout
         cuda = torch.cuda.is_available()
-        if int(os.environ.get("LOCAL_RANK", torch.cuda.device_count())) < torch.cuda.device_count():
+        if cuda and int(os.environ.get("LOCAL_RANK", torch.cuda.device_count())) < torch.cuda.device_count():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # without a GPU of its own: resolve_device says so
         if self.world_size > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)

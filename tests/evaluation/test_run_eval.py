@@ -119,7 +119,7 @@ def test_a_folder_with_names_of_this_command_is_not_an_output(
 @pytest.mark.parametrize(("options", "words"), [
     (["--seed", "1"], "--seed is for --examples (got 1)"),
     (["--embedding-cache-gb", "2"], "--embedding-cache-gb is for --embedding-cache (got 2.0)"),
-    (["--model", "m", "--runs", "r"], "--runs is for the newest run (--model names another model) (got r)"),
+    (["--model", "m", "--runs", "r"], "--runs is for the newest run, without --model (got r)"),
     (["--download", "d", "--plan"], "--plan is for scoring, not for --download (got True)"),
     (["--download", "d", "--tasks", "STS", "--dtype", "float32"], "--dtype is for scoring, not for --download")])
 def test_options_without_effect(options: list[str], words: str, capsys: Any) -> None:
@@ -130,7 +130,7 @@ def test_options_without_effect(options: list[str], words: str, capsys: Any) -> 
 @pytest.mark.parametrize("size", ["0", "-1", "nan", "inf"])
 def test_a_cache_needs_a_size(size: str, capsys: Any) -> None:
     assert run_eval.main(["--embedding-cache", "cache", "--embedding-cache-gb", size]) == 2
-    assert "--embedding-cache-gb must be a number > 0" in capsys.readouterr().err
+    assert "--embedding-cache-gb must be a finite number > 0" in capsys.readouterr().err
 
 
 def test_a_home_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

@@ -680,10 +680,16 @@ def test_a_resumed_run_that_crashes_leaves_no_older_model(place, monkeypatch):
 
 
 def test_a_second_sigterm_changes_nothing(place):
-    """A scheduler sends it to the launcher, which passes it on, and to each process."""
-    with ctrl_c_at(2, (signal.SIGTERM, signal.SIGTERM)):
+    """A scheduler sends it to the launcher and to each process; also while the result is written."""
+    save = run_train.save_result
+
+    def save_result(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        save(*arguments)
+    with ctrl_c_at(2, (signal.SIGTERM, signal.SIGTERM)), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_train, "save_result", save_result)
         assert place.train("twice") == 130
-    assert next((place.folder / "twice/state").glob("0*"))
+    assert (place.folder / "twice/model").is_dir() or (place.folder / "twice/adapter").is_dir()
 
 
 def test_a_second_ctrl_c_ends_at_once(place):
