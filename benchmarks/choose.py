@@ -14,6 +14,7 @@ The means over the files are printed and, with everything else, appended to --ou
 import argparse
 import hashlib
 import json
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,8 +74,9 @@ def main() -> None:
     parser.add_argument("--part", type=int, default=12, help="one pair in so many is held out (default: 12)")
     parser.add_argument("--output", type=Path, help="JSONL file to append the row to")
     parser.add_argument("--name", default="", help="name of the row")
-    given, options = parser.parse_known_args()
-    options = options[options[:1] == ["--"]:]
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    given, options = parser.parse_args(words[:end]), words[end + 1:]
     with tempfile.TemporaryDirectory() as scratch:
         held_out = split(given.files, given.part, Path(scratch))
         data = [str(Path(scratch) / path.name) for path in given.files]

@@ -188,7 +188,7 @@ def run_and_store(setting: Setting, arm: str, seed: int) -> None:
     rows = run_arms(setting, [ARMS[name] for name in names], seed)
     for name, path, row in zip(names, paths, rows, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"arm": name, **row}) + "\n")
+        path.write_text(json.dumps({"arm": name, **row, "versions": environment_info()["versions"]}) + "\n")
 
 
 if __name__ == "__main__":

@@ -311,10 +311,9 @@ Instruction: "{instruction}" Score 2: the same {task}; score 1: another {task} o
 """
 
 
-def write_jsonl(path: Path, rows: list[dict]) -> None:
-    """Write one JSON object per line."""
-    lines = (json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
-    path.write_bytes("".join(lines).encode())
+def jsonl(rows: list[dict]) -> bytes:
+    """One JSON object per line."""
+    return "".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows).encode()
 
 
 def write_held_out(folder: Path, task: str) -> None:
@@ -322,26 +321,30 @@ def write_held_out(folder: Path, task: str) -> None:
     tables = held_out_set(task)
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in tables.items():
-        write_jsonl(folder / f"{name}.jsonl", rows)
+        (folder / f"{name}.jsonl").write_bytes(jsonl(rows))
     card = CARD.format(name=TASKS[task], queries=len(tables["queries"]), notes=len(tables["corpus"]),
                        instruction=INSTRUCTIONS[task], task=task)
     (folder / "README.md").write_bytes(card.encode())
-    write_jsonl(folder / "task.json", [{"class": "ArguAna", "instruction": INSTRUCTIONS[task]}])
+    (folder / "task.json").write_bytes(jsonl([{"class": "ArguAna", "instruction": INSTRUCTIONS[task]}]))
 
 
 def main() -> None:
     """Write the training and held-out files, or with --raw the files for run_label.py."""
     parser = argparse.ArgumentParser(description="Write the sample data, the Lantern Isles.")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="(default: the folder of this file)")
-    parser.add_argument("--raw", type=Path, metavar="DIR", help="write only the files for run_label.py, there")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--output", type=Path, default=Path(__file__).parent, help="(default: the folder of this file)")
+    where.add_argument("--raw", type=Path, metavar="DIR", help="write only the files for run_label.py, there")
     given = parser.parse_args()
     folder = given.raw or given.output
     folder.mkdir(parents=True, exist_ok=True)
     if given.raw:
         for name, rows in zip(("pairs", "corpus", "truth"), raw_pairs(), strict=True):
-            write_jsonl(folder / f"{name}.jsonl", rows)
+            path = folder / f"{name}.jsonl"
+            if path.exists() and path.read_bytes() != jsonl(rows):
+                parser.error(f"--raw {folder}: {path} exists and holds something else; give another folder")
+            path.write_bytes(jsonl(rows))
         return
-    write_jsonl(folder / "soft_labels.jsonl", soft_label_lines())
+    (folder / "soft_labels.jsonl").write_bytes(jsonl(soft_label_lines()))
     for task, name in TASKS.items():
         write_held_out(folder / "held_out" / name, task)
 

@@ -59,6 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyError as error:
+        print(f"error: {path}: the field {error} is missing; only SmolLM2's GGUF files are read", file=sys.stderr)
+        return 2
     print(f"{given.folder}: SmolLM2-135M-Instruct; train on it: python run_train.py --model {given.folder}")
     return 0
 
@@ -132,7 +135,10 @@ def unpermuted(name: str, weight: np.ndarray, fields: dict[str, Any]) -> np.ndar
 
 
 def model_config(fields: dict[str, Any], *, tied: bool) -> dict[str, Any]:
-    """config.json as transformers' LlamaForCausalLM reads it."""
+    """config.json as transformers' LlamaForCausalLM reads it. Raises ValueError for a scaled RoPE."""
+    scaling = fields.get("llama.rope.scaling.type", "none")
+    if scaling != "none":
+        raise ValueError(f"llama.rope.scaling.type {scaling!r} is not supported (only 'none')")
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "vocab_size": len(fields["tokenizer.ggml.tokens"]), "hidden_size": fields["llama.embedding_length"],

@@ -234,8 +234,8 @@ class TrainConfig:
     mini_batch_tokens: int | Literal["auto"] = _option(
         "auto", "tokens per forward and backward pass; auto: as many as there is memory for", least=1)
     gradient_checkpointing: bool = _option(
-        False, "keep only the inputs of blocks and recompute them in backward: a third to a half more computation, for GPUs "
-        "with little memory; lower --mini-batch-tokens first")
+        False, "keep only the inputs of blocks and recompute them in backward: a third to a half more computation, "
+        "for GPUs with little memory; lower --mini-batch-tokens first")
 
     temperature: float = _option(0.02, "temperature of the scores", group="loss", above=0)
     teacher_temperature: float = _option(

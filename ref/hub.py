@@ -17,7 +17,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HTTPError
 
 from ref.model.card import PLACEHOLDER
-from ref.model.checkpoint import ADAPTER_CONFIG, HUB_ID
+from ref.model.checkpoint import ADAPTER_CONFIG, HUB_ID, INDEX
 from ref.utils.files import check_type, read_json
 
 
@@ -79,11 +79,19 @@ def result_folder(run: Path, which: str | None) -> Path:
 
 
 def upload(files: Sequence[CommitOperationAdd], repository: str, result: str, *, private: bool) -> str:
-    """Create the repository if it is missing, and commit the files; returns the commit's address."""
+    """Create the repository if it is missing, and commit the files; returns the commit's address.
+
+    Raises ValueError if it is public against `private`, or holds weights or an adapter that these files do not replace.
+    """
     api = HfApi()
-    api.create_repo(repository, private=private, exist_ok=True)
-    if private and not api.model_info(repository).private:
+    api.create_repo(repository, private=private or None, exist_ok=True)  # None: an organisation's own default
+    there = api.model_info(repository)
+    if private and not there.private:
         raise ValueError(f"--private: {repository} exists and is public")
+    left = {file.rfilename for file in there.siblings or ()} - {file.path_in_repo for file in files}
+    if stale := sorted(name for name in left if name.endswith(".safetensors") or name in (INDEX, ADAPTER_CONFIG)):
+        raise ValueError(f"{repository}: holds {stale[0]} of another result, which would be loaded with this one; "
+                         "delete it there, or give another name")
     return str(api.create_commit(repository, files, commit_message=f"Upload {result}/ of a run").commit_url)
 
 

@@ -72,7 +72,8 @@ class Hub(BaseHTTPRequestHandler):
         if self.refuse:
             self.answer({"error": "no rights"}, 403)
         else:
-            self.answer({"id": "owner/name", "siblings": [], "sha": "0", "private": not self.public})
+            self.answer({"id": "owner/name", "siblings": [{"rfilename": name} for name in self.files], "sha": "0",
+                         "private": not self.public})
 
     @property
     def address(self) -> str:
@@ -126,6 +127,18 @@ def test_a_run_arrives_as_it_is_with_its_own_name_in_the_card(tiny_run, hub):
     assert before == len([name for name in local if name.endswith(".safetensors")]) == 1
     assert upload(hub, str(tiny_run), "owner/name").returncode == 0
     assert len(hub.sent) == before  # what the hub has is not sent again
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "model.safetensors.index.json", "old.safetensors"])
+def test_what_would_be_loaded_with_the_result_is_named(tiny_run, hub, name):
+    """Left by an earlier upload of another form; the repository's own files do not matter."""
+    hub.files |= {name: b"{}", "LICENSE": b"mine"}
+    done = upload(hub, str(tiny_run), "owner/name")
+    assert done.returncode == 2 and f"owner/name: holds {name} of another result" in done.stderr
+    assert set(hub.files) == {name, "LICENSE"}
+    del hub.files[name]
+    assert upload(hub, str(tiny_run), "owner/name").returncode == 0 and hub.files["LICENSE"] == b"mine"
+    assert "private" not in hub.repositories[0] and "visibility" not in hub.repositories[0]  # the owner's own default
 
 
 def test_a_dry_run_sends_nothing(tiny_run, hub):

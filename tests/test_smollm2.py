@@ -96,7 +96,8 @@ def test_an_existing_folder_is_not_touched(smollm2, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("architecture", "quantised", "message"), [
-    ("qwen2", False, "architecture 'qwen2' is not supported"), ("llama", True, "unsupported quantisation")])
+    ("qwen2", False, "architecture 'qwen2' is not supported"), ("llama", True, "unsupported quantisation"),
+    ("llama", False, "other.gguf: the field 'tokenizer.ggml.tokens' is missing")])
 def test_other_gguf_files_are_rejected(smollm2, tmp_path, capsys, architecture, quantised, message):
     writer = gguf.GGUFWriter(tmp_path / "other.gguf", architecture)
     kind = gguf.GGMLQuantizationType.Q8_1 if quantised else None

@@ -102,16 +102,17 @@ class Means:
     by_category: dict[str, float | None]
     mean_task: float | None
     mean_task_type: float | None
-    missing: list[str]  # tasks of the benchmark without a score
+    missing: list[str]  # tasks of the benchmark without a score on its own data
 
 
-def means(scores: Sequence[TaskScore], required: Mapping[str, str]) -> Means:
+def means(scores: Sequence[TaskScore], required: Mapping[str, str], unofficial: Sequence[str] = ()) -> Means:
     """Mean over the tasks in `required` (name -> category), and mean over their categories of the categories' means.
 
+    `unofficial`: tasks scored on other data than the benchmark's, which are no part of these means.
     Source: mteb/benchmarks/_create_table.py, Mean (Task) and Mean (TaskType).
     """
     by_task = {score.task: score.score for score in scores}
-    missing = [name for name in required if name not in by_task]
+    missing = [name for name in required if name not in by_task or name in unofficial]
     by_category: dict[str, float | None] = {}
     for category in dict.fromkeys(required.values()):
         members = [name for name, of_category in required.items() if of_category == category]
@@ -127,9 +128,13 @@ def means(scores: Sequence[TaskScore], required: Mapping[str, str]) -> Means:
     )
 
 
-def table(scores: Sequence[TaskScore], required: Mapping[str, str], missing: Sequence[str] = ()) -> str:
-    """Scores x 100 by category with the means, as text. `missing`: tasks that were selected but have no data."""
-    result = means(scores, required)
+def table(
+    scores: Sequence[TaskScore], required: Mapping[str, str], missing: Sequence[str] = (),
+    unofficial: Sequence[str] = (),
+) -> str:
+    """Scores x 100 by category with the means (`means`), as text. `missing`: tasks that were selected but have no data.
+    """
+    result = means(scores, required, unofficial)
     width = max([20, *(len(score.task) for score in scores)])
     lines: list[str] = []
     for category in [*CATEGORIES, *sorted({score.category for score in scores} - set(CATEGORIES))]:
@@ -154,7 +159,7 @@ def _category_mean(category: str, members: Sequence[TaskScore], required: Mappin
     total = list(required.values()).count(category)
     if mean is not None:
         return f"{100 * mean:8.2f}  mean, complete ({total} of {total} tasks)"
-    scored = sum(score.task in required for score in members)
+    scored = sum(score.task in required and score.task not in result.missing for score in members)
     partial = _percent(_mean(score.score for score in members))
     return f"mean of scored tasks ({len(members)}): {partial}; category mean not available ({scored} of {total} tasks)"
 

@@ -237,8 +237,8 @@ def score_selection(
 
     scores, failed = score_tasks(encoder, tasks, output, plans)
     required = {name: str(task.metadata.type) for name, task in benchmark_tasks().items()}
-    print("\n" + results.table(scores, required, missing))
     unofficial = [task for task in tasks if not is_official(task)]
+    print("\n" + results.table(scores, required, missing, unofficial=[task.metadata.name for task in unofficial]))
     if unofficial:
         print(f"unofficial data: not compared with published scores ({len(unofficial)} of {len(tasks)} tasks, from "
               f"{config.data_dir})")
@@ -303,14 +303,15 @@ def score_tasks(
     for number, task in enumerate(tasks, start=1):
         name = task.metadata.name
         print(f"[{number}/{len(tasks)}] {name} ({task.metadata.type})", flush=True)
+        tokens = plans[name].tokens if name in plans else 0
         try:
             score = score_task(encoder, task, output)
         except Exception as error:  # any error: the other tasks do not depend on it
             failed[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.300}"
             print(f"  failed: {failed[name]}")
+            progress.remaining_tokens -= tokens
             continue
         scores.append(score)
-        tokens = plans[name].tokens if name in plans else 0
         print(f"  {100 * score.score:.2f} ({progress.update(tokens, score.elapsed_s)})")
     return scores, failed
 

@@ -26,6 +26,7 @@ import datasets
 import huggingface_hub
 import mteb
 from mteb.abstasks.abstask import AbsTask
+from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.get_tasks import TASK_LIST
 
 from ref.evaluation.report.leaderboard import BENCHMARK
@@ -255,7 +256,9 @@ def _base_task(folder: Path, official: Mapping[str, AbsTask]) -> AbsTask:
 
 
 def _other_tasks(selection: str, official: Mapping[str, AbsTask]) -> dict[str, AbsTask]:
-    """The named tasks of mteb that are not in the benchmark. Raises ValueError for one without English texts."""
+    """The named tasks of mteb that are not in the benchmark. Raises ValueError for one without English texts, and for
+    one that is the mean of other tasks: mteb scores these, with their own instructions.
+    """
     known = {task_class.metadata.name: task_class.metadata for task_class in TASK_LIST}
     found: dict[str, AbsTask] = {}
     for name in (part.strip() for part in selection.split(",")):
@@ -264,7 +267,10 @@ def _other_tasks(selection: str, official: Mapping[str, AbsTask]) -> dict[str, A
             if "text" not in metadata.modalities or not any(code.startswith("eng") for code in metadata.languages):
                 raise ValueError(f"--tasks: {name} has no English texts (only {', '.join(metadata.modalities)} in "
                                  f"{', '.join(sorted(metadata.languages)[:5])})")
-            found[name] = mteb.get_task(name, languages=["eng"])
+            task = found[name] = mteb.get_task(name, languages=["eng"])
+            if isinstance(task, AbsTaskAggregate):
+                parts = ",".join(part.metadata.name for part in task.metadata.tasks)
+                raise ValueError(f"--tasks: {name} is the mean of other tasks; give these: {parts}")
     return found
 
 

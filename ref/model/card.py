@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ref.model.adapter import adapter_base
 from ref.model.checkpoint import ADAPTER_CONFIG
 from ref.utils.files import atomic_write, read_json, write_json
 
@@ -48,10 +49,14 @@ def run_folder(folder: Path) -> Path | None:
 
 
 def add_scores(run: Path, scores: Mapping[str, Score]) -> list[Path]:
-    """Add scores by task to those of earlier evaluations of a run, and write its cards; returns the edited ones."""
+    """Add scores by task to those of earlier evaluations of a run, and write its cards; returns the edited ones.
+
+    A score on other data does not replace one on the benchmark's own.
+    """
     path = run / SCORES_FILE
     stored = read_json(path) if path.exists() else {}
-    write_json(path, {**stored, **{task: score._asdict() for task, score in scores.items()}})
+    write_json(path, {**stored, **{task: score._asdict() for task, score in scores.items()
+                                   if score.is_official or not stored.get(task, {}).get("is_official")}})
     return write_model_cards(run)
 
 
@@ -150,9 +155,12 @@ print(torch.cosine_similarity(vectors[:1], vectors[1:]))
 
 
 def _is_on_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter whose base is a local adapter."""
-    path = folder / ADAPTER_CONFIG
-    return path.exists() and (Path(read_json(path)["base_model_name_or_path"]) / ADAPTER_CONFIG).exists()
+    """Whether a folder holds an adapter whose base, where it can be found, is an adapter again."""
+    try:
+        base = adapter_base(folder)
+    except ValueError:
+        return False
+    return base is not None and (base / ADAPTER_CONFIG).exists()
 
 
 def _prompts(folder: Path) -> dict[str, str]:
@@ -162,7 +170,9 @@ def _prompts(folder: Path) -> dict[str, str]:
 
 
 def _prompt_table(folder: Path) -> str:
-    rows = [f"| `{name}` | {json.dumps(text, ensure_ascii=False)} |" for name, text in _prompts(folder).items()]
+    cells = {name: json.dumps(text, ensure_ascii=False).replace("|", r"\|").replace("<", "&lt;")
+             for name, text in _prompts(folder).items()}
+    rows = [f"| `{name}` | {text} |" for name, text in cells.items()]
     if not rows:
         return "None: training had no instruction, or its template puts markers behind a text too."
     return "\n".join([

@@ -37,7 +37,7 @@ SMALL_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "specia
 def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
     """The folder of a checkpoint or adapter: a folder, the model in a run folder, or a hub id (downloaded).
 
-    Of a hub repository only the index, the small files and, with `weights`, the files it names are fetched. Raises
+    Of a hub repository only the small files and, with `weights`, the files that `shards` names are fetched. Raises
     ValueError if `name` is none of these, if a run has no model yet, or with the reason why the hub refuses.
     """
     if name and os.path.isdir(name):  # False for a name that is too long for a path
@@ -65,7 +65,10 @@ def _download(repository: str, *, weights: bool) -> Path:
         folder = Path(snapshot_download(repository, allow_patterns=SMALL_FILES))
         if (folder / ADAPTER_CONFIG).exists() or not weights:
             return folder
-        return Path(snapshot_download(repository, allow_patterns=[*SMALL_FILES, *shards(folder, must_exist=False)]))
+        folder = Path(snapshot_download(repository, allow_patterns=[*SMALL_FILES, SINGLE]))
+        if (names := shards(folder, must_exist=False)) != [SINGLE]:
+            folder = Path(snapshot_download(repository, allow_patterns=[*SMALL_FILES, *names]))
+        return folder
     except hub.GatedRepoError:
         raise ValueError(f"{repository}: the model is gated; accept its licence on the hub and set HF_TOKEN "
                          "(or run `hf auth login`)") from None

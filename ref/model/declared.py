@@ -45,13 +45,14 @@ def check_declared(folder: Path, *, is_adapter: bool) -> None:
     path = folder / "modules.json"
     if not path.exists():
         return
-    modules = [(str(check_type(module, dict, str(path), "a list of objects").get("type", "")).rpartition(".")[2],
+    modules = [(str(check_type(module, dict, str(path), "a list of objects").get("type", "")),
                 str(module.get("path", ""))) for module in read_json_list(path)]
     for kind, _ in modules:
-        if kind not in MODULES:
-            raise ValueError(f"{path}: module {kind!r:.60} is not supported (only {', '.join(MODULES)})")
+        if not kind.startswith("sentence_transformers.") or kind.rpartition(".")[2] not in MODULES:
+            raise ValueError(f"{path}: module {kind!r:.60} is not supported (only sentence_transformers' "
+                             f"{', '.join(MODULES)})")
     for kind, place in modules:
-        if kind == "Pooling":
+        if kind.endswith(".Pooling"):
             _check_pooling(folder / place / "config.json")
 
 

@@ -124,10 +124,11 @@ class PromptEncoder:
         limit = min(self.max_text_tokens, room)
         ids = self.tokenizer.encode(texts, max_tokens=limit)
         if prefix.space and self.tokenizer.has_word_start:
-            # no word-start mark stands for the space in front of an empty text or of an added token
+            # no word-start mark stands for the space in front of an empty text, of an added token, or of another space
             words = self.tokenizer.word_ids
             ids = [self.tokenizer.encode_continuation(prefix.space + text)[:limit]
-                   if not found or found[0] in words else found for found, text in zip(ids, texts, strict=True)]
+                   if not found or found[0] in words or text[:1] in (" ", "▁") else found
+                   for found, text in zip(ids, texts, strict=True)]
         return [[*text, *prefix.suffix, self.tokenizer.eos_id] for text in ids]
 
     def _prefix_ids(self, instruction: str, examples: Sequence[InContextExample]) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ Mistral's. Source: arXiv 1508.07909 (byte-pair encoding), arXiv 1808.06226 (the 
 """
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -140,10 +141,14 @@ class Tokenizer:
         tokenizer_config.json.
         """
         copy = tokenizers.Tokenizer.from_str(self.library.to_str())
-        first = "" if self.bos is None else f"{self.bos} "
+        # a template is split at spaces and colons, and $ begins a text: such a token gets another name in it
+        names = {token: token if re.fullmatch(r"[^\s:$]+", token) else name
+                 for name, token in (("BOS", self.bos), ("EOS", self.eos)) if token is not None}
+        first, last = "" if self.bos is None else f"{names[self.bos]} ", names[self.eos]
         copy.post_processor = processors.TemplateProcessing(
-            single=f"{first}$A {self.eos}", pair=f"{first}$A {self.eos} {first}$B {self.eos}",
-            special_tokens=[(token, copy.token_to_id(token)) for token in (self.bos, self.eos) if token is not None])
+            single=f"{first}$A {last}", pair=f"{first}$A {last} {first}$B {last}",
+            special_tokens=[{"id": name, "ids": [copy.token_to_id(token)], "tokens": [token]}
+                            for token, name in names.items()])
         copy.save(str(folder / "tokenizer.json"))
         settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": self.bos, "eos_token": self.eos,

@@ -180,13 +180,13 @@ def test_a_run_without_scores(tmp_path):
 
 
 def test_unmeasured_and_total_time(tmp_path):
-    """A cached result has no time; the speed is computed on the tasks with time and tokens."""
+    """A cached result has no time; the total is that of the tasks with time and tokens."""
     measured = [(None, 5000), (2, 3000), (3, None)]
     tasks = [dataclasses.replace(row, seconds=seconds, tokens=tokens)
              for row, (seconds, tokens) in zip(results(every=20), measured, strict=True)]
     rows = markdown_rows(write(make_report(tasks), tmp_path)[1])
     names = [row.task for row in tasks]
-    assert [row[1:] for row in table_of(rows, "Total of measured tasks")[:1]] == [["5.0", "8,000", "1,500"]]
+    assert [row[1:] for row in table_of(rows, "Total of tasks with both")[:1]] == [["2.0", "3,000", "1,500"]]
     assert [names[0], "–", "5,000", "–"] in rows and [names[1], "2.0", "3,000", "1,500"] in rows
     nothing = [dataclasses.replace(row, seconds=None, tokens=None) for row in tasks]
     assert "Seconds" not in write(make_report(nothing), tmp_path / "nothing")[1]

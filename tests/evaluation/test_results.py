@@ -140,6 +140,13 @@ def test_no_mean_over_an_incomplete_set() -> None:
     assert "selected but without data (1): a" in text
 
 
+def test_other_data_are_no_part_of_the_benchmarks_means() -> None:
+    text = table(SCORES, REQUIRED, unofficial=["c"])
+    assert "Mean (Task) of MTEB(eng, v2): not available, 1 of 3 tasks missing" in text
+    assert "mean of scored tasks (1): 90.00; category mean not available (0 of 1 tasks)" in text
+    assert "mean of scored tasks (3): 70.00" in text and "   60.00  mean, complete (2 of 2 tasks)" in text
+
+
 def test_the_table_without_scores() -> None:
     text = table([], REQUIRED)
     assert "not available, 3 of 3 tasks missing" in text and "mean of scored tasks (0): none" in text

@@ -89,6 +89,7 @@ def test_tasks_without_a_folder_are_reported_as_missing(world: Path) -> None:
 @pytest.mark.parametrize(
     ("selection", "message"),
     [
+        ("CQADupstackRetrieval", r"--tasks: CQADupstackRetrieval is the mean of other tasks; give these: CQADupstackA"),
         ("STSBenchmrk", r"--tasks: task or category 'STSBenchmrk' is unknown \(nearest: STSBenchmark"),
         ("Retreival", r"\(nearest: Retrieval"),
         (" , ", r"--tasks must be all, a category or task names \(got ' , '\)"),

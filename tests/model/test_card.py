@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import draw_training_lines
+from conftest import draw_training_lines, edit_json
 from huggingface_hub import ModelCard
 from tiny_mteb import write_json, write_lines
 
@@ -92,6 +92,33 @@ def test_metadata_and_scores(adapter_run, tmp_path):
         assert "| STSBenchmark | cosine_spearman | 78.40 | abc |" in card.text
         assert "| IsleHome | ndcg_at_10 | 76.60 | local-1 |" in card.text
         assert "| data.jsonl | " in card.text and "learning_rate 0.1" in card.text
+
+
+def test_a_score_on_other_data_does_not_replace_the_benchmarks(adapter_run, tmp_path):
+    run = shutil.copytree(adapter_run, tmp_path / "run")
+    official = SCORES["STSBenchmark"]
+    add_scores(run, {"STSBenchmark": official})
+    add_scores(run, {"STSBenchmark": official._replace(value=1.0, revision="local-9", is_official=False)})
+    assert "| STSBenchmark | cosine_spearman | 78.40 | abc |" in (run / "merged/README.md").read_text()
+    add_scores(run, {"STSBenchmark": official._replace(value=79.0)})
+    assert "| STSBenchmark | cosine_spearman | 79.00 | abc |" in (run / "merged/README.md").read_text()
+
+
+def test_a_prompt_is_one_cell_of_its_table(adapter_run, tmp_path):
+    run = shutil.copytree(adapter_run, tmp_path / "run")
+    edit_json(run / "merged/config_sentence_transformers.json", {"prompts": {"query": "good|bad <b>: "}})
+    (run / "merged/README.md").unlink()
+    write_model_cards(run)
+    assert r'| `query` | "good\|bad &lt;b>: " |' in (run / "merged/README.md").read_text()
+
+
+def test_an_adapter_on_an_adapter_of_the_hub(adapter_run, tmp_path, monkeypatch):
+    run = shutil.copytree(adapter_run, tmp_path / "run")
+    edit_json(run / "adapter/adapter_config.json", {"base_model_name_or_path": "owner/adapter"})
+    (run / "adapter/README.md").unlink()
+    monkeypatch.setattr("ref.model.adapter.resolve_checkpoint", lambda name: adapter_run / "adapter")
+    write_model_cards(run)
+    assert (run / "adapter/README.md").read_text().count("```python") == 1
 
 
 @pytest.mark.parametrize("content", ["---\nlicense: a: b\n---\n", "no metadata", "---\n- a\n---\n"])

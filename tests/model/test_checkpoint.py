@@ -356,8 +356,26 @@ def test_only_files_that_are_read_are_downloaded(tiny_checkpoint: Checkpoint, mo
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert resolve_checkpoint("owner/name") == folder
     shards = {path.name for path in folder.glob("model-*.safetensors")}
-    assert not shards & set(requested[0]) and shards < set(requested[1])
-    assert all("*" not in pattern and not pattern.endswith((".bin", ".pth", ".py")) for pattern in requested[1])
+    assert not shards & {*requested[0], *requested[1]} and shards < set(requested[2])
+    assert all("*" not in pattern and not pattern.endswith((".bin", ".pth", ".py")) for pattern in requested[2])
+
+
+def test_the_single_file_of_a_repository_wins_over_its_index(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in a folder, and in transformers; an older upload may have left the index."""
+    repository = tiny_checkpoint(shard_bytes=20_000)
+    (repository / SINGLE).write_bytes(b"")
+
+    def snapshot_download(_: str, *, allow_patterns: list[str]) -> str:
+        for name in allow_patterns:
+            if (repository / name).is_file() and "/" not in name:
+                shutil.copy(repository / name, tmp_path)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    resolve_checkpoint("owner/name")
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == {SINGLE}
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,9 @@ def modules(*kinds):
 
 @pytest.mark.parametrize(("files", "message"), [
     ({"modules.json": modules("Transformer", "Pooling", "Dense", "Normalize")},
-     r"modules\.json: module 'Dense' is not supported \(only Transformer, Pooling, Normalize\)"),
-    ({"modules.json": [{"type": "custom_st.Head"}]}, "module 'Head' is not supported"),
+     r"modules\.json: module 'sentence_transformers\.models\.Dense' is not supported \(only .*Transformer, "),
+    ({"modules.json": [{"type": "custom_st.Head"}]}, "module 'custom_st.Head' is not supported"),
+    ({"modules.json": [{"type": "custom_st.Transformer"}]}, "module 'custom_st.Transformer' is not supported"),
     ({"modules.json": {}}, r"modules\.json: must be a JSON list \(got dict\)"),
     ({"modules.json": [3]}, r"modules\.json must be a list of objects"),
     ({"1_Pooling/config.json": {"pooling_mode_mean_tokens": True}},

@@ -72,9 +72,17 @@ def test_prefix_and_text_equal_the_whole_string(prompt_encoder, text, examples):
     assert parts(prompt_encoder, text, examples=examples) == whole(prompt_encoder, report_string(text, examples))
 
 
-@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30))
-def test_prefix_and_text_equal_the_whole_string_for_any_text(text):
-    prompt_encoder = PromptEncoder(mistral())
+@pytest.mark.parametrize("text", TEXTS)
+def test_prefix_and_text_equal_the_whole_string_in_the_newer_form(text):
+    """Where the library puts no word-start mark before a text that begins with a space."""
+    prompt_encoder = PromptEncoder(mistral("metaspace"))
+    assert parts(prompt_encoder, text) == whole(prompt_encoder, report_string(text))
+
+
+@pytest.mark.parametrize("form", ["prepend", "metaspace"])
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30))
+def test_prefix_and_text_equal_the_whole_string_for_any_text(form, text):
+    prompt_encoder = PromptEncoder(mistral(form))
     assert parts(prompt_encoder, text) == whole(prompt_encoder, report_string(text))
 
 

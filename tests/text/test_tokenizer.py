@@ -210,6 +210,17 @@ def test_a_saved_tokenizer_is_equal_and_transformers_adds_bos_and_eos(trained, t
     assert peer("a</s>")["input_ids"].count(tokenizer.eos_id) == 2  # the one known difference: special tokens in a text
 
 
+@pytest.mark.parametrize("token", ["<|end of text|>", "[EOS:1]", "<end:0>", "$A", "$0"])
+def test_an_end_token_of_any_form_is_exported(token, tmp_path):
+    """The library's post-processor reads its template as words, with a number behind a colon, and $A as the text."""
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, token: 2, "<s>": 3}, unk_token="a"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    library.add_special_tokens([token, "<s>"])
+    Tokenizer(library, bos="<s>", eos=token).save(tmp_path)
+    saved = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert saved.encode("a b").ids == [3, 0, 1, 2]
+
+
 def without_eos(file: dict) -> dict:
     file["added_tokens"] = [t for t in file["added_tokens"] if t["content"] != "</s>"]
     file["model"]["vocab"].pop("</s>")

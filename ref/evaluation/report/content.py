@@ -213,7 +213,7 @@ def _ranking(analysis: Analysis, comparison: Comparison) -> Section:
     own = listed.index(0)
     nearest = listed[max(0, own - NUM_NEIGHBOURS) : own + NUM_NEIGHBOURS + 1]
     rows = [[_name(comparison, row), _rank(comparison, row), format_number(comparison.mean_M[row])] for row in nearest]
-    num_unlisted = int(np.count_nonzero(~comparison.table.registered_M))
+    num_unlisted = int(np.count_nonzero(~comparison.table.registered_M & (rank_M > 0)))
     text = Text(f"Borda count: in each task a model gets n − rank points (n = {comparison.num_ranked} models, this one "
                 "included), and 0 points without a score; models are ranked by the sum. Because this run is included, "
                 "a public model can rank lower than on the leaderboard. Included but not listed: "
@@ -301,14 +301,11 @@ def _prompts(report: Report) -> Section:
 def _time(report: Report) -> Section:
     rows = [[result.task, _seconds(result.seconds), _tokens(result.tokens), _speed(result.seconds, result.tokens)]
             for result in report.tasks]
-    seconds = [result.seconds for result in report.tasks if result.seconds is not None]
-    tokens = [result.tokens for result in report.tasks if result.tokens is not None]
-    if not seconds and not tokens:
+    if all(result.seconds is None and result.tokens is None for result in report.tasks):
         return Section("Time and tokens", [])
-    both = [result for result in report.tasks if result.seconds is not None and result.tokens is not None]
-    rows.append(["Total of measured tasks", _seconds(math.fsum(seconds) if seconds else None),
-                 _tokens(sum(tokens) if tokens else None),
-                 _speed(_sum(result.seconds for result in both), int(_sum(result.tokens for result in both)) or None)])
+    measured = [result for result in report.tasks if result.seconds is not None and result.tokens is not None]
+    seconds, tokens = _sum(result.seconds for result in measured), int(_sum(result.tokens for result in measured))
+    rows.append(["Total of tasks with both", _seconds(seconds), _tokens(tokens), _speed(seconds, tokens or None)])
     header = ["Task", "Seconds", "Tokens", "Tokens per second"]
     table = Table("Seconds and tokens by task", header, rows, bold_rows=frozenset({len(rows) - 1}))
     return Section("Time and tokens", [Text("A dash: not measured, e.g. for a cached result."), table])
