@@ -203,14 +203,14 @@ def test_fixed_examples_are_as_many_as_random_ones():
     random = [data.batch(lines, epoch=0, step=step) for step, lines in enumerate(numbers)]
     with experiment_data.fixed_examples():
         fixed = [data.batch(lines, epoch=0, step=step) for step, lines in enumerate(numbers)]
-    counts = [[len(batch.examples[0]) for batch in batches] for batches in (random, fixed)]
+    counts = [[len(batch.in_context_examples[0]) for batch in batches] for batches in (random, fixed)]
     assert set(counts[0]) == set(range(6)) and counts[0] == counts[1]
-    shown = [Counter((batch.task, example) for batch in batches for example in batch.examples[0])
+    shown = [Counter((batch.task, example) for batch in batches for example in batch.in_context_examples[0])
              for batches in (random, fixed)]
     share = [sum(n for _, n in uses.most_common(5 * len({task for task, _ in uses}))) / uses.total() for uses in shown]
     assert share[0] < 0.5 < 0.7 < share[1]
     for batch in fixed:
-        texts = {text for example in batch.examples[0] for text in (example.query, example.response)}
+        texts = {text for example in batch.in_context_examples[0] for text in (example.query, example.response)}
         assert not texts & {*batch.queries, *batch.passages}
 
 
