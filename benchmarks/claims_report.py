@@ -114,8 +114,7 @@ def as_markdown(results: list[dict[str, Any]]) -> str:
     """The table of the README and of docs/evidence.md."""
     lines = ["| comparison | difference in points (95 % interval) | seeds | reported | verdict |",
              "|---|---|---|---|---|"]
-    lines += [f"| {r['claim']} | {r['difference']:+.2f} ({r['low']:+.2f} to {r['high']:+.2f}) | {r['seeds']} | "
-              f"{r['expected']} | {r['verdict']} |" for r in results]
+    lines += [f"| {r['claim']} | {_difference(r)} | {r['seeds']} | {r['expected']} | {r['verdict']} |" for r in results]
     return "\n".join(lines)
 
 
@@ -206,5 +205,9 @@ def write_overview() -> str:
 
 
 def _cell(row: dict[str, Any] | None) -> str:
-    return "" if row is None else (f"{row['difference']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f}), "
-                                   f"n = {row['seeds']}: {row['verdict']}")
+    return "" if row is None else f"{_difference(row)}, n = {row['seeds']}: {row['verdict']}"
+
+
+def _difference(row: dict[str, Any]) -> str:
+    """The difference with its interval, which one seed does not have."""
+    return f"{row['difference']:+.2f}" + (f" ({row['low']:+.2f} to {row['high']:+.2f})" if row["seeds"] > 1 else "")

@@ -70,6 +70,14 @@ def test_a_difference_that_seeds_can_detect_is_found_in_four_of_five_studies():
         assert 0.75 < found < 0.85
 
 
+def test_the_difference_of_one_seed_is_shown_without_an_interval():
+    for seeds, shown in ((1, "+2.00"), (2, "+2.00 (+2.00 to +2.00)")):
+        rows = {(arm, seed): {"score": score, "task_scores": {}} for seed in range(seeds)
+                for arm, score in (("default", 7.0), ("contrastive term only", 5.0))}
+        line = f"| soft labels added to hard labels | {shown} | {seeds} | +0.63 | inconclusive |"
+        assert claims_report.as_markdown(compare(rows)).splitlines()[2] == line
+
+
 def test_a_claim_on_one_task_uses_its_score_if_there_is_one():
     arms = ("mined, percentage 0.95", 7.0), ("mined, none", 5.0)
     rows = {(arm, seed): {"score": 0.0, "task_scores": {MEDQUAD: 10.0 * seed + more}}
