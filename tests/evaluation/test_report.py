@@ -157,6 +157,15 @@ def test_a_partial_run(tmp_path):
     assert int(rest[1]) == len(rest[2].split(", "))
 
 
+def test_models_without_a_score_are_not_counted(tmp_path):
+    """Of those that mteb does not know, in a run of one task."""
+    _, text = write(make_report([row for row in results() if row.task == "STS12"]), tmp_path)
+    public = read_public_scores()
+    scored_M = ~np.isnan(public.score_ME[:, public.tasks.index("STS12")])
+    counted = int((scored_M & ~public.registered_M).sum())
+    assert counted < int((~public.registered_M).sum()) and f"Included but not listed: {counted} models" in text
+
+
 def test_unofficial_data_are_not_compared(tmp_path):
     """A task on unofficial data is not in the means and ranks; a run of such tasks has no comparison."""
     tasks = results()

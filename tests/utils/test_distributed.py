@@ -417,3 +417,15 @@ def test_a_store_that_is_gone_is_a_rank_failure():
     distributed.store = SimpleNamespace(set=gone)
     with pytest.raises(RankFailure, match=r"rank 0 of 2 failed, noticed by rank 1 \(Broken pipe\)"):
         distributed.barrier()
+
+
+@pytest.mark.parametrize(("available", "local_rank", "chosen"), [(False, "0", []), (True, "3", [3]), (True, "4", [])])
+def test_a_rank_takes_its_own_gpu_where_there_is_one(monkeypatch, available, local_rank, chosen):
+    """A driver that is too old counts GPUs that cannot be used; a rank beyond their number may run on the CPU."""
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    Distributed()
+    assert taken == chosen
