@@ -25,6 +25,7 @@ import run_eval
 from ref.embedder import Embedder
 from ref.evaluation.few_shot import load_examples
 from ref.evaluation.model_identity import default_output, model_label
+from ref.evaluation.results import TaskScore
 from ref.model.adapter import save_adapter
 from ref.model.checkpoint import load_model
 
@@ -165,7 +166,7 @@ def test_the_command_scores_resumes_and_lists_missing_tasks(
     arguments = command(model, world, tmp_path / "out")
     assert run_eval.main([*arguments, "--tasks", "STS,MyRetrieval"]) == 0
     text = capsys.readouterr().out
-    assert "[1/2] BIOSSES (STS)\n  " in text and "not available, 40 of 41 tasks missing" in text
+    assert "[1/2] BIOSSES (STS)\n  " in text and "not available, 41 of 41 tasks missing" in text
     assert "selected but without data (8): STS12" in text or "selected but without data (8): SICK-R" in text
     assert "unofficial data: not compared with published scores (2 of 2 tasks" in text
     assert list((tmp_path / "out" / "results" / "local__model").glob("*-local-data/BIOSSES.json"))
@@ -186,6 +187,19 @@ def test_a_file_of_instructions_may_name_folders_that_are_not_selected(
     write_json(tmp_path / "own.json", {"MyRetrieva": "Find"})
     assert run_eval.main([*arguments, "--instructions", str(tmp_path / "own.json")]) == 2
     assert "'MyRetrieva' is unknown (nearest: MyRetrieval" in capsys.readouterr().err
+
+
+def test_the_tokens_of_a_failed_task_do_not_remain(monkeypatch: Any, capsys: Any) -> None:
+    def score(encoder: Any, task: Any, output: Path) -> TaskScore:
+        if task.metadata.name == "broken":
+            raise ValueError("no data")
+        return TaskScore("good", "STS", "spearman", 0.5, elapsed_s=2.0)
+    monkeypatch.setattr(evaluation, "score_task", score)
+    tasks: Any = [SimpleNamespace(metadata=SimpleNamespace(name=name, type="STS")) for name in ("broken", "good")]
+    plans = {name: evaluation.TaskPlan("", tokens=tokens) for name, tokens in (("broken", 900), ("good", 100))}
+    scores, failed = evaluation.score_tasks(None, tasks, Path(), plans)  # type: ignore[arg-type]
+    assert [each.task for each in scores] == ["good"] and list(failed) == ["broken"]
+    assert "(2.0 s, 100 tokens; remaining: 0 tokens)" in capsys.readouterr().out
 
 
 def test_a_failed_task_is_reported_and_the_others_are_scored(
