@@ -10,12 +10,14 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tiny_mteb import write_json
 
 from ref.hub import main, result_folder
+from ref.hub import upload as send
 
 ROOT = Path(__file__).parent.parent
 
@@ -129,14 +131,16 @@ def test_a_run_arrives_as_it_is_with_its_own_name_in_the_card(tiny_run, hub):
     assert len(hub.sent) == before  # what the hub has is not sent again
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", "model.safetensors.index.json", "old.safetensors"])
-def test_what_would_be_loaded_with_the_result_is_named(tiny_run, hub, name):
+def test_what_would_be_loaded_with_the_result_is_named(tiny_run, hub, monkeypatch):
     """Left by an earlier upload of another form; the repository's own files do not matter."""
-    hub.files |= {name: b"{}", "LICENSE": b"mine"}
-    done = upload(hub, str(tiny_run), "owner/name")
-    assert done.returncode == 2 and f"owner/name: holds {name} of another result" in done.stderr
-    assert set(hub.files) == {name, "LICENSE"}
-    del hub.files[name]
+    hub.files |= {"LICENSE": b"mine"}
+    for name in ("adapter_config.json", "model.safetensors.index.json", "old.safetensors"):
+        monkeypatch.setattr("ref.hub.HfApi", lambda name=name: SimpleNamespace(
+            create_repo=lambda *_, **__: None, model_info=lambda _: SimpleNamespace(
+                private=False, siblings=[SimpleNamespace(rfilename=file) for file in (name, "LICENSE")])))
+        with pytest.raises(ValueError, match=f"owner/name: holds {name} of another result"):
+            send([], "owner/name", "model", private=False)
+    monkeypatch.undo()
     assert upload(hub, str(tiny_run), "owner/name").returncode == 0 and hub.files["LICENSE"] == b"mine"
     assert "private" not in hub.repositories[0] and "visibility" not in hub.repositories[0]  # the owner's own default
 
