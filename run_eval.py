@@ -86,11 +86,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check_used(args: argparse.Namespace) -> None:
     """Raise ValueError for an option that the run would not use."""
     default = build_parser().parse_args([])
-    for name, is_used, use in (
-            ("seed", args.examples, "--examples"), ("embedding_cache_gb", args.embedding_cache, "--embedding-cache"),
-            ("runs", args.model is None, "the newest run, without --model"),
-            *((name, args.download is None or name in ("tasks", "download"), "scoring, not for --download")
-              for name in vars(args))):
+    uses = {"seed": (args.examples, "--examples"), "embedding_cache_gb": (args.embedding_cache, "--embedding-cache"),
+            "runs": (args.model is None, "the newest run, without --model")}
+    if args.download is not None:
+        scoring = (False, "scoring, not for --download")
+        uses = {name: scoring for name in vars(args) if name not in ("tasks", "download")}
+    for name, (is_used, use) in uses.items():
         if getattr(args, name) != getattr(default, name) and not is_used:
             raise ValueError(f"--{name.replace('_', '-')} is for {use} (got {getattr(args, name)})")
 

@@ -14,8 +14,10 @@ import argparse
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -104,24 +106,22 @@ def build_pipeline(given: argparse.Namespace, distributed: Distributed) -> Label
         given.cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--cache {given.cache}: cannot be created ({error.strerror})") from None
+    log: Callable[[str], None] = partial(print, flush=True) if distributed.rank == 0 else lambda _: None
     cache, path = BlockCache(given.cache), given.corpus
     if path is None:
         path = given.pairs if given.pairs.is_dir() else corpus_from_pairs(given.pairs, cache.folder)
-        if distributed.rank == 0:
-            print(f"corpus: {path}" + ("" if given.pairs.is_dir() else ", all texts of pos and neg in --pairs"))
+        log(f"corpus: {path}" + ("" if given.pairs.is_dir() else ", all texts of pos and neg in --pairs"))
     corpus = Corpus(path)
     pairs = Pairs(given.pairs, corpus, split=given.split or "train")
     skipped = f" ({len(corpus.empty):,} without text are skipped)" if corpus.empty else ""
-    if distributed.rank == 0:
-        print(f"{len(pairs):,} queries, {len(corpus):,} passages{skipped}", flush=True)
+    log(f"{len(pairs):,} queries, {len(corpus):,} passages{skipped}")
     retriever = load_retriever(given.retriever, given.device, given.dtype)
     reranker = load_reranker(given.reranker, given.device, given.dtype) if given.reranker else None
-    if distributed.rank == 0:
-        print(f"retriever: {retriever.name}; {retriever.precision}", flush=True)
-        if not retriever.uses_instructions and (given.instruction or pairs.all_have_prompts):
-            print(f"instructions are not used: {retriever.name} declares no prompt that contains one", flush=True)
-        if reranker:
-            print(f"reranker: {reranker.name}; {reranker.precision}", flush=True)
+    log(f"retriever: {retriever.name}; {retriever.precision}")
+    if not retriever.uses_instructions and (given.instruction or pairs.all_have_prompts):
+        log(f"instructions are not used: {retriever.name} declares no prompt that contains one")
+    if reranker:
+        log(f"reranker: {reranker.name}; {reranker.precision}")
     config = RetrievalConfig(given.retrieval, given.top_k, given.num_candidates, given.stemmer,
                              given.bm25_tokens)
     return LabellingPipeline(corpus, pairs, retriever, reranker, config=config, cache=cache, distributed=distributed,

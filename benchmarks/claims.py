@@ -186,9 +186,10 @@ def run_and_store(setting: Setting, arm: str, seed: int) -> None:
     names = [name for name in trained_alike(arm) if name in (arm, *arms_on(setting.ground))]
     paths = [row_path(setting, ARMS[name], seed) for name in names]  # before the run: the hash of the code that runs
     rows = run_arms(setting, [ARMS[name] for name in names], seed)
+    versions = environment_info()["versions"]
     for name, path, row in zip(names, paths, rows, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"arm": name, **row, "versions": environment_info()["versions"]}) + "\n")
+        path.write_text(json.dumps({"arm": name, **row, "versions": versions}) + "\n")
 
 
 if __name__ == "__main__":

@@ -338,11 +338,13 @@ def main() -> None:
     folder = given.raw or given.output
     folder.mkdir(parents=True, exist_ok=True)
     if given.raw:
-        for name, rows in zip(("pairs", "corpus", "truth"), raw_pairs(), strict=True):
-            path = folder / f"{name}.jsonl"
-            if path.exists() and path.read_bytes() != jsonl(rows):
+        files = {folder / f"{name}.jsonl": jsonl(rows) for name, rows in zip(
+            ("pairs", "corpus", "truth"), raw_pairs(), strict=True)}
+        for path, content in files.items():
+            if path.exists() and path.read_bytes() != content:
                 parser.error(f"--raw {folder}: {path} exists and holds something else; give another folder")
-            path.write_bytes(jsonl(rows))
+        for path, content in files.items():
+            path.write_bytes(content)
         return
     (folder / "soft_labels.jsonl").write_bytes(jsonl(soft_label_lines()))
     for task, name in TASKS.items():

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ref.model.adapter import adapter_base
 from ref.model.checkpoint import ADAPTER_CONFIG
 from ref.utils.files import atomic_write, read_json, write_json
 
@@ -78,9 +77,11 @@ def model_card(run: Path, folder: Path) -> str:
     facts, path = read_json(run / "run.json"), run / SCORES_FILE
     scores = {task: Score(**values) for task, values in (read_json(path) if path.exists() else {}).items()}
     base, name = facts.get("base") or {}, run.resolve().name
+    is_adapter = (folder / ADAPTER_CONFIG).exists()
+    snippets = usage(folder, on_adapter=is_adapter and facts.get("base_is_adapter", False))
     data = ModelCardData(
         base_model=base.get("id"), license=base.get("license"), pipeline_tag="sentence-similarity", model_name=name,
-        library_name="peft" if (folder / ADAPTER_CONFIG).exists() else "sentence-transformers",
+        library_name="peft" if is_adapter else "sentence-transformers",
         tags=["sentence-transformers", "feature-extraction", "text-embeddings", "mteb", "arxiv:2506.07438"],
         eval_results=[EvalResult(
             task_type=score.category, dataset_type=score.dataset, dataset_name=f"MTEB {task}",
@@ -89,7 +90,7 @@ def model_card(run: Path, folder: Path) -> str:
     sections = [
         f"# {name}\n\nA text embedder, trained by a reference implementation of LG-ANNA-Embedding "
         "(arXiv 2506.07438) from soft labels.",
-        "## Usage\n\n" + usage(folder), "## Prompts\n\n" + _prompt_table(folder),
+        "## Usage\n\n" + snippets, "## Prompts\n\n" + _prompt_table(folder),
         "## Training\n\n" + _training(facts), *(["## Scores\n\n" + _score_table(scores)] if scores else [])]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
 
@@ -104,7 +105,7 @@ def base_of(name: str, folder: Path) -> dict[str, Any]:
     return {"id": data.base_model if os.path.isdir(name) else name, "license": data.license}
 
 
-def usage(folder: Path) -> str:
+def usage(folder: Path, *, on_adapter: bool) -> str:
     """Three snippets that print the same cosine of a query and a passage; one for an adapter of an adapter."""
     prompts = _prompts(folder)
     query, passage = "Who bakes bread?", "Mira kneads dough at dawn."
@@ -119,7 +120,7 @@ from ref import Embedder
 embedder = Embedder.from_pretrained({PLACEHOLDER!r})
 print(embedder.encode([{query!r}]{ours[0]}) @ embedder.encode([{passage!r}]{ours[1]}).T)
 ```"""
-    if _is_on_adapter(folder):
+    if on_adapter:
         return f"{own}\n\nsentence-transformers and transformers load no adapter of an adapter: use merged/ (--merge)."
     return _usage_of_libraries(query, passage, before, limit) + own
 
@@ -152,15 +153,6 @@ print(torch.cosine_similarity(vectors[:1], vectors[1:]))
 ```
 
 """
-
-
-def _is_on_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter whose base, where it can be found, is an adapter again."""
-    try:
-        base = adapter_base(folder)
-    except ValueError:
-        return False
-    return base is not None and (base / ADAPTER_CONFIG).exists()
 
 
 def _prompts(folder: Path) -> dict[str, str]:

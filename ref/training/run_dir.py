@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from ref.config import LENGTHS, TrainConfig
 from ref.model.card import base_of
-from ref.model.checkpoint import read_tensors
+from ref.model.checkpoint import ADAPTER_CONFIG, read_tensors
 from ref.model.transformer import Mistral
 from ref.training.data import SoftLabelDataset
 from ref.training.model_source import ModelSource
@@ -116,6 +116,7 @@ def run_metadata(config: TrainConfig, source: ModelSource, model: Mistral, data:
         "complete": False, "started": utc_now(), "model": source.name, "options": dataclasses.asdict(config),
         "model_config": dataclasses.asdict(model.config),
         "base": None if source.config is not None else base_of(source.name, source.folder),
+        "base_is_adapter": source.config is None and (source.folder / ADAPTER_CONFIG).exists(),
         "data": [{"file": path.name, "sha256": digest, "bytes": path.stat().st_size}
                  for path, digest in zip(data.paths, data.sha256, strict=True)],
         "model_files": source.fingerprint(), "root": source.run.get("root", source.name),

@@ -40,9 +40,9 @@ class Distributed:
         self.world_size, self.rank = (int(os.environ.get(name, default)) for name, default in (
             ("WORLD_SIZE", "1"), ("RANK", "0")))
         self.timeout = timeout
-        cuda = torch.cuda.is_available()
-        if cuda and int(os.environ.get("LOCAL_RANK", torch.cuda.device_count())) < torch.cuda.device_count():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # without a GPU of its own: resolve_device says so
+        cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", "-1"))
+        if cuda and 0 <= local_rank < torch.cuda.device_count():  # without a GPU of its own: resolve_device says so
+            torch.cuda.set_device(local_rank)
         if self.world_size > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
             self.store = dist.distributed_c10d._get_default_store()

@@ -56,12 +56,13 @@ def test_no_held_out_text_is_a_training_text(lines):
 
 
 def test_raw_files_of_others_are_not_overwritten(tmp_path):
-    """Its own files the generator writes again, here the pairs."""
+    """Nothing is written then; its own files, here truth.jsonl, are no obstacle."""
     command = [sys.executable, str(ROOT / "data/make_world.py"), "--raw", str(tmp_path)]
     assert subprocess.run(command, check=False, timeout=120).returncode == 0
     (tmp_path / "corpus.jsonl").write_text("mine")
+    (tmp_path / "pairs.jsonl").unlink()
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "corpus.jsonl exists and holds something else" in done.stderr
-    assert (tmp_path / "corpus.jsonl").read_text() == "mine"
+    assert (tmp_path / "corpus.jsonl").read_text() == "mine" and not (tmp_path / "pairs.jsonl").exists()
     assert subprocess.run([*command, "--output", str(tmp_path)], check=False, capture_output=True,
                           timeout=120).returncode == 2

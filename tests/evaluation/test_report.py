@@ -195,7 +195,7 @@ def test_unmeasured_and_total_time(tmp_path):
              for row, (seconds, tokens) in zip(results(every=20), measured, strict=True)]
     rows = markdown_rows(write(make_report(tasks), tmp_path)[1])
     names = [row.task for row in tasks]
-    assert [row[1:] for row in table_of(rows, "Total of tasks with both")[:1]] == [["2.0", "3,000", "1,500"]]
+    assert [row[1:] for row in table_of(rows, "Total of tasks with time and tokens")[:1]] == [["2.0", "3,000", "1,500"]]
     assert [names[0], "–", "5,000", "–"] in rows and [names[1], "2.0", "3,000", "1,500"] in rows
     nothing = [dataclasses.replace(row, seconds=None, tokens=None) for row in tasks]
     assert "Seconds" not in write(make_report(nothing), tmp_path / "nothing")[1]

@@ -486,7 +486,7 @@ def test_what_bm25_lacks_is_said_before_the_long_work(label, monkeypatch, capsys
 
 def test_sigterm_leaves_nothing_half_written(raw, retriever, tmp_path):
     """As Ctrl-C: exit code 130, and the lock of the output is gone."""
-    [rank] = start_ranks(1, ["run_label.py", *command(raw, retriever, tmp_path, "stopped")[2:], "--top-k", "21"])
+    [rank] = start_ranks(1, ["run_label.py", *command(raw, retriever, tmp_path, "stopped")[2:]])
     while rank.is_running and not (tmp_path / "cache-stopped/vectors").exists():
         time.sleep(0.005)
     rank.process.terminate()

@@ -74,6 +74,10 @@ def test_an_adapter_of_an_adapter_is_for_this_project_alone(adapter_run, tmp_pat
     transformers = pytest.importorskip("transformers")
     with pytest.raises(ValueError, match="Unrecognized model"):
         transformers.AutoModel.from_pretrained(tmp_path / "run/adapter")
+    edit_json(tmp_path / "run/adapter/adapter_config.json", {"base_model_name_or_path": "owner/adapter"})  # on the hub
+    (tmp_path / "run/adapter/README.md").unlink()
+    write_model_cards(tmp_path / "run")
+    assert (tmp_path / "run/adapter/README.md").read_text().count("```python") == 1
 
 
 def test_metadata_and_scores(adapter_run, tmp_path):
@@ -110,15 +114,6 @@ def test_a_prompt_is_one_cell_of_its_table(adapter_run, tmp_path):
     (run / "merged/README.md").unlink()
     write_model_cards(run)
     assert r'| `query` | "good\|bad &lt;b>: " |' in (run / "merged/README.md").read_text()
-
-
-def test_an_adapter_on_an_adapter_of_the_hub(adapter_run, tmp_path, monkeypatch):
-    run = shutil.copytree(adapter_run, tmp_path / "run")
-    edit_json(run / "adapter/adapter_config.json", {"base_model_name_or_path": "owner/adapter"})
-    (run / "adapter/README.md").unlink()
-    monkeypatch.setattr("ref.model.adapter.resolve_checkpoint", lambda name: adapter_run / "adapter")
-    write_model_cards(run)
-    assert (run / "adapter/README.md").read_text().count("```python") == 1
 
 
 @pytest.mark.parametrize("content", ["---\nlicense: a: b\n---\n", "no metadata", "---\n- a\n---\n"])

@@ -305,7 +305,8 @@ def _time(report: Report) -> Section:
         return Section("Time and tokens", [])
     measured = [result for result in report.tasks if result.seconds is not None and result.tokens is not None]
     seconds, tokens = _sum(result.seconds for result in measured), int(_sum(result.tokens for result in measured))
-    rows.append(["Total of tasks with both", _seconds(seconds), _tokens(tokens), _speed(seconds, tokens or None)])
+    rows.append(["Total of tasks with time and tokens", _seconds(seconds), _tokens(tokens),
+                 _speed(seconds, tokens or None)])
     header = ["Task", "Seconds", "Tokens", "Tokens per second"]
     table = Table("Seconds and tokens by task", header, rows, bold_rows=frozenset({len(rows) - 1}))
     return Section("Time and tokens", [Text("A dash: not measured, e.g. for a cached result."), table])
