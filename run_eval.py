@@ -9,13 +9,14 @@
     python run_eval.py --tasks all --examples 2           two in-context examples, for tasks with a training split
     torchrun --nproc-per-node 8 run_eval.py --tasks all   eight GPUs
 
-A folder with a name of its own needs a task.json with the task whose class and metric are used, and optionally the
-instruction: {"class": "ArguAna", "instruction": "Given a question, retrieve answers"} (see ref/evaluation/tasks.py).
+A folder that is not named after a task of mteb needs a task.json with the task whose class and metric are used, and
+optionally the instruction: {"class": "ArguAna", "instruction": "Given a question, retrieve answers"} (see
+ref/evaluation/tasks.py).
 
 Results are written in mteb's format and read again by the next run, so an interrupted evaluation continues; with
 --embedding-cache also inside a task. If a task fails, the others are scored. At the end a table is printed, and
 report.html and report.md are written to the result folder. Exit code: 0, 1 if a task failed, 2 for invalid input, 3 if
-the model does not fit into GPU memory, 130 after Ctrl-C, or SIGTERM to a single process.
+GPU memory runs out, 130 after Ctrl-C, or SIGTERM to a single process.
 """
 
 import argparse

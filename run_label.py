@@ -57,7 +57,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--bm25-tokens", choices=("words", "subwords"), default="words", help="for BM25: words (default), or the "
         "retriever's own subwords, for languages without spaces between words")
     add("--rule", choices=RULES, help="which candidates are negatives (default: percentage)")
-    add("--value", type=float, help=f"of the rule (default: {', '.join(f'{k} {v}' for k, v in RULES.items())})")
+    defaults = ", ".join(f"{rule} {value}" for rule, value in RULES.items() if rule != "none")
+    add("--value", type=float, help=f"of the rule (default: {defaults})")
     add("--num-negatives", type=int, default=7, help="hard negatives per query, at most (default: 7)")
     add("--teacher-temperature", type=float, help="for the reported entropy (default: 0.05 for cosines, 1 for logits)")
     add("--compare-rules", action="store_true", help="print what each rule would select; write no labels")

@@ -49,6 +49,8 @@ from ref.utils.environment import utc_now
 from ref.utils.files import hash_files, remove_path, write_json
 from ref.utils.progress import print_line
 
+COMPILED = "; blocks are compiled (--compile), so the first steps take up to a minute longer"
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Train, save, evaluate.
@@ -98,7 +100,7 @@ def set_up(arguments: list[str] | None, claims: ExitStack) -> tuple[Trainer, Pat
     config = dataclasses.replace(config, dtype=dtype, backend=resolve_backend(config.backend, device))
     log(f"preset: {config.preset} ({preset_values(config)}); options on the command line override it")
     log(f"trainable: {config.train}; device: {device}; backend: {config.backend}")
-    log(f"dtype: {dtype} ({why})")
+    log(f"dtype: {dtype} ({why})" + COMPILED * (config.compile and device.type == "cpu"))
     folder = claims.enter_context(open_run_dir(config, source, create=distributed.rank == 0))
     data = SoftLabelDataset([Path(path) for path in config.data], config)
     describe_data(data, log)
@@ -150,6 +152,8 @@ def run(trainer: Trainer, folder: Path, source: ModelSource) -> int:
     metadata = {**run_metadata(config, source, trainer.model, data), "held_out": {
         path.name: hash_files(path, [*path.glob("*.json*"), *path.glob(BEIR_QRELS)]) for path in sets}}
     is_first, start, position = trainer.distributed.rank == 0, BEGINNING, BEGINNING
+    if is_first and not sets and config.eval_data is None:
+        print(f"held-out sets: none in {data.paths[0].parent / 'held_out'} (--eval-data names another folder)")
     if config.resume:
         saved = check_resumed(folder, metadata)
         begin = schedule_start(saved, config, num_steps(config, data))

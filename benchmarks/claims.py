@@ -3,9 +3,9 @@
 An arm (arms.py) is a few options of run_train.py or a change of the data. A claim compares two arms on the same seeds.
 Its result is the difference by seed: mean, 95 % interval (bootstrap) and verdict:
 
-    reproduced        the difference is not zero and has the expected sign
-    not reproduced    it is not zero and has the other sign
-    inconclusive      it may be zero, or there are fewer than three seeds
+    as expected     the difference is not zero and has the expected sign
+    opposite        it is not zero and has the other sign
+    inconclusive    it may be zero, or there are fewer than three seeds
 
 For "not zero" Student's interval must exclude zero as well, because the bootstrap is too narrow for few seeds: without
 an effect it excludes zero in a quarter of all cases with three seeds, in a tenth with ten.

@@ -34,7 +34,7 @@ def verdict(low: float, high: float, sign: int) -> str:
     """The verdict for an interval and the expected sign."""
     if low <= 0 <= high:
         return "inconclusive"
-    return "reproduced" if (low > 0) == (sign > 0) else "not reproduced"
+    return "as expected" if (low > 0) == (sign > 0) else "opposite"
 
 
 def detectable_difference(scores: Sequence[float], seeds: int) -> float:
@@ -112,7 +112,7 @@ def against_teacher(rows: Rows) -> list[dict[str, Any]]:
 
 def as_markdown(results: list[dict[str, Any]]) -> str:
     """The table of the README and of docs/evidence.md."""
-    lines = ["| comparison | difference in points (95 % interval) | seeds | reported | verdict |",
+    lines = ["| comparison | difference in points (95 % interval) | seeds | expected | verdict |",
              "|---|---|---|---|---|"]
     lines += [f"| {r['claim']} | {_difference(r)} | {r['seeds']} | {r['expected']} | {r['verdict']} |" for r in results]
     return "\n".join(lines)
@@ -149,7 +149,7 @@ def plot_claims(panels: dict[str, list[dict[str, Any]]], path: Path) -> str:
     lines = {key(row): row["claim"] for results in reversed(panels.values()) for row in results}
     lines = {which: lines[which] for which in map(key, CLAIMS) if which in lines}
     figure = Figure(figsize=(5 + 5 * len(panels), 0.3 * len(lines) + 1.2), layout="constrained")
-    colors = {"reproduced": "#228833", "not reproduced": "#cc3311", "inconclusive": "#888888"}
+    colors = {"as expected": "#228833", "opposite": "#cc3311", "inconclusive": "#888888"}
     [columns] = figure.subplots(1, len(panels), sharey=True, squeeze=False)
     for axes, (name, results) in zip(columns, panels.items(), strict=True):
         for row in results:
@@ -160,7 +160,7 @@ def plot_claims(panels: dict[str, list[dict[str, Any]]], path: Path) -> str:
         axes.set(xlabel=f"difference in points, {name}")
     columns[0].set_yticks(range(len(lines)), list(lines.values()))
     columns[0].invert_yaxis()
-    figure.supxlabel("green: reproduced, red: not reproduced, gray: inconclusive", fontsize="medium")
+    figure.supxlabel("green: as expected, red: opposite, gray: inconclusive", fontsize="medium")
     with rc_context({"svg.hashsalt": "claims"}):  # the same file for the same rows
         figure.savefig(path, metadata={"Date": None})
     return f"figure: {path}"
@@ -195,7 +195,7 @@ def write_overview() -> str:
             rows = {(row["arm"], row["seed"]): row for row in read_json(stored)["rows"]}
             panels[title] = compare(rows, ground)
     found = {title: {key(row): row for row in results} for title, results in panels.items()}
-    lines = [f"| comparison | reported | {' | '.join(panels)} |", "|---" * (len(panels) + 2) + "|"]
+    lines = [f"| comparison | expected | {' | '.join(panels)} |", "|---" * (len(panels) + 2) + "|"]
     for claim in CLAIMS:
         cells = [_cell(of_study.get(key(claim))) for of_study in found.values()]
         if any(cells):

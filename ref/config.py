@@ -204,7 +204,7 @@ class TrainConfig:
                                      least=1)
     keep_best: bool = _option(False, "the result is the state with the best held-out score, not the last one; with "
                               "--eval-steps")
-    output: str | None = _option(None, "run folder (default: runs/NAME)")
+    output: str | None = _option(None, "run folder (default: runs/MODEL-TIME)")
     resume: bool = _option(False, "continue the run in --output from its last saved state; with a larger --steps, "
                            "--epochs or --minutes extend a complete run")
 
@@ -222,7 +222,7 @@ class TrainConfig:
     max_text_tokens: int = _option(512, "tokens of a text", least=1)
     max_prompt_tokens: int = _option(2048, "tokens of examples, instruction and query together", least=4)
     max_example_tokens: int = _option(256, "tokens of an in-context example's query, and of its response", least=1)
-    max_examples: int = _option(5, "in-context examples: each batch draws 0 to this many", least=0)
+    max_examples: int = _option(5, "in-context examples: each batch, or each query, draws 0 to this many", least=0)
     examples_per: Literal["batch", "query"] = _option(
         "batch", "draw in-context examples once per batch or for each query")
 
@@ -234,8 +234,11 @@ class TrainConfig:
     mini_batch_tokens: int | Literal["auto"] = _option(
         "auto", "tokens per forward and backward pass; auto: as many as there is memory for", least=1)
     gradient_checkpointing: bool = _option(
-        False, "keep only the inputs of blocks and recompute them in backward: a third to a half more computation, "
+        False, "keep only the inputs of blocks and recompute the rest in backward: a third to a half more computation, "
         "for GPUs with little memory; lower --mini-batch-tokens first")
+    compile: bool = _option(
+        False, "compile the blocks on a CPU too, as always on cuda: faster steps in bfloat16, after a minute of "
+        "compiling; needs a C++ compiler")
 
     temperature: float = _option(0.02, "temperature of the scores", group="loss", above=0)
     teacher_temperature: float = _option(

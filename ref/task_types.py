@@ -7,7 +7,8 @@
     symmetric_clustering    queries and passages     hard negatives
     symmetric_class         queries                  all given hard negatives
 
-`--in-batch-negatives` all or none overrides the last column for all types; the preset `small` sets all.
+`--in-batch-negatives` all or none overrides the last column for all types; the presets `small` and
+`small-pretrained` set all.
 The names are FlagEmbedding's. Source: arXiv 2409.15700 and its trainer.
 """
 

@@ -41,8 +41,8 @@ from ref.utils.outputs import claim_output
 
 # Options that a resumed run may change: they change rounding at most (and, on another device, what dropout draws).
 RESUMABLE_OPTIONS = (
-    "mini_batch_tokens", "gradient_checkpointing", "save_steps", "save_total_limit", "distributed_timeout", "device",
-    "backend")
+    "mini_batch_tokens", "gradient_checkpointing", "compile", "save_steps", "save_total_limit", "distributed_timeout",
+    "device", "backend")
 
 
 class Position(TypedDict):

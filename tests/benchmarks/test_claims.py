@@ -41,8 +41,8 @@ def results(tmp_path, monkeypatch) -> Path:
 
 
 def test_verdicts():
-    assert verdict(0.1, 0.5, 1) == verdict(-0.5, -0.1, -1) == "reproduced"
-    assert verdict(0.1, 0.5, -1) == verdict(-0.5, -0.1, 1) == "not reproduced"
+    assert verdict(0.1, 0.5, 1) == verdict(-0.5, -0.1, -1) == "as expected"
+    assert verdict(0.1, 0.5, -1) == verdict(-0.5, -0.1, 1) == "opposite"
     assert verdict(-0.1, 0.5, 1) == "inconclusive"
     low, high = bootstrap_interval([1.0, 2.0, 3.0, 4.0])
     assert 1 <= low < 2.5 < high <= 4
@@ -53,7 +53,7 @@ def test_differences_are_paired_by_seed_and_a_claim_needs_both_arms():
             for seed in range(4) for arm, more in (("default", 1), ("contrastive term only", 0))}
     [row] = compare(rows)
     assert row["difference"] == row["low"] == row["high"] == 1.0  # the seeds differ by tens, the pairs by one
-    assert row["verdict"] == "reproduced" and row["claim"] == "soft labels added to hard labels"
+    assert row["verdict"] == "as expected" and row["claim"] == "soft labels added to hard labels"
     two = {(arm, seed): row for (arm, seed), row in rows.items() if seed < 2}
     assert compare(two)[0]["verdict"] == "inconclusive"  # two seeds are too few
     del rows["default", 3]
