@@ -149,6 +149,8 @@ def label(pipeline: LabellingPipeline, config: LabelConfig, output: Path) -> Non
               f" {facts['queries_with_fewer_negatives']:,} queries have fewer than {config.num_negatives} negatives; "
               f"entropy of the labels {facts['label_entropy']:.2f} of at most {facts['max_label_entropy']:.2f} nats at "
               f"temperature {config.teacher_temperature}")
+    for task, count in description["queries_left_out"].items():
+        print(f"{task}: {count:,} queries without negatives are left out, because their type has no in-batch negatives")
     why_not = plot_histogram(statistics, output.with_suffix(".png"), scale=pipeline.scale)
     if why_not:
         print(why_not)

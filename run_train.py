@@ -129,6 +129,12 @@ def describe_data(data: SoftLabelDataset, log: Callable[[str], None]) -> None:
             lambda: data.batches(0), instructions_per_task=len(data.tasks) / tasks,
             batch_size=max(data.config.batch_size, data.config.batch_size_symmetric)):
         log(line)
+    preset = {**vars(TrainConfig()), **PRESETS[data.config.preset or "paper"]}
+    in_batch = [data.has_in_batch_negatives(task) for task in data.tasks]
+    for name, is_used in (("batch_size", any(in_batch)), ("batch_size_symmetric", not all(in_batch))):
+        if not is_used and vars(data.config)[name] != preset[name]:
+            log(f"note: --{name.replace('_', '-')} is not used: {'no' if name == 'batch_size' else 'every'} task has "
+                "in-batch negatives")
 
 
 def resolve_train_dtype(config: TrainConfig, device: torch.device) -> tuple[Dtype, str]:
@@ -159,6 +165,8 @@ def run(trainer: Trainer, folder: Path, source: ModelSource) -> int:
         begin = schedule_start(saved, config, num_steps(config, data))
         if begin is None:
             print(f"{folder} is complete: nothing to resume; a larger --steps, --epochs or --minutes extends it")
+            if config.merge and config.train == "lora" and is_first and not (folder / "merged").exists():
+                add_merged(trainer, folder, saved)
             return 0
         start, position = begin, load_state(folder, trainer.model, trainer.optimiser, begin)
         metadata |= {"started": saved["started"], "eval_before": saved.get("eval_before"), "schedule_start": start,
@@ -211,6 +219,21 @@ def finish(
                                      "complete": True, "finished": utc_now()})
     write_model_cards(folder)
     print(f"done: {folder}\nevaluate it: python run_eval.py --model {folder}")
+
+
+def add_merged(trainer: Trainer, folder: Path, saved: dict[str, Any]) -> None:
+    """Write merged/ of a complete run, from the state that is its result."""
+    if trainer.config.keep_best and held_out_scores(folder):
+        step = load_best(folder, trainer.model)
+    else:
+        step = load_state(folder, trainer.model, trainer.optimiser, BEGINNING)["step"]
+    if step != saved["result_step"]:
+        raise ValueError(f"--merge: {folder / 'state'} must have the state of step {saved['result_step']}, the run's "
+                         f"result (got {step})")
+    save_merged(folder, trainer.model, trainer.prompt_encoder, trainer.data)
+    write_json(folder / "run.json", {**saved, "options": {**saved["options"], "merge": True}})
+    write_model_cards(folder)
+    print(f"written: {folder / 'merged'}")
 
 
 def held_out_sets(config: TrainConfig, data: SoftLabelDataset) -> list[Path]:

@@ -67,14 +67,14 @@ def result_folder(run: Path, which: str | None) -> Path:
     folder = next((run / name for name in names if (run / name).is_dir()), None)
     if folder is None:
         raise ValueError(f"{run}: has no {' or '.join(f'{name}/' for name in names)}; merged/ is written by "
-                         "run_train.py --merge")
+                         f"run_train.py --resume --output {run} --merge")
     path = folder / ADAPTER_CONFIG
     if path.exists():
         field = f"{path}: 'base_model_name_or_path'"
         base = check_type(read_json(path).get("base_model_name_or_path"), str, field, "the base's hub id")
         if not re.fullmatch(HUB_ID, base) or Path(base).exists():
             raise ValueError(f"{field} must be the base's hub id (got {base!r:.200}), or others cannot load it; write "
-                             "it there, or upload the merged model (run_train.py --merge)")
+                             f"it there, or upload the merged model (run_train.py --resume --output {run} --merge)")
     return folder
 
 

@@ -223,6 +223,11 @@ def test_a_padding_token_needs_no_row(tmp_path, small_embedder, file):
     tokenizer = Tokenizer.from_folder(tmp_path)
     check_vocab(model, tokenizer)
     assert max(tokenizer.encode(["[PAD] tea"], max_tokens=99)[0]) < rows
+    (tmp_path / "copy").mkdir()
+    tokenizer.save(tmp_path / "copy")  # its padding token is EOS
+    copy = Tokenizer.from_folder(tmp_path / "copy")
+    check_vocab(model, copy)
+    assert copy.encode(["tea and [PAD]"], max_tokens=99) == tokenizer.encode(["tea and [PAD]"], max_tokens=99)
 
 
 def test_a_name_that_is_too_long_for_a_path_is_no_model():

@@ -175,7 +175,7 @@ def test_what_cannot_be_uploaded(tiny_run, tmp_path, capsys):
         return capsys.readouterr().err
     assert "the repository must be OWNER/NAME (got 'name')" in error(str(tiny_run), "name")
     assert "must be a run folder" in error(str(tmp_path), "owner/name")
-    message = "has no merged/; merged/ is written by run_train.py --merge"
+    message = f"has no merged/; merged/ is written by run_train.py --resume --output {tiny_run} --merge"
     assert message in error(str(tiny_run), "owner/name", "--merged")
     write_json(tmp_path / "run.json", {"complete": False})
     assert "the run is not complete; continue it" in error(str(tmp_path), "owner/name")

@@ -45,7 +45,8 @@ def draw_examples(task: AbsTask, count: int, *, seed: int) -> FewShotExamples:
     """Draw at most `count` examples from the task's training split; a function of task and seed.
 
     Without a usable training split there are no examples (zero-shot) and `source` gives the reason. The task is not
-    modified: a copy loads the data. Raises ValueError for a negative count.
+    modified: a copy loads the data. Raises ValueError for a negative count, and ConnectionError if the hub cannot be
+    reached: that says nothing about the task.
 
     Source: arXiv 2409.15700 (a query and a relevant text); other task types and the alternation of classes: ours.
     """
@@ -60,7 +61,11 @@ def draw_examples(task: AbsTask, count: int, *, seed: int) -> FewShotExamples:
         if split not in _declared_splits(task):
             return _zero_shot("the task has no training split")
         examples = _draw(task, split, count, Random(f"{task.metadata.name} {seed}"))
-    except Exception as error:  # any error of the hub or the data: the task is scored without examples
+    except Exception as error:
+        if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith("httpx"):
+            raise ConnectionError(f"--examples: the training split of {task.metadata.name} cannot be read "
+                                  f"({type(error).__name__}: {error!s:.200})") from None
+        # an error of the data: the task is scored without examples
         return _zero_shot(f"the training split cannot be read ({type(error).__name__}: {error!s:.80})")
     if not examples:
         return _zero_shot(f"the {split} split has no usable pair")
@@ -235,6 +240,8 @@ def _declared_splits(task: AbsTask) -> list[str]:
             path = f"{scratch}/data"
         if EXAMPLE_GROUPS[str(task.metadata.type)] is _relevant_pairs:
             configs = datasets.get_dataset_config_names(path, revision=revision)
+            if configs == ["default"] and datasets.config.HF_HUB_OFFLINE and not options:
+                raise ConnectionError("offline, and the cache does not say which splits there are")
             if "corpus" not in configs:  # a folder without README.md: test data only
                 return []
             config = "default" if "default" in configs else "qrels"

@@ -96,6 +96,7 @@ def make_plan(
                               encode_kwargs=encode_kwargs, co2_tracker=False, show_progress_bar=False,
                               overwrite_strategy="always")
         except Exception:
+            task.unload_data()  # as mteb does after a success
             continue
         counting.plan.revision = revision
         plans[name] = counting.plan

@@ -4,6 +4,7 @@ Importing this file imports mteb (three seconds).
 """
 
 import logging
+import ssl
 import urllib.error
 import urllib.request
 import warnings
@@ -177,6 +178,8 @@ def read_caches_if_offline(tasks: Sequence[AbsTask]) -> None:
         return  # an answer
     except OSError as error:
         reason = getattr(error, "reason", None) or error
+        if isinstance(reason, ssl.SSLError):
+            return  # an answer, whose certificate the libraries may know
         print(f"offline: {endpoint} cannot be reached ({reason}); only data in the caches of this machine are used "
               "(--data-dir reads local folders)", flush=True)
         huggingface_hub.constants.HF_HUB_OFFLINE = True
@@ -307,6 +310,7 @@ def score_tasks(
         try:
             score = score_task(encoder, task, output)
         except Exception as error:  # any error: the other tasks do not depend on it
+            task.unload_data()  # as mteb does after a success
             failed[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.300}"
             print(f"  failed: {failed[name]}")
             progress.remaining_tokens -= tokens

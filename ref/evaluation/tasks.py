@@ -251,7 +251,9 @@ def _base_task(folder: Path, official: Mapping[str, AbsTask]) -> AbsTask:
     if name not in known:
         raise ValueError(f"{folder}: {unknown_name('mteb task', name, known)}; a folder with a name of its own needs a "
                          'task.json: {"class": "the mteb task to score it as"}')
-    task = mteb.get_task(name, languages=["eng"])
+    metadata = next(task_class.metadata for task_class in TASK_LIST if task_class.metadata.name == name)
+    is_english = any(code.startswith("eng") for code in metadata.languages)
+    task = mteb.get_task(name, languages=["eng"] if is_english else None)
     return task.filter_eval_splits(["test"]) if "test" in task.metadata.eval_splits else task
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from ref.mining.pipeline import LabellingPipeline, ScoredPair
 from ref.mining.rules import RULES, Candidate, filter_candidates, sigmoid, sort_by_score
 from ref.mining.statistics import LabelStatistics, compare_rules
+from ref.task_types import TASK_TYPES
 from ref.utils.environment import environment_info, utc_now
 from ref.utils.files import atomic_write, hash_file, read_json, write_json
 
@@ -37,16 +38,23 @@ class LabelConfig:
 def write_labels(
     pipeline: LabellingPipeline, config: LabelConfig, output: Path,
 ) -> tuple[dict[str, Any], dict[str, LabelStatistics]]:
-    """Write the labels and their description; returns the description and the statistics of each task."""
+    """Write the labels and their description; returns the description and the statistics of each task.
+
+    A query without negatives is left out and counted if its type has no in-batch negatives: nothing to compare with.
+    """
     statistics: dict[str, LabelStatistics] = {}
+    left_out = Counter[str]()
     description: dict[str, Any] = {}
 
     def write(draft: Path) -> None:
         with draft.open("wb") as file:
             for scored in pipeline.scored_pairs():
                 line = label_line(scored, pipeline, config, statistics)
-                file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-        description.update(describe(pipeline, config, statistics),
+                if line["neg"] or TASK_TYPES[line["type"]].in_batch_negatives:
+                    file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+                else:
+                    left_out[line["task"]] += 1
+        description.update(describe(pipeline, config, statistics), queries_left_out=dict(left_out),
                            output={"file": output.name, "sha256": hash_file(draft)})
         write_json(output.with_suffix(".json"), description)  # before the labels get their name: see is_label_file
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -67,7 +67,7 @@ class LabellingPipeline:
         self.config, self.cache, self.distributed, self.instruction = config, cache, distributed, instruction
         self.device = resolve_device(device)
         self.top_k = min(config.top_k, len(corpus))
-        self.passage = lru_cache(maxsize=2**16)(corpus.read)
+        self.passage = lru_cache(maxsize=2**12)(corpus.read)
         self.candidate_block = lru_cache(maxsize=256)(self.fuse)  # used for scores, then for labels; 0.2 MB each
         self.query_blocks = _split(range(len(pairs)), QUERIES_PER_BLOCK)
         self.passage_blocks = corpus.blocks(PASSAGES_PER_BLOCK)

@@ -199,11 +199,10 @@ class Pairs:
                              f"(got {positives!r:.60})")
         names = [check_id(name, f"{where}: 'pos'") if self.corpus.has_ids
                  else check_text(name, f"{where}: 'pos'").strip() for name in positives]
-        for key in ("prompt", "task"):
-            if value.get(key) is not None:
-                check_text(value[key], f"{where}: {key!r}")
-        return Pair(row, check_text(query, f"{where}: 'query'"), list(dict.fromkeys(names)), value.get("prompt"),
-                    check_task_type(value.get("type") or "normal", f"{where}: 'type'"), value.get("task") or self.name)
+        prompt, task = (check_text(value[key], f"{where}: {key!r}") if value.get(key) else None
+                        for key in ("prompt", "task"))
+        return Pair(row, check_text(query, f"{where}: 'query'"), list(dict.fromkeys(names)), prompt,
+                    check_task_type(value.get("type") or "normal", f"{where}: 'type'"), task or self.name)
 
     def _check_positives(self, pair: Pair, where: str) -> None:
         for name in pair.positives:

@@ -5,6 +5,7 @@ sentence-transformers model (with its own prompts, if it has some). A reranker i
 with one output; its raw logits are stored. Models are loaded at the first call: not at all if the cache has everything.
 """
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +18,12 @@ from huggingface_hub import snapshot_download
 from ref.embedder import Embedder
 from ref.model.adapter import adapter_chain
 from ref.model.checkpoint import ADAPTER_CONFIG, resolve_checkpoint
-from ref.text.prompts import PROMPT_FILE, TEMPLATES
+from ref.text.prompts import PROMPT_FILE
 from ref.utils.block_cache import model_hash
 from ref.utils.device import resolve_device, resolve_dtype
 from ref.utils.files import read_json
 
+USUAL_ENDING = "\nQuery: "  # of a prompt "Instruct: …", as of e5-mistral-7b-instruct
 OTHER_FORMATS = ["*.bin", "*.onnx", "onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot", "*.gguf"]
 
 
@@ -101,9 +103,11 @@ class SentenceTransformerRetriever:
         _sentence_transformers()
         self.name, self.folder, self.device = name, _model_folder(name), resolve_device(device)
         self.options, self.precision = _library_dtype(dtype)
-        self.uses_instructions = _declares_instructions(self.folder)
-        self.key = " ".join([model_hash(self.folder), self.device.type, *self.options.values(),
-                             *(["instructed"] if self.uses_instructions else [])])
+        self.after_instruction = _after_instruction(self.folder)
+        self.uses_instructions = self.after_instruction is not None
+        usual = self.after_instruction == USUAL_ENDING
+        self.key = " ".join([model_hash(self.folder), self.device.type, *self.options.values(), *(
+            ["instructed" if usual else f"instructed {self.after_instruction!r}"] if self.uses_instructions else [])])
 
     @cached_property
     def model(self) -> Any:
@@ -123,7 +127,7 @@ class SentenceTransformerRetriever:
     def encode_queries(self, texts: Sequence[str], instruction: str | None) -> np.ndarray:
         if instruction is None or not self.uses_instructions:
             return self._encode(self.model.encode_query, texts)
-        prompt = TEMPLATES["paper"].before_text.format(instruction=instruction)
+        prompt = f"Instruct: {instruction}{self.after_instruction}"
         return self._encode(self.model.encode_query, texts, prompt=prompt)
 
     def encode_passages(self, texts: Sequence[str]) -> np.ndarray:
@@ -202,11 +206,16 @@ def _count_tokens(model: Any, *columns: Sequence[str]) -> int:
     return round(sum(map(len, ids)) * len(columns[0]) / len(ids))
 
 
-def _declares_instructions(folder: Path) -> bool:
-    """Whether a sentence-transformers model has a prompt of the form "Instruct: …", as e5-mistral and its kin do."""
+def _after_instruction(folder: Path) -> str | None:
+    """What follows the instruction in a sentence-transformers model's prompt "Instruct: …"; None without such a prompt.
+
+    It decides about tokens: e5-mistral declares "\\nQuery: ", Qwen3-Embedding "\\nQuery:" without a space.
+    """
     path = folder / "config_sentence_transformers.json"
     prompts = (read_json(path).get("prompts") if path.exists() else None) or {}
-    return any(isinstance(text, str) and text.startswith("Instruct: ") for text in prompts.values())
+    declared = [text for text in prompts.values() if isinstance(text, str) and text.startswith("Instruct: ")]
+    endings = [re.search(r"\n\w+: ?$", text) for text in declared]
+    return next((found[0] for found in endings if found), USUAL_ENDING if declared else None)
 
 
 def _library_dtype(dtype: str) -> tuple[dict[str, str], str]:

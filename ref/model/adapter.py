@@ -143,6 +143,8 @@ def _read_lora_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
                              "adapter with PEFT (merge_and_unload) and save the whole model")
         if match is None:
             raise ValueError(f"{path}: tensor {stored!r:.120} must be named base_model.model.….lora_A.weight or lora_B")
+        if match[1] == "lm_head":  # as the head itself: an embedding does not pass through it
+            continue
         state[".".join(match.groups())] = tensor.float()
     return state
 

@@ -140,7 +140,9 @@ class Tokenizer:
         transformers 5 and sentence-transformers take them from the post-processor, and no longer from add_eos_token in
         tokenizer_config.json.
         """
-        copy = tokenizers.Tokenizer.from_str(self.library.to_str())
+        layout = json.loads(self.library.to_str())  # without padding tokens that need no row: here EOS pads
+        layout["added_tokens"] = [token for token in layout["added_tokens"] if token["id"] < self.num_ids]
+        copy = tokenizers.Tokenizer.from_str(json.dumps(layout))
         # a template is split at spaces and colons, and $ begins a text: such a token gets another name in it
         names = {token: token if re.fullmatch(r"[^\s:$]+", token) else name
                  for name, token in (("BOS", self.bos), ("EOS", self.eos)) if token is not None}

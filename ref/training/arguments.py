@@ -47,8 +47,8 @@ def _check_used(given: argparse.Namespace, config: TrainConfig, source: ModelSou
     for flag in vars(given):
         if config.train == "all" and (flag.startswith("lora_") or (flag == "merge" and given.merge)):
             raise ValueError(f"--{flag.replace('_', '-')} is for --train lora (this run has --train all)")
-        if flag == "examples_per" and not config.max_examples:
-            raise ValueError(f"--examples-per is for --max-examples above 0 (got {given.examples_per})")
+        if flag in ("examples_per", "max_example_tokens") and not config.max_examples:
+            raise ValueError(f"--{flag.replace('_', '-')} is for --max-examples above 0 (got {getattr(given, flag)})")
         if flag == "false_negative_margin" and config.in_batch_negatives == "none":
             raise ValueError("--false-negative-margin is for in-batch negatives (this run has --in-batch-negatives "
                              "none)")
@@ -65,7 +65,7 @@ def _argument(item: "dataclasses.Field[Any]") -> dict[str, Any]:
     if kinds[0] is bool:
         return {**keywords, "action": argparse.BooleanOptionalAction}
     if get_origin(item.type) is list:
-        return {**keywords, "nargs": "+", "type": str}
+        return {**keywords, "nargs": "+", "type": str, "action": "extend"}
     if get_origin(kinds[0]) is Literal:
         return {**keywords, "choices": get_args(kinds[0])}
     if isinstance(kinds[0], str):

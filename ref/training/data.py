@@ -286,8 +286,9 @@ def parse_example(value: dict[str, Any], where: str, file_name: str, instruction
     if (positive_scores is None) != (negative_scores is None):
         missing = "pos_scores" if positive_scores is None else "neg_scores"
         raise ValueError(f"{where}: {missing!r} is missing; give both 'pos_scores' and 'neg_scores', or neither")
-    known = set(map(normalize_whitespace, positives))
-    kept = [n for n, text in enumerate(negatives) if normalize_whitespace(text) not in known]
+    known = set(map(normalize_whitespace, (query, *positives)))
+    first = {text: n for n, text in reversed(list(enumerate(map(normalize_whitespace, negatives))))}
+    kept = sorted(n for text, n in first.items() if text not in known)
     return TrainingExample(
         task, query, positives, [negatives[n] for n in kept], positive_scores,
         None if negative_scores is None else [negative_scores[n] for n in kept], len(negatives) - len(kept))

@@ -1,6 +1,6 @@
 """What is worth knowing about the training data before the first step: counts of what was dropped, and warnings.
 
-    negatives dropped     texts that are also a positive of the same line
+    negatives dropped     texts that are also the query, a positive or another negative of the same line
     fields not read       'negs' for 'neg' would go unnoticed
     scores                beyond [-1, 1] they are a reranker's logits, which need --teacher-temperature 1
     entropy of labels     near 0 the soft labels say no more than the hard ones
@@ -48,7 +48,8 @@ class DataReport:
         """What to print; `batches` draws those of an epoch."""
         lines = []
         if self.num_dropped:
-            lines.append(f"dropped: {self.num_dropped:,} negatives that are positives of the same line")
+            lines.append(f"dropped: {self.num_dropped:,} negatives that repeat the query, a positive or another "
+                         "negative of their line")
         if self.not_read:
             lines.append(f"fields not read: {', '.join(sorted(self.not_read)[:8])!s:.200} (read: {', '.join(FIELDS)})")
         logits = [path for path, score in self.largest_score.items() if score > LARGEST_COSINE or _says_logits(path)]

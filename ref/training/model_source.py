@@ -12,7 +12,7 @@ from ref.config import MISTRAL, TINY, ModelConfig, TrainConfig
 from ref.embedder import load_model_and_tokenizer
 from ref.model.adapter import adapter_base, adapter_chain
 from ref.model.card import run_folder
-from ref.model.checkpoint import resolve_checkpoint
+from ref.model.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, resolve_checkpoint, shards
 from ref.model.known_models import defaults_for
 from ref.model.lora import apply_lora
 from ref.model.transformer import Mistral, init_weights
@@ -24,7 +24,7 @@ from ref.utils.device import DTYPES, resolve_dtype
 from ref.utils.files import fingerprint, read_json
 
 SMALL = 10**9  # parameters
-MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer.json")  # besides the weights
+MODEL_FILES = ("config.json", ADAPTER_CONFIG, "tokenizer.json")  # besides the weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +50,7 @@ class ModelSource:
         """Fingerprint of the checkpoint's files, an adapter's base included; None for random initialisation."""
         if self.config is not None:
             return None
-        return fingerprint(path for folder in adapter_chain(self.folder) for path in folder.iterdir()
-                           if path.suffix == ".safetensors" or path.name in MODEL_FILES)
+        return fingerprint(path for folder in adapter_chain(self.folder) for path in model_files(folder))
 
     def default_preset(self) -> str:
         """small for random initialisation; for a checkpoint by its size, which config.json tells."""
@@ -60,6 +59,12 @@ class ModelSource:
         folder = adapter_chain(resolve_checkpoint(self.name, weights=False))[-1]
         config = ModelConfig.from_file(folder / "config.json")
         return "small-pretrained" if config.num_parameters < SMALL else "paper"
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint or adapter folder that its embeddings depend on, by name."""
+    weights = [ADAPTER_WEIGHTS] if (folder / ADAPTER_CONFIG).exists() else shards(folder)
+    return [folder / name for name in sorted((*weights, *MODEL_FILES)) if (folder / name).exists()]
 
 
 def resolve_model(name: str | None) -> ModelSource:
@@ -86,7 +91,7 @@ def build_model(
     template = get_template(config.template, "--template")
     if source.config is None and config.train == "all" and adapter_base(source.folder) is not None:
         raise ValueError(f"--train all: {source.name} is an adapter on a frozen base; give a merged model, such as the "
-                         "run's merged/ (run_train.py --merge)")
+                         "run's merged/ (run_train.py --resume --merge)")
     dtype = DTYPES[resolve_dtype(config.dtype, device)[0]] if config.train == "lora" else torch.float32
     if source.config is None:
         model, tokenizer = load_model_and_tokenizer(source.folder, device=device, dtype=dtype)

@@ -39,10 +39,11 @@ from ref.utils.environment import environment_info, utc_now
 from ref.utils.files import atomic_write, read_json, remove_drafts, remove_path
 from ref.utils.outputs import claim_output
 
-# Options that a resumed run may change: they change rounding at most (and, on another device, what dropout draws).
+# Options that a resumed run may change: they change rounding at most (and, on another device, what dropout draws), or
+# what is written beside the result.
 RESUMABLE_OPTIONS = (
     "mini_batch_tokens", "gradient_checkpointing", "compile", "save_steps", "save_total_limit", "distributed_timeout",
-    "device", "backend")
+    "device", "backend", "merge")
 
 
 class Position(TypedDict):
@@ -78,6 +79,8 @@ def resume_options(given: Namespace) -> Namespace:
         raise ValueError(f"--resume: {flags} must be as in {folder / 'run.json'}; only "
                          f"{', '.join('--' + name.replace('_', '-') for name in may_change)} may change")
     options = {**saved["options"], **{k: v for k, v in vars(given).items() if k in RESUMABLE_OPTIONS}}
+    if options["train"] == "all" and options["merge"]:
+        raise ValueError("--merge is for --train lora (this run has --train all)")
     length = {k: v for k, v in vars(given).items() if k in LENGTHS and v is not None}
     if saved.get("complete") and length:
         options |= {**{name: getattr(TrainConfig(), name) for name in LENGTHS}, **length}

@@ -32,6 +32,20 @@ class RankFailure(RuntimeError):  # noqa: N818
     """Another rank has died or hangs; the message names it."""
 
 
+def _local_rank(world_size: int) -> int:
+    """This process's number on its machine, by torchrun, Slurm or Open MPI; -1 if none says so.
+
+    Raises ValueError if it is unknown and there are several GPUs: all processes would take the first.
+    """
+    names = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
+    if found := [os.environ[name] for name in names if name in os.environ]:
+        return int(found[0])
+    if world_size > 1 and torch.cuda.is_available() and torch.cuda.device_count() > 1:
+        raise ValueError(f"LOCAL_RANK must be set with several processes and {torch.cuda.device_count()} visible GPUs "
+                         "(got nothing): the number of the process on its machine, as torchrun sets it")
+    return -1
+
+
 class Distributed:
     """The process group, or this process alone."""
 
@@ -40,7 +54,7 @@ class Distributed:
         self.world_size, self.rank = (int(os.environ.get(name, default)) for name, default in (
             ("WORLD_SIZE", "1"), ("RANK", "0")))
         self.timeout = timeout
-        cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", "-1"))
+        cuda, local_rank = torch.cuda.is_available(), _local_rank(self.world_size)
         if cuda and 0 <= local_rank < torch.cuda.device_count():  # without a GPU of its own: resolve_device says so
             torch.cuda.set_device(local_rank)
         if self.world_size > 1:

@@ -170,9 +170,9 @@ def hash_file(path: Path) -> str:
 
 
 def fingerprint(paths: Iterable[Path]) -> str:
-    """SHA-256 over names, sizes and both ends of files: tells other weights apart without reading gigabytes."""
+    """SHA-256 over names, sizes and both ends of files in order: tells weights apart without reading gigabytes."""
     digest = hashlib.sha256()
-    for path in sorted(paths):
+    for path in paths:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import mteb
 import pytest
 from mteb.abstasks.abstask import AbsTask
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalDatasetLoader
@@ -193,14 +194,41 @@ def test_mteb_alone_would_use_the_scored_judgements_for_training(tmp_path: Path,
 
 
 def test_a_split_that_cannot_be_read_is_reported(tmp_path: Path, monkeypatch: Any) -> None:
-    def offline(*_: Any, **__: Any) -> list[str]:
-        raise ConnectionError("hub unreachable")
+    def malformed(*_: Any, **__: Any) -> list[str]:
+        raise ValueError("no such column")
 
     task = tiny(tmp_path, "STS12")
-    monkeypatch.setattr(datasets, "get_dataset_split_names", offline)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", malformed)
     result = draw_examples(task, 2, seed=0)
     assert not result.examples
-    assert result.source == "none: the training split cannot be read (ConnectionError: hub unreachable), zero-shot"
+    assert result.source == "none: the training split cannot be read (ValueError: no such column), zero-shot"
+
+
+CLIENT_ERROR = type("ConnectTimeout", (Exception,), {"__module__": "httpx"})  # of the hub's client
+
+
+@pytest.mark.parametrize("error", [ConnectionError, TimeoutError, CLIENT_ERROR])
+def test_without_the_hub_a_task_is_not_taken_for_one_without_examples(
+    error: type[Exception], tmp_path: Path, monkeypatch: Any,
+) -> None:
+    """Its results with examples would be replaced by zero-shot ones."""
+    def unreachable(*_: Any, **__: Any) -> list[str]:
+        raise error("hub unreachable")
+
+    task = tiny(tmp_path, "STS12")
+    monkeypatch.setattr(datasets, "get_dataset_split_names", unreachable)
+    with pytest.raises(ConnectionError, match=r"--examples: the training split of STS12 .*hub unreachable"):
+        draw_examples(task, 2, seed=0)
+
+
+def test_offline_a_cached_data_set_without_its_list_of_splits_says_nothing(monkeypatch: Any) -> None:
+    task = mteb.get_task("FiQA2018")
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda *_, **__: ["default"])
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match="FiQA2018 cannot be read"):
+        draw_examples(task, 2, seed=0)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    assert "no training split" in draw_examples(task, 2, seed=0).source
 
 
 def test_no_examples_requested_no_pair_no_such_task_type(tmp_path: Path) -> None:

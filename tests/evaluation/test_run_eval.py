@@ -4,13 +4,17 @@ import json
 import os
 import random
 import shutil
+import ssl
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.error import URLError
 
+import datasets
 import mteb
 import numpy as np
 import pytest
@@ -160,6 +164,15 @@ def test_without_a_network_every_task_fails_at_once_and_the_first_line_says_why(
     assert printed.count("(OfflineModeIsEnabled)") == 9
 
 
+def test_a_hub_whose_certificate_python_does_not_know_is_not_offline(monkeypatch: Any, capsys: Any) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise URLError(ssl.SSLCertVerificationError("unable to get local issuer certificate"))
+    monkeypatch.setattr("urllib.request.urlopen", refused)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    evaluation.read_caches_if_offline([mteb.get_task("STS12")])
+    assert not datasets.config.HF_HUB_OFFLINE and capsys.readouterr().out == ""
+
+
 def test_the_command_scores_resumes_and_lists_missing_tasks(
     world: Path, model: Path, tmp_path: Path, embedder: WordHash, capsys: Any
 ) -> None:
@@ -195,10 +208,12 @@ def test_the_tokens_of_a_failed_task_do_not_remain(monkeypatch: Any, capsys: Any
             raise ValueError("no data")
         return TaskScore("good", "STS", "spearman", 0.5, elapsed_s=2.0)
     monkeypatch.setattr(evaluation, "score_task", score)
-    tasks: Any = [SimpleNamespace(metadata=SimpleNamespace(name=name, type="STS")) for name in ("broken", "good")]
+    unloaded: list[str] = []
+    tasks: Any = [SimpleNamespace(metadata=SimpleNamespace(name=name, type="STS"),
+                                  unload_data=partial(unloaded.append, name)) for name in ("broken", "good")]
     plans = {name: evaluation.TaskPlan("", tokens=tokens) for name, tokens in (("broken", 900), ("good", 100))}
     scores, failed = evaluation.score_tasks(None, tasks, Path(), plans)  # type: ignore[arg-type]
-    assert [each.task for each in scores] == ["good"] and list(failed) == ["broken"]
+    assert [each.task for each in scores] == ["good"] and list(failed) == ["broken"] == unloaded
     assert "(2.0 s, 100 tokens; remaining: 0 tokens)" in capsys.readouterr().out
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import mteb
 import pytest
 from sample_sets import WordHash, encoder_of, sts_pair, world, write_retrieval
-from tiny_mteb import write_lines
+from tiny_mteb import write_json, write_lines
 
 import run_eval
 from ref.evaluation import card_scores
@@ -112,6 +112,15 @@ def test_a_folder_with_its_own_name_takes_the_metric_but_not_the_prompt(world: P
     assert task.ignore_identical_ids, "as ArguAna"
     (task,) = select_tasks("MyClusters", world).tasks
     assert task.max_fraction_of_documents_to_embed is None
+
+
+def test_a_folder_takes_the_metric_of_a_task_in_another_language(world: Path) -> None:
+    write_json(world / "MyRetrieval" / "task.json", {"class": "T2Retrieval", "instruction": "Find it"})
+    (task,) = select_tasks("MyRetrieval", world).tasks
+    assert task.metadata.main_score == "ndcg_at_10" and "eng-Latn" not in mteb.get_task("T2Retrieval").languages
+    task.load_data()
+    assert task.dataset is not None
+    task.unload_data()
 
 
 def test_changed_files_are_loaded_again_in_spite_of_the_cache_of_datasets(tmp_path: Path, monkeypatch: Any) -> None:

@@ -18,10 +18,11 @@ from ranks import exit_codes, start_ranks
 
 import run_label
 import run_train
+from ref.config import TrainConfig
 from ref.mining import labels, pipeline, teachers
 from ref.mining.bm25 import BM25Index
 from ref.model.checkpoint import resolve_checkpoint
-from ref.training.data import parse_example
+from ref.training.data import SoftLabelDataset, parse_example
 from ref.utils.distributed import RankFailure
 
 ROOT = Path(__file__).parent.parent.parent
@@ -244,12 +245,27 @@ def test_a_rerankers_logits_are_stored_raw_and_compared_through_a_sigmoid(label,
         assert all(1 / (1 + math.exp(-score)) < limit for score in row["neg_scores"])
 
 
+def test_queries_without_negatives_are_left_out_where_training_could_not_use_them(raw, label, tmp_path, capsys):
+    pairs = [{**row, "task": kind, "type": kind} for row in rows_of(raw[0]) for kind in ("normal", "symmetric_sts")]
+    write(raw[0], pairs)
+    assert label("--rule", "absolute", "--value", "-1") == 0  # no negatives at all
+    assert [row["type"] for row in rows_of(tmp_path / "out.jsonl")] == ["normal"] * 40
+    assert "symmetric_sts: 40 queries without negatives are left out" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out.json").read_text())["queries_left_out"] == {"symmetric_sts": 40}
+    SoftLabelDataset([tmp_path / "out.jsonl"], TrainConfig())
+    assert label("--rule", "none") == 0
+    assert len(rows_of(tmp_path / "out.jsonl")) == 80
+
+
 def test_instructions_reach_a_library_model_that_declares_prompts_with_them(retriever, tmp_path, label, capsys):
     """Others keep their own prompts, and the command says so."""
     library = pytest.importorskip("sentence_transformers")
     source = resolve_checkpoint(str(retriever))
-    texts = ["one query", "another"]
-    for name, prompts in (("instructed", {"web": "Instruct: Find it.\nQuery: "}), ("fixed", {"query": "query: "})):
+    texts, keys = ["one query", "another"], set()
+    for name, prompts, expected in (
+            ("instructed", {"web": "Instruct: Find it.\nQuery: "}, "Instruct: Other.\nQuery: "),
+            ("without a space", {"web": "Instruct: Find it.\nQuery:"}, "Instruct: Other.\nQuery:"),
+            ("fixed", {"query": "query: "}, "query: ")):
         folder = tmp_path / name
         shutil.copytree(source, folder)
         (folder / "embedder.json").unlink()
@@ -257,13 +273,14 @@ def test_instructions_reach_a_library_model_that_declares_prompts_with_them(retr
         path.write_text(json.dumps({**json.loads(path.read_text()), "prompts": prompts}))
         model = library.SentenceTransformer(str(folder), device="cpu")
         ours = teachers.load_retriever(str(folder), "cpu")
-        expected = "Instruct: Other.\nQuery: " if name == "instructed" else "query: "
         np.testing.assert_allclose(
             ours.encode_queries(texts, "Other."), model.encode(texts, prompt=expected), atol=1e-6)
         np.testing.assert_allclose(ours.encode_passages(texts), model.encode(texts), atol=1e-6)
-        assert ours.uses_instructions == (name == "instructed")
+        assert ours.uses_instructions == (name != "fixed")
+        keys.add(ours.key.partition(" ")[2])
         lengths = [int(model.tokenize([text])["attention_mask"].sum()) for text in texts]
         assert ours.num_tokens == 2 * sum(lengths) > 0  # as queries and as passages, without the prompt
+    assert len(keys) == 3
     assert label("--retriever", tmp_path / "fixed", "--instruction", "Find it.") == 0
     assert "instructions are not used: " in capsys.readouterr().out
 

@@ -67,6 +67,12 @@ def test_passages_without_text_are_skipped_and_known(tmp_path):
     assert pairs.positives(pairs[0]) == [(1, "c", "z")]
 
 
+def test_an_empty_prompt_or_task_is_as_absent_as_in_training(tmp_path):
+    corpus = Corpus(write(tmp_path / "corpus.jsonl", GOOD_CORPUS))
+    pairs = Pairs(write(tmp_path / "pairs.jsonl", [{**GOOD_PAIRS[0], "prompt": "", "task": "", "type": ""}]), corpus)
+    assert (pairs[0].prompt, pairs[0].task, pairs[0].task_type) == (None, "pairs", "normal")
+
+
 def test_other_positives_are_those_of_equal_queries(tmp_path):
     corpus = Corpus(write(tmp_path / "corpus.jsonl", [{"id": f"d{n}", "text": f"text {n}"} for n in range(5)]))
     lines = [{"query": "q", "pos": ["d0"]}, {"query": " q\n", "pos": ["d1"]},

@@ -273,12 +273,22 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], tuple[str, ...]]] =
                      ("q_proj.lora_A", "rank 4", "(3, 32)")),
     "one layer more": (lambda state: state.update({A.replace("1", "7"): torch.ones(4, 32)}),
                        ("layers.7.self_attn.q_proj",)),
-    "the head": (lambda state: state.update({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 32)}),
-                 ("lm_head",)),
+    "a trained head": (lambda state: state.update({"base_model.model.lm_head.weight": torch.ones(4, 32)}),
+                       ("lm_head", "trained embedding")),
     "a full weight": (lambda state: state.update({"base_model.model.norm.weight": torch.ones(32)}), ("norm.weight",)),
     "a magnitude": (lambda state: state.update({A.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(40)}),
                     ("lora_magnitude_vector",)),
 }
+
+
+def test_an_adapted_head_is_skipped_as_the_head_is(adapter: tuple[Path, Mistral]) -> None:
+    folder, model = adapter
+    state = {key: tensor.clone() for key, tensor in load_file(folder / ADAPTER_WEIGHTS).items()}
+    head = {f"base_model.model.lm_head.lora_{m}.weight": torch.ones(4, 32) for m in "AB"}
+    save_file({**state, **head}, folder / ADAPTER_WEIGHTS)
+    load_adapter(model, folder)
+    for name, layer in lora_layers(model).items():
+        assert torch.equal(layer.lora_B, state[f"base_model.model.{name}.lora_B.weight"].float())
 
 
 @pytest.mark.parametrize("name", TENSORS)

@@ -35,9 +35,17 @@ def test_ordinary_data_need_no_words(tmp_path):
 def test_a_positive_among_the_negatives_is_dropped_with_its_score_and_counted(tmp_path):
     rows = [line(0, neg=["p0", "x", " p0 "], neg_scores=[0.9, 0.8, 0.9]), line(1), line(2, neg=["p2"])]
     data = load(tmp_path / "a.jsonl", rows)
-    assert said(data) == ["dropped: 3 negatives that are positives of the same line"]
+    assert said(data) == ["dropped: 3 negatives that repeat the query, a positive or another negative of their line"]
     assert (data[0].negatives, data[0].negative_scores) == (["x"], [0.8])
     assert (data[2].negatives, data[2].negative_scores) == ([], [])
+
+
+def test_the_query_and_a_repeated_text_are_no_negatives(tmp_path):
+    """The query would be pushed from itself; a repeated text would count twice."""
+    rows = [line(0, neg=["x", " q0", "y", "x ", "z"], neg_scores=[0.5, 0.4, 0.3, 0.2, 0.1]), line(1)]
+    data = load(tmp_path / "a.jsonl", rows)
+    assert data[0].query == "q0" and data.report.num_dropped == 2
+    assert (data[0].negatives, data[0].negative_scores) == (["x", "y", "z"], [0.5, 0.3, 0.1])
 
 
 @pytest.mark.parametrize(("scores", "companion"), [((2.5, 1.5), None), ((0.9, 0.8), {"scale": "logit"})])

@@ -519,6 +519,56 @@ def test_what_a_message_advises_may_be_given_with_resume(place, whole, capsys):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize("keep_best", [False, True])
+def test_a_complete_run_gets_its_merged_model_later(keep_best, place, tmp_path, capsys):
+    """What the hub's command advises for an adapter on a local base: equal to the merged model of the run itself."""
+    options = ["--train", "lora", "--lora-rank", 4, "--learning-rate", "0.5"]
+    if keep_best:
+        options += ["--eval-data", held_out(tmp_path / "sets"), "--eval-steps", 1, "--keep-best"]
+    names = [f"later-{keep_best}", f"at-once-{keep_best}"]
+    assert place.train(names[0], *options) == place.train(names[1], *options, "--merge") == 0
+    later, at_once = (place.folder / name for name in names)
+    before = weights(later)
+    assert run_train.main(["--resume", "--output", str(later), "--merge"]) == 0
+    assert f"written: {later / 'merged'}" in capsys.readouterr().out and weights(later) == before
+    one, other = ((folder / "merged/model.safetensors").read_bytes() for folder in (later, at_once))
+    assert one == other and (later / "merged/README.md").exists()
+    assert facts(later)["options"]["merge"] and facts(later)["complete"]
+    time_of = (later / "merged/model.safetensors").stat().st_mtime_ns
+    assert run_train.main(["--resume", "--output", str(later), "--merge"]) == 0
+    assert (later / "merged/model.safetensors").stat().st_mtime_ns == time_of
+
+
+def test_a_merged_model_is_that_of_the_result_or_there_is_none(place, whole, tmp_path, capsys):
+    """If the last state is gone; and --merge of a run without an adapter."""
+    assert place.train("stateless", "--train", "lora", "--lora-rank", 2, "--save-steps", 1) == 0
+    folder = place.folder / "stateless"
+    shutil.rmtree(max((folder / "state").iterdir()))
+    assert run_train.main(["--resume", "--output", str(folder), "--merge"]) == 2
+    assert re.search(r"must have the state of step (\d+), the run's result \(got \d+\)", capsys.readouterr().err)
+    assert not (folder / "merged").exists() and not facts(folder)["options"]["merge"]
+    assert run_train.main(["--resume", "--output", str(whole), "--merge"]) == 2
+    assert "--merge is for --train lora (this run has --train all)" in capsys.readouterr().err
+
+
+def test_other_files_beside_a_model_and_another_place_do_not_prevent_resuming(whole, adapter, tmp_path, monkeypatch):
+    """The hub's folder of a model can get further weights; an adapter's base can come to lie elsewhere."""
+    shutil.copytree(whole / "model", tmp_path / "model")
+    before = model_source.ModelSource(str(tmp_path / "model"), "").fingerprint()
+    (tmp_path / "model/consolidated.safetensors").write_bytes(b"another program's")
+    assert model_source.ModelSource(str(tmp_path / "model"), "").fingerprint() == before
+    (tmp_path / "model/tokenizer.json").write_text("{}")
+    assert model_source.ModelSource(str(tmp_path / "model"), "").fingerprint() != before
+    found = []
+    for base, top in (("a", "b"), ("b", "a")):
+        chain = [tmp_path / f"{base} under {top}" / name for name in (top, base)]
+        for folder, source in zip(chain, (adapter / "adapter", whole / "model"), strict=True):
+            shutil.copytree(source, folder)
+        monkeypatch.setattr(model_source, "adapter_chain", lambda _, chain=chain: chain)
+        found.append(model_source.ModelSource(str(chain[0]), "").fingerprint())
+    assert found[0] == found[1] != before
+
+
 def test_a_complete_run_has_nothing_to_go_on_with(place, whole, capsys):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     assert run_train.main(["--resume", "--output", str(whole)]) == 0
@@ -795,6 +845,7 @@ def test_why_prompts_have_no_examples(place, options, words, capsys):
     (["--lora-rank", "8"], r"--lora-rank is for --train lora"),
     (["--merge"], r"--merge is for --train lora"),
     (["--max-examples", "0", "--examples-per", "query"], r"--examples-per is for --max-examples above 0 \(got query\)"),
+    (["--max-examples", "0", "--max-example-tokens", "9"], r"--max-example-tokens is for --max-examples above 0"),
     (["--in-batch-negatives", "none", "--false-negative-margin", "0.2"], r"--false-negative-margin is for in-"),
     (["--model", "whole/model", "--no-lowercase"], r"--lowercase is for random initialisation"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
@@ -915,6 +966,23 @@ def test_default_names_of_runs_of_the_same_second_differ(place, monkeypatch):
         assert run_train.main(options[:place_of] + options[place_of + 2 :]) == 0
     assert sorted(path.name for path in Path("runs").iterdir()) == [
         "config-20260102-030405", "config-20260102-030405-2"]
+
+
+def test_lists_of_an_option_that_is_repeated_are_joined():
+    given = parse_args(["--data", "a.jsonl", "b.jsonl", "--data", "c.jsonl"])
+    assert given.data == ["a.jsonl", "b.jsonl", "c.jsonl"]
+
+
+def test_a_batch_size_that_no_task_uses_is_named(place, capsys):
+    for options, note in (
+            (["--batch-size-symmetric", 3], "--batch-size-symmetric is not used: every task has in-batch negatives"),
+            (["--in-batch-negatives", "none"], "--batch-size is not used: no task has in-batch negatives")):
+        with ctrl_c_at(1):
+            assert place.train(f"unused-{len(note)}", *options) == 130
+        assert f"note: {note}" in capsys.readouterr().out
+    with ctrl_c_at(1):
+        assert place.train("used") == 130
+    assert "is not used" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("limit", "preset"), [(10**9, "small-pretrained"), (10, "paper")])
