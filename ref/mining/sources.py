@@ -212,26 +212,42 @@ class Pairs:
 
 
 def corpus_from_pairs(path: Path, folder: Path) -> Path:
-    """A corpus of all texts of 'pos' and 'neg' (FlagEmbedding's layout), each once, as a file in `folder`."""
+    """A corpus of all texts of 'pos' and 'neg' (FlagEmbedding's layout), each once, as a file in `folder`.
+
+    The pairs are read twice, for the file's name (a hash) and for the file, so that no text stays in memory.
+    """
+    digest, first, are_ids = hashlib.sha256(), "", True
+    for text in _distinct_texts(path):
+        digest.update(_corpus_line(text))
+        first, are_ids = first or text, are_ids and _like_an_id(text)
+    if first and are_ids:
+        raise ValueError(f"{path}: 'pos' and 'neg' must hold texts, not ids, if there is no corpus (got {first!r:.60}); give "
+                         "the corpus with --corpus")
+
+    def write(draft: Path) -> None:
+        with draft.open("wb") as file:
+            file.writelines(map(_corpus_line, _distinct_texts(path)))
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"corpus-{digest.hexdigest()[:16]}.jsonl"
+    if not target.exists():
+        atomic_write(target, write)
+    return target
+
+
+def _distinct_texts(path: Path) -> Iterator[str]:
+    """The texts of 'pos' and 'neg', each once."""
     seen: set[int] = set()
-    lines, are_ids = [], True
     for line in read_jsonl(path):
         for key in ("pos", "neg"):
             for text in check_type(line.value.get(key) or [], list, f"{line.where}: {key!r}", "a list of texts"):
                 text = check_text(text, f"{line.where}: {key!r}").strip()
                 if _hash(text) not in seen:
                     seen.add(_hash(text))
-                    are_ids = are_ids and _like_an_id(text)
-                    lines.append(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-    if lines and are_ids:
-        raise ValueError(f"{path}: 'pos' and 'neg' must hold texts, not ids, if there is no corpus (got "
-                         f"{json.loads(lines[0])['text']!r:.60}); give the corpus with --corpus")
-    content = "".join(lines).encode()
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"corpus-{hashlib.sha256(content).hexdigest()[:16]}.jsonl"
-    if not target.exists():
-        atomic_write(target, lambda draft: draft.write_bytes(content))
-    return target
+                    yield text
+
+
+def _corpus_line(text: str) -> bytes:
+    return json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
 
 
 def _like_an_id(text: str) -> bool:

@@ -1,6 +1,7 @@
 """Pairs and corpus: three layouts of the same data, and bad input."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,17 @@ def test_other_positives_are_those_of_equal_queries(tmp_path):
     pairs = Pairs(write(tmp_path / "pairs.jsonl", lines), corpus)
     others = [[name for _, name, _ in pairs.other_positives(pairs[n])] for n in range(5)]
     assert others == [["d1", "d4", "d0"], ["d0", "d4", "d0"], [], [], ["d0", "d1"]]
+
+
+def test_a_corpus_from_pairs_is_not_held_in_memory(tmp_path):
+    rows = [{"query": "q", "pos": [f"{n} {'word ' * 800}"], "neg": ["the same negative"]} for n in range(1000)]
+    path = write(tmp_path / "pairs.jsonl", rows)
+    tracemalloc.start()
+    target = corpus_from_pairs(path, tmp_path / "cache")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10**6 < target.stat().st_size / 4
+    assert [json.loads(line)["text"][:3] for line in target.open()][:3] == ["0 w", "the", "1 w"]
 
 
 GOOD_CORPUS = [{"id": "a", "text": "x"}, {"id": "b", "text": "y"}]
