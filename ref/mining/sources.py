@@ -221,8 +221,8 @@ def corpus_from_pairs(path: Path, folder: Path) -> Path:
         digest.update(_corpus_line(text))
         first, are_ids = first or text, are_ids and _like_an_id(text)
     if first and are_ids:
-        raise ValueError(f"{path}: 'pos' and 'neg' must hold texts, not ids, if there is no corpus (got {first!r:.60}); give "
-                         "the corpus with --corpus")
+        raise ValueError(f"{path}: 'pos' and 'neg' must hold texts, not ids, if there is no corpus (got "
+                         f"{first!r:.60}); give the corpus with --corpus")
 
     def write(draft: Path) -> None:
         with draft.open("wb") as file:
