@@ -68,6 +68,22 @@ def test_a_plan_is_written_when_all_tasks_fail(tiny_run: Path, tmp_path: Path) -
     assert json.loads((tmp_path / "out/plan.json").read_text()) == {}
 
 
+def test_a_task_that_cannot_be_planned_does_not_keep_its_data(
+    world: Path, tiny_run: Path, tmp_path: Path, monkeypatch: Any,
+) -> None:
+    [task], encoder = select_tasks("BIOSSES", world).tasks, encoder_of(Embedder.from_pretrained(tiny_run, device="cpu"))
+    loaded = []
+
+    def evaluate(_: Any, task: Any, **__: Any) -> None:
+        task.load_data()
+        loaded.append(task.dataset)
+        raise MemoryError
+    monkeypatch.setattr(mteb, "evaluate", evaluate)
+    plans, _ = plan.make_plan(encoder, [task], encoder.embedder.prompt_encoder, tmp_path / "plan.json")
+    assert plans == {}
+    assert loaded[0] is not None and task.dataset is None and not task.data_loaded
+
+
 # ---- estimates without data ---------------------------------------------------------------------------------
 
 

@@ -114,6 +114,13 @@ def test_a_folder_with_its_own_name_takes_the_metric_but_not_the_prompt(world: P
     assert task.max_fraction_of_documents_to_embed is None
 
 
+def test_of_a_task_in_many_languages_a_folder_is_the_english_part(world: Path) -> None:
+    shutil.copytree(world / "BIOSSES", world / "Similar")
+    write_json(world / "Similar" / "task.json", {"class": "STS22.v2"})
+    (task,) = select_tasks("Similar", world).tasks
+    assert set(task.languages) >= {"eng-Latn"} and len(task.hf_subsets) < len(mteb.get_task("STS22.v2").hf_subsets)
+
+
 def test_a_folder_takes_the_metric_of_a_task_in_another_language(world: Path) -> None:
     write_json(world / "MyRetrieval" / "task.json", {"class": "T2Retrieval", "instruction": "Find it"})
     (task,) = select_tasks("MyRetrieval", world).tasks

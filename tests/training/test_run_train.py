@@ -1001,9 +1001,10 @@ def test_without_a_gpu_the_default_is_tiny_and_says_so(place, capsys, monkeypatc
     options = [x for x in place.arguments("tiny", "--steps", 1) if x != str(place.folder / "config.json")]
     options.remove("--model")
     assert run_train.main(options) == 0
-    first = capsys.readouterr().out.splitlines()[0]
+    first, *others = capsys.readouterr().out.splitlines()
     assert first.startswith("model: tiny (default without a GPU")
     assert "--model" in first
+    assert f"held-out sets: none in {place.folder / 'held_out'} (--eval-data names another folder)" in others
 
 
 @pytest.mark.parametrize("options", [[], ["--train", "lora", "--lora-rank", 4]], ids=["all", "lora"])
