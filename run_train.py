@@ -227,9 +227,9 @@ def add_merged(trainer: Trainer, folder: Path, saved: dict[str, Any]) -> None:
         step = load_best(folder, trainer.model)
     else:
         step = load_state(folder, trainer.model, trainer.optimiser, BEGINNING)["step"]
-    if step != saved["result_step"]:
-        raise ValueError(f"--merge: {folder / 'state'} must have the state of step {saved['result_step']}, the run's "
-                         f"result (got {step})")
+    if step != (result := saved.get("result_step")):
+        raise ValueError(f"--merge: {folder / 'state'} must have the state of step {result}, the run's result (got "
+                         f"{step})")
     save_merged(folder, trainer.model, trainer.prompt_encoder, trainer.data)
     write_json(folder / "run.json", {**saved, "options": {**saved["options"], "merge": True}})
     write_model_cards(folder)
