@@ -150,7 +150,8 @@ def label(pipeline: LabellingPipeline, config: LabelConfig, output: Path) -> Non
               f"entropy of the labels {facts['label_entropy']:.2f} of at most {facts['max_label_entropy']:.2f} nats at "
               f"temperature {config.teacher_temperature}")
     for task, count in description["queries_left_out"].items():
-        print(f"{task}: {count:,} queries without negatives are left out, because their type has no in-batch negatives")
+        print(f"{task}: {count:,} queries without negatives are left out: their type has no in-batch negatives, unless "
+              "training is given --in-batch-negatives all")
     why_not = plot_histogram(statistics, output.with_suffix(".png"), scale=pipeline.scale)
     if why_not:
         print(why_not)

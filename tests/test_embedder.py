@@ -228,6 +228,10 @@ def test_a_padding_token_needs_no_row(tmp_path, small_embedder, file):
     copy = Tokenizer.from_folder(tmp_path / "copy")
     check_vocab(model, copy)
     assert copy.encode(["tea and [PAD]"], max_tokens=99) == tokenizer.encode(["tea and [PAD]"], max_tokens=99)
+    layout["model"]["vocab"]["[PAD]"] = rows  # listed there too
+    (tmp_path / "tokenizer.json").write_text(json.dumps(layout))
+    Tokenizer.from_folder(tmp_path).save(tmp_path / "copy")
+    check_vocab(model, Tokenizer.from_folder(tmp_path / "copy"))
 
 
 def test_a_name_that_is_too_long_for_a_path_is_no_model():

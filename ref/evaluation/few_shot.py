@@ -62,7 +62,7 @@ def draw_examples(task: AbsTask, count: int, *, seed: int) -> FewShotExamples:
             return _zero_shot("the task has no training split")
         examples = _draw(task, split, count, Random(f"{task.metadata.name} {seed}"))
     except Exception as error:
-        if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith("httpx"):
+        if _is_of_the_hub(error, task):
             raise ConnectionError(f"--examples: the training split of {task.metadata.name} cannot be read "
                                   f"({type(error).__name__}: {error!s:.200})") from None
         # an error of the data: the task is scored without examples
@@ -71,6 +71,15 @@ def draw_examples(task: AbsTask, count: int, *, seed: int) -> FewShotExamples:
         return _zero_shot(f"the {split} split has no usable pair")
     fewer = "" if len(examples) == count else f", {len(examples)} of {count} requested"
     return FewShotExamples(examples, f"{split} split, seed {seed}{fewer}")
+
+
+def _is_of_the_hub(error: Exception, task: AbsTask) -> bool:
+    """Whether the hub has failed, rather than the data; a set that is gated or missing is without examples."""
+    if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith("httpx"):
+        return True
+    is_local = Path(task.metadata.dataset["path"]).is_dir()
+    return isinstance(error, OSError) and not is_local and not isinstance(
+        error, datasets.exceptions.DatasetNotFoundError)
 
 
 def _zero_shot(reason: str) -> FewShotExamples:

@@ -164,6 +164,8 @@ class LocalDataMixin(AbsTask):
             datasets.config.HF_DATASETS_CACHE = shared
 
     def unload_data(self) -> None:
+        if not self.data_loaded:
+            return
         super().unload_data()
         self.__dict__.pop("metadata", None)
         self._scratch.cleanup()

@@ -40,7 +40,8 @@ def write_labels(
 ) -> tuple[dict[str, Any], dict[str, LabelStatistics]]:
     """Write the labels and their description; returns the description and the statistics of each task.
 
-    A query without negatives is left out and counted if its type has no in-batch negatives: nothing to compare with.
+    A query without negatives is left out and counted if its type has no in-batch negatives by default. Raises
+    ValueError if no query is left; an earlier file stays then.
     """
     statistics: dict[str, LabelStatistics] = {}
     left_out = Counter[str]()
@@ -50,10 +51,13 @@ def write_labels(
         with draft.open("wb") as file:
             for scored in pipeline.scored_pairs():
                 line = label_line(scored, pipeline, config, statistics)
-                if line["neg"] or TASK_TYPES[line["type"]].in_batch_negatives:
-                    file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+                if line is None:
+                    left_out[scored.pair.task] += 1
                 else:
-                    left_out[line["task"]] += 1
+                    file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        if not statistics:
+            raise ValueError(f"--rule {config.rule}: no query has a negative, which their types need (got --value "
+                             f"{config.value}); choose another rule or value with --compare-rules")
         description.update(describe(pipeline, config, statistics), queries_left_out=dict(left_out),
                            output={"file": output.name, "sha256": hash_file(draft)})
         write_json(output.with_suffix(".json"), description)  # before the labels get their name: see is_label_file
@@ -75,13 +79,18 @@ def is_label_file(output: Path) -> bool:
 
 def label_line(
     scored: ScoredPair, pipeline: LabellingPipeline, config: LabelConfig, statistics: dict[str, LabelStatistics],
-) -> dict[str, Any]:
-    """One line of the output, in the format that run_train.py reads; it is counted in its task's statistics."""
+) -> dict[str, Any] | None:
+    """One line of the output, in the format that run_train.py reads; it is counted in its task's statistics.
+
+    None for a query that is left out.
+    """
     query, positives, candidates, other_positives = bounded_scores(scored, pipeline.scale)
     decisions = list(filter_candidates(
         query, positives, sort_by_score(candidates), rule=config.rule, value=config.value,
         num_negatives=config.num_negatives, other_positives=other_positives))
     negatives = [candidate for candidate, decision in decisions if decision == "selected"]
+    if not negatives and not TASK_TYPES[scored.pair.task_type].in_batch_negatives:
+        return None
     raw_score = {name: score for name, _, score in scored.candidates}
     positive_scores = [round(score, 6) for _, _, score in scored.positives]
     negative_scores = [round(raw_score[negative.id], 6) for negative in negatives]

@@ -214,8 +214,8 @@ def _after_instruction(folder: Path) -> str | None:
     path = folder / "config_sentence_transformers.json"
     prompts = (read_json(path).get("prompts") if path.exists() else None) or {}
     declared = [text for text in prompts.values() if isinstance(text, str) and text.startswith("Instruct: ")]
-    endings = [re.search(r"\n\w+: ?$", text) for text in declared]
-    return next((found[0] for found in endings if found), USUAL_ENDING if declared else None)
+    endings = [re.search(r"\s*\n[^\n]+\n?\Z", text) for text in declared]
+    return next((found[0] for found in endings if found), None)
 
 
 def _library_dtype(dtype: str) -> tuple[dict[str, str], str]:

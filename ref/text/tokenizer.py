@@ -142,6 +142,9 @@ class Tokenizer:
         """
         layout = json.loads(self.library.to_str())  # without padding tokens that need no row: here EOS pads
         layout["added_tokens"] = [token for token in layout["added_tokens"] if token["id"] < self.num_ids]
+        vocab = layout["model"]["vocab"]
+        if isinstance(vocab, dict):
+            layout["model"]["vocab"] = {text: number for text, number in vocab.items() if number < self.num_ids}
         copy = tokenizers.Tokenizer.from_str(json.dumps(layout))
         # a template is split at spaces and colons, and $ begins a text: such a token gets another name in it
         names = {token: token if re.fullmatch(r"[^\s:$]+", token) else name

@@ -239,7 +239,8 @@ class SoftLabelDataset:
             self.report.add(path, scores, example.num_dropped, line.value.keys() - {*FIELDS, MINING})
             in_batch = self.has_in_batch_negatives(example.task) and self.config.batch_size > 1
             if not in_batch and not example.negatives[: self._num_negatives(example.task)]:
-                got = "--num-negatives 0" if example.negatives else "none"
+                repeated = "only texts that repeat the query or a positive" if example.num_dropped else "none"
+                got = "--num-negatives 0" if example.negatives else repeated
                 raise ValueError(f"{line.where}: 'neg' must have a text for type {example.task.type}, which has no "
                                  f"in-batch negatives (got {got})")
             yield line.offset, example

@@ -62,7 +62,7 @@ class ModelSource:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint or adapter folder that its embeddings depend on, by name."""
+    """Weights, configuration and tokenizer.json of a checkpoint or adapter folder, by name."""
     weights = [ADAPTER_WEIGHTS] if (folder / ADAPTER_CONFIG).exists() else shards(folder)
     return [folder / name for name in sorted((*weights, *MODEL_FILES)) if (folder / name).exists()]
 

@@ -39,8 +39,8 @@ from ref.utils.environment import environment_info, utc_now
 from ref.utils.files import atomic_write, read_json, remove_drafts, remove_path
 from ref.utils.outputs import claim_output
 
-# Options that a resumed run may change: they change rounding at most (and, on another device, what dropout draws), or
-# what is written beside the result.
+# Options that a resumed run may change: they change rounding at most (another device, or compiled blocks, also what
+# dropout draws), or what is written beside the result.
 RESUMABLE_OPTIONS = (
     "mini_batch_tokens", "gradient_checkpointing", "compile", "save_steps", "save_total_limit", "distributed_timeout",
     "device", "backend", "merge")
@@ -79,7 +79,7 @@ def resume_options(given: Namespace) -> Namespace:
         raise ValueError(f"--resume: {flags} must be as in {folder / 'run.json'}; only "
                          f"{', '.join('--' + name.replace('_', '-') for name in may_change)} may change")
     options = {**saved["options"], **{k: v for k, v in vars(given).items() if k in RESUMABLE_OPTIONS}}
-    if options["train"] == "all" and options["merge"]:
+    if options.get("train") == "all" and options.get("merge"):
         raise ValueError("--merge is for --train lora (this run has --train all)")
     length = {k: v for k, v in vars(given).items() if k in LENGTHS and v is not None}
     if saved.get("complete") and length:

@@ -9,6 +9,7 @@ from typing import Literal, cast
 
 import torch
 
+LOCAL_RANK = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")  # of torchrun, Slurm, Open MPI
 DTYPES = MappingProxyType({"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32})
 Backend = Literal["eager", "chunked", "triton"]  # of pooling and loss: see ref/loss/training_loss.py
 
@@ -64,10 +65,8 @@ def resolve_backend(name: Backend | None, device: torch.device) -> Backend:
 def resolve_device(name: str | None = None) -> torch.device:
     """The named device, by default CUDA where available, else the CPU. Raises ValueError for other devices."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if name == "cuda" and local_rank >= torch.cuda.device_count() > 0:
-        raise ValueError(f"--device cuda: LOCAL_RANK must be below the number of visible GPUs (got {local_rank} of "
-                         f"{torch.cuda.device_count()}); start as many processes as there are GPUs")
+    if name == "cuda":
+        _check_local_rank(torch.cuda.device_count())
     if name == "cuda" and torch.cuda.is_available():
         name = f"cuda:{torch.cuda.current_device()}"  # each rank has its own
     if name.split(":")[0] not in ("cpu", "cuda"):
@@ -83,6 +82,23 @@ def resolve_device(name: str | None = None) -> torch.device:
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # Triton launches on the current device
     return device
+
+
+def local_rank() -> int | None:
+    """This process's number on its machine, by torchrun, Slurm or Open MPI; None if none of them says so."""
+    found = [os.environ[name] for name in LOCAL_RANK if name in os.environ]
+    return int(found[0]) if found else None
+
+
+def _check_local_rank(num_gpus: int) -> None:
+    """Raise ValueError where several processes would compute on one GPU. A launcher may show each one only its own."""
+    rank = local_rank()
+    if rank is None and num_gpus > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"--device cuda: LOCAL_RANK must be set with several processes and {num_gpus} visible GPUs "
+                         "(got nothing): the number of the process on its machine, as torchrun sets it")
+    if rank is not None and rank >= num_gpus > (0 if LOCAL_RANK[0] in os.environ else 1):
+        raise ValueError(f"--device cuda: LOCAL_RANK must be below the number of visible GPUs (got {rank} of "
+                         f"{num_gpus}); start as many processes as there are GPUs")
 
 
 def keep_freed_memory(device: torch.device) -> None:

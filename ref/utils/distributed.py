@@ -23,6 +23,8 @@ import torch.distributed as dist
 import torch.distributed.nn  # imported later, its default arguments would keep the group and its threads alive
 from torch import Tensor
 
+from ref.utils.device import local_rank
+
 Item = TypeVar("Item")
 HEARTBEAT_S = 1.0
 CLOSE_S = 5.0  # rank 0 waits no longer for ranks that still read the store
@@ -30,20 +32,6 @@ CLOSE_S = 5.0  # rank 0 waits no longer for ranks that still read the store
 
 class RankFailure(RuntimeError):  # noqa: N818
     """Another rank has died or hangs; the message names it."""
-
-
-def _local_rank(world_size: int) -> int:
-    """This process's number on its machine, by torchrun, Slurm or Open MPI; -1 if none says so.
-
-    Raises ValueError if it is unknown and there are several GPUs: all processes would take the first.
-    """
-    names = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
-    if found := [os.environ[name] for name in names if name in os.environ]:
-        return int(found[0])
-    if world_size > 1 and torch.cuda.is_available() and torch.cuda.device_count() > 1:
-        raise ValueError(f"LOCAL_RANK must be set with several processes and {torch.cuda.device_count()} visible GPUs "
-                         "(got nothing): the number of the process on its machine, as torchrun sets it")
-    return -1
 
 
 class Distributed:
@@ -54,9 +42,9 @@ class Distributed:
         self.world_size, self.rank = (int(os.environ.get(name, default)) for name, default in (
             ("WORLD_SIZE", "1"), ("RANK", "0")))
         self.timeout = timeout
-        cuda, local_rank = torch.cuda.is_available(), _local_rank(self.world_size)
-        if cuda and 0 <= local_rank < torch.cuda.device_count():  # without a GPU of its own: resolve_device says so
-            torch.cuda.set_device(local_rank)
+        cuda, rank = torch.cuda.is_available(), local_rank()
+        if cuda and rank is not None and rank < torch.cuda.device_count():  # else resolve_device says so
+            torch.cuda.set_device(rank)
         if self.world_size > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
             self.store = dist.distributed_c10d._get_default_store()

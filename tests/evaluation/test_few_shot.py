@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import mteb
 import pytest
 from mteb.abstasks.abstask import AbsTask
@@ -219,6 +220,24 @@ def test_without_the_hub_a_task_is_not_taken_for_one_without_examples(
     monkeypatch.setattr(datasets, "get_dataset_split_names", unreachable)
     with pytest.raises(ConnectionError, match=r"--examples: the training split of STS12 .*hub unreachable"):
         draw_examples(task, 2, seed=0)
+
+
+@pytest.mark.parametrize(("error", "is_of_the_hub"), [
+    (huggingface_hub.errors.LocalEntryNotFoundError, True), (OSError, True), (ValueError, False),
+    (datasets.exceptions.DatasetNotFoundError, False)])
+def test_a_hub_that_fails_and_a_data_set_that_is_gated(
+    error: type[Exception], is_of_the_hub: bool, monkeypatch: Any,
+) -> None:
+    def fail(*_: Any, **__: Any) -> list[str]:
+        raise error("503")
+
+    monkeypatch.setattr(datasets, "get_dataset_config_names", fail)
+    task = mteb.get_task("FiQA2018")
+    if is_of_the_hub:
+        with pytest.raises(ConnectionError, match="FiQA2018 cannot be read"):
+            draw_examples(task, 2, seed=0)
+    else:
+        assert "cannot be read" in draw_examples(task, 2, seed=0).source
 
 
 def test_offline_a_cached_data_set_without_its_list_of_splits_says_nothing(monkeypatch: Any) -> None:

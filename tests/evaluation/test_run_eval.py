@@ -480,6 +480,8 @@ def test_the_report_has_the_scored_tasks_beside_one_whose_score_is_not_finite(
     assert "failed: ValueError: BIOSSES: the score must be finite (got nan" in printed
     assert "; failed: BIOSSES" in printed
     assert "MyRetrieval" in (tmp_path / "out/report.md").read_text()
+    assert run_eval.main(command(tiny_run, world, tmp_path / "out", "--tasks", "BIOSSES,MyRetrieval")) == 1
+    assert "; failed: BIOSSES" in capsys.readouterr().out  # from the cache, without loading its data
 
 
 def test_the_model_card_has_scores_of_the_model_as_it_is(

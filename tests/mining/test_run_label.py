@@ -251,10 +251,17 @@ def test_queries_without_negatives_are_left_out_where_training_could_not_use_the
     assert label("--rule", "absolute", "--value", "-1") == 0  # no negatives at all
     assert [row["type"] for row in rows_of(tmp_path / "out.jsonl")] == ["normal"] * 40
     assert "symmetric_sts: 40 queries without negatives are left out" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out.json").read_text())["queries_left_out"] == {"symmetric_sts": 40}
+    about = json.loads((tmp_path / "out.json").read_text())
+    assert about["queries_left_out"] == {"symmetric_sts": 40} and list(about["by_task"]) == ["normal"]
     SoftLabelDataset([tmp_path / "out.jsonl"], TrainConfig())
     assert label("--rule", "none") == 0
     assert len(rows_of(tmp_path / "out.jsonl")) == 80
+    write(raw[0], [row for row in pairs if row["type"] == "symmetric_sts"])
+    before = (tmp_path / "out.jsonl").read_bytes()
+    assert label("--rule", "absolute", "--value", "-1") == 2
+    message = "--rule absolute: no query has a negative, which their types need (got --value -1.0)"
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
 def test_instructions_reach_a_library_model_that_declares_prompts_with_them(retriever, tmp_path, label, capsys):
@@ -265,6 +272,7 @@ def test_instructions_reach_a_library_model_that_declares_prompts_with_them(retr
     for name, prompts, expected in (
             ("instructed", {"web": "Instruct: Find it.\nQuery: "}, "Instruct: Other.\nQuery: "),
             ("without a space", {"web": "Instruct: Find it.\nQuery:"}, "Instruct: Other.\nQuery:"),
+            ("another word", {"web": "Instruct: Find it.\n Search query: "}, "Instruct: Other.\n Search query: "),
             ("fixed", {"query": "query: "}, "query: ")):
         folder = tmp_path / name
         shutil.copytree(source, folder)
@@ -280,7 +288,7 @@ def test_instructions_reach_a_library_model_that_declares_prompts_with_them(retr
         keys.add(ours.key.partition(" ")[2])
         lengths = [int(model.tokenize([text])["attention_mask"].sum()) for text in texts]
         assert ours.num_tokens == 2 * sum(lengths) > 0  # as queries and as passages, without the prompt
-    assert len(keys) == 3
+    assert len(keys) == 4
     assert label("--retriever", tmp_path / "fixed", "--instruction", "Find it.") == 0
     assert "instructions are not used: " in capsys.readouterr().out
 

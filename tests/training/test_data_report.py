@@ -48,6 +48,11 @@ def test_the_query_and_a_repeated_text_are_no_negatives(tmp_path):
     assert (data[0].negatives, data[0].negative_scores) == (["x", "y", "z"], [0.5, 0.3, 0.1])
 
 
+def test_a_line_whose_negatives_all_repeat_is_refused_where_it_needs_one(tmp_path):
+    with pytest.raises(ValueError, match=r"'neg' must have a text .*got only texts that repeat the query or a"):
+        load(tmp_path / "a.jsonl", [line(0, neg=["q0"], type="symmetric_sts"), line(1)])
+
+
 @pytest.mark.parametrize(("scores", "companion"), [((2.5, 1.5), None), ((0.9, 0.8), {"scale": "logit"})])
 def test_logits_at_a_cosines_temperature_are_a_warning(tmp_path, scores, companion):
     """Known by their range, or by the description that run_label.py writes beside its output."""

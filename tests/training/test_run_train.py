@@ -354,6 +354,11 @@ def test_resuming_what_is_no_run_is_an_error(tmp_path, capsys):
     (tmp_path / "run.json").write_text("{}")
     assert run_train.main(["--resume", "--output", str(tmp_path)]) == 2
     assert "must have 'options', 'model' and 'data'" in capsys.readouterr().err
+    (tmp_path / "run.json").write_text(json.dumps({"options": {"unheard_of": 1}, "model": "tiny", "data": []}))
+    assert run_train.main(["--resume", "--output", str(tmp_path)]) == 2
+    assert "the option 'unheard_of' is unknown" in capsys.readouterr().err
+    (tmp_path / "run.json").write_text(json.dumps({"options": {}, "model": "tiny", "data": []}))
+    assert run_train.main(["--resume", "--output", str(tmp_path)]) == 2  # defaults fill the gaps; the data differ
 
 
 def test_an_adapter_names_its_base_by_a_path_that_holds_anywhere(place, whole, monkeypatch):

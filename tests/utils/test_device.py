@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from ref.utils.device import bfloat16_rate, resolve_backend, resolve_device, resolve_dtype
+from ref.utils.device import LOCAL_RANK, bfloat16_rate, resolve_backend, resolve_device, resolve_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -100,10 +100,31 @@ def test_the_scripts_keep_freed_memory_on_a_cpu():
     assert resident["cpu"] - resident["none"] > 120 * 2**10
 
 
-def test_a_process_without_a_gpu_of_its_own(monkeypatch):
+@pytest.fixture
+def four_gpus(monkeypatch):
+    for name in LOCAL_RANK:
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setenv("LOCAL_RANK", "4")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+
+
+def test_ranks_of_a_launcher_that_does_not_number_them_would_share_a_gpu(four_gpus, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in (None, "cuda"):
+        with pytest.raises(ValueError, match=r"LOCAL_RANK must be set with several processes and 4 visible GPUs"):
+            resolve_device(name)
+    assert (resolve_device("cpu").type, resolve_device("cuda:2").index) == ("cpu", 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # each process sees its own
+    assert resolve_device().index == 0
+    monkeypatch.setenv("SLURM_LOCALID", "3")
+    assert resolve_device().index == 0
+
+
+@pytest.mark.parametrize("launcher", LOCAL_RANK)
+def test_a_process_without_a_gpu_of_its_own(four_gpus, monkeypatch, launcher):
+    monkeypatch.setenv(launcher, "4")
     for name in (None, "cuda"):
         with pytest.raises(ValueError, match=r"LOCAL_RANK must be below the number of visible GPUs \(got 4 of 4\)"):
             resolve_device(name)
