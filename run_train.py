@@ -49,8 +49,6 @@ from ref.utils.environment import utc_now
 from ref.utils.files import hash_files, remove_path, write_json
 from ref.utils.progress import print_line
 
-COMPILED = "; blocks are compiled (--compile), so the first steps take up to a minute longer"
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Train, save, evaluate.
@@ -100,7 +98,7 @@ def set_up(arguments: list[str] | None, claims: ExitStack) -> tuple[Trainer, Pat
     config = dataclasses.replace(config, dtype=dtype, backend=resolve_backend(config.backend, device))
     log(f"preset: {config.preset} ({preset_values(config)}); options on the command line override it")
     log(f"trainable: {config.train}; device: {device}; backend: {config.backend}")
-    log(f"dtype: {dtype} ({why})" + COMPILED * (config.compile and device.type == "cpu"))
+    log(f"dtype: {dtype} ({why})")
     folder = claims.enter_context(open_run_dir(config, source, create=distributed.rank == 0))
     data = SoftLabelDataset([Path(path) for path in config.data], config)
     describe_data(data, log)

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -176,6 +177,24 @@ def test_only_the_teachers_import_peers():
                 assert module == "ref.mining.teachers" and not one.at_top, (module, one)
             if one.module.split(".")[0] in ("mteb", "datasets"):
                 assert module.startswith("ref.evaluation"), (module, one)
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page's headings: lower case, hyphens for spaces, no other punctuation."""
+    lines = (line.lstrip("# ") for line in page.read_text().splitlines() if re.match(r"#+ ", line))
+    return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "benchmarks/RECORDS.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_to_files_and_headings(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    for target, _, anchor in (link.partition("#") for link in links if "://" not in link):
+        file = page.parent / target if target else page
+        assert file.exists(), target
+        assert not anchor or file.suffix != ".md" or anchor in headings(file), f"{target}#{anchor}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
