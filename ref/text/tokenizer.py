@@ -140,11 +140,11 @@ class Tokenizer:
         transformers 5 and sentence-transformers take them from the post-processor, and no longer from add_eos_token in
         tokenizer_config.json.
         """
-        layout = json.loads(self.library.to_str())  # without padding tokens that need no row: here EOS pads
-        layout["added_tokens"] = [token for token in layout["added_tokens"] if token["id"] < self.num_ids]
+        layout, num_ids = json.loads(self.library.to_str()), self.num_ids  # without padding tokens that need no row
+        layout["added_tokens"] = [token for token in layout["added_tokens"] if token["id"] < num_ids]
         vocab = layout["model"]["vocab"]
         if isinstance(vocab, dict):
-            layout["model"]["vocab"] = {text: number for text, number in vocab.items() if number < self.num_ids}
+            layout["model"]["vocab"] = {text: number for text, number in vocab.items() if number < num_ids}
         copy = tokenizers.Tokenizer.from_str(json.dumps(layout))
         # a template is split at spaces and colons, and $ begins a text: such a token gets another name in it
         names = {token: token if re.fullmatch(r"[^\s:$]+", token) else name
