@@ -163,7 +163,7 @@ def run(trainer: Trainer, folder: Path, source: ModelSource) -> int:
         begin = schedule_start(saved, config, num_steps(config, data))
         if begin is None:
             print(f"{folder} is complete: nothing to resume; a larger --steps, --epochs or --minutes extends it")
-            if config.merge and config.train == "lora" and is_first and not (folder / "merged").exists():
+            if config.merge and is_first and not (folder / "merged").exists():
                 add_merged(trainer, folder, saved)
             return 0
         start, position = begin, load_state(folder, trainer.model, trainer.optimiser, begin)
