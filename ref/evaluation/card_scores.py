@@ -6,7 +6,7 @@ from pathlib import Path
 from mteb.abstasks.abstask import AbsTask
 
 from ref.evaluation.results import TaskScore
-from ref.evaluation.tasks import data_origin, is_official
+from ref.evaluation.tasks import benchmark_tasks, data_origin, is_official
 from ref.model.card import Score, add_scores
 from ref.utils.files import read_json
 
@@ -25,10 +25,13 @@ def update_cards(
     Only scores of the model as it is: `changed` are the options with which it was evaluated otherwise, such as
     in-context examples. What cannot be written there is only reported.
     """
-    by_name = {task.metadata.name: task for task in tasks}
-    found = {score.task: Score(
-        score.category, score.metric, round(100 * score.score, 2), *data_origin(by_name[score.task]),
-        ", ".join(by_name[score.task].eval_splits), is_official(by_name[score.task])) for score in scores}
+    by_name, official = {task.metadata.name: task for task in tasks}, benchmark_tasks()
+    found = {}
+    for score in scores:
+        task = by_name[score.task]
+        found[score.task] = Score(
+            score.category, score.metric, round(100 * score.score, 2), *data_origin(task), ", ".join(task.eval_splits),
+            is_official(task) and score.task in official, ", ".join(task.hf_subsets))
     if finished is None or not found:
         return
     try:

@@ -27,22 +27,26 @@ from ref.evaluation.retrieval import TextEmbedder
 from ref.evaluation.tasks import benchmark_tasks, unknown_name
 from ref.utils.files import check_text, read_json
 
+EXAMPLE_OPTIONS = ("examples", "examples_file", "seed")
+
 
 class MtebEncoder(AbsEncoder):
     """The encoder that mteb scores; its `similarity`, inherited, is the cosine.
 
     `name` ("owner/model") and `revision` are the folder of the results. `overrides`: task name -> instruction.
     `few_shot`: task name -> in-context examples. `settings`: other options that the embeddings depend on, such as
-    template and token limit. All of them are recorded with each result.
+    template and token limit. All of them are recorded with each result. `experiment`: those of them in which the model
+    is not scored as it is; mteb keeps such results in a folder of their own (`for_task`).
     """
 
     def __init__(
         self, embedder: TextEmbedder, *, name: str, revision: str, overrides: Mapping[str, str] | None = None,
         settings: Mapping[str, Any] | None = None, few_shot: Mapping[str, FewShotExamples] | None = None,
-        progress: bool = False,
+        experiment: Mapping[str, Any] | None = None, progress: bool = False,
     ) -> None:
         self.embedder, self.progress = embedder, progress
         self.overrides, self.settings, self.few_shot = overrides or {}, settings or {}, few_shot or {}
+        self.experiment = experiment or {}
         identity = {"name": name, "revision": revision, "similarity_fn_name": ScoringFunction.COSINE}
         self.mteb_model_meta: ModelMeta = ModelMeta.create_empty({**identity, "use_instructions": True})
 
@@ -71,6 +75,16 @@ class MtebEncoder(AbsEncoder):
         examples = [[e.query, e.response, *([e.instruction] if e.instruction else [])] for e in few_shot.examples]
         return {"instruction": instruction_for(task_metadata, self.overrides), "examples": examples,
                 "examples_source": few_shot.source}
+
+    def for_task(self, task_metadata: TaskMetadata) -> "MtebEncoder":
+        """A copy whose results go to mteb's folder experiments/OPTIONS if this task is scored with other options, or
+        with in-context examples.
+        """
+        has_examples = bool(self.prompt_settings(task_metadata)["examples"])
+        options = {key: value for key, value in self.experiment.items() if has_examples or key not in EXAMPLE_OPTIONS}
+        other = copy.copy(self)
+        other.mteb_model_meta = self.mteb_model_meta.model_copy(update={"experiment_kwargs": options or None})
+        return other
 
     def with_embedder(self, embedder: TextEmbedder) -> "MtebEncoder":
         """A copy with another embedder."""

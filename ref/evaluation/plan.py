@@ -209,3 +209,23 @@ def table(plans: Mapping[str, TaskPlan], tokens_per_s: float, training_data: Map
     lines.append(f"estimated: {total.tokens / tokens_per_s / 3600:.2f} hours at {tokens_per_s:,.0f} tokens/s, plus "
                  "mteb's own computation")
     return "\n".join(lines)
+
+
+@dataclass
+class TokenProgress:
+    """Tokens of the planned tasks that are left, and the speed so far."""
+
+    remaining_tokens: int
+    done_tokens: int = 0
+    elapsed_s: float = 0.0
+
+    def update(self, tokens: int, elapsed_s: float | None) -> str:
+        """Count one scored task; returns its duration and an estimate of the rest as text."""
+        self.remaining_tokens -= tokens
+        if elapsed_s is None:
+            return "from the result cache"
+        self.done_tokens, self.elapsed_s = self.done_tokens + tokens, self.elapsed_s + elapsed_s
+        text = f"{elapsed_s:.1f} s, {tokens:,} tokens; remaining: {self.remaining_tokens:,} tokens"
+        if self.done_tokens and self.remaining_tokens:
+            text += f", {self.remaining_tokens * self.elapsed_s / self.done_tokens / 60:.0f} minutes"
+        return text

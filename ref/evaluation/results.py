@@ -38,7 +38,7 @@ def score_task(encoder: MtebEncoder, task: AbsTask, output: str | Path) -> TaskS
     `output`: folder of mteb's ResultCache. Prompt and settings are passed as encode_kwargs, which mteb records beside
     the result in run_settings.jsonl. Raises ValueError if the score is not finite, and any error of mteb and the data.
     """
-    cache = mteb.ResultCache(output)
+    cache, encoder = mteb.ResultCache(output), encoder.for_task(task.metadata)
     encode_kwargs: Any = {
         "batch_size": 1024,  # rows per batch of mteb's DataLoader; the embedder makes its own batches
         "show_progress_bar": False,
@@ -46,6 +46,8 @@ def score_task(encoder: MtebEncoder, task: AbsTask, output: str | Path) -> TaskS
         **encoder.settings,
     }
     current = _is_current(cache, encoder.mteb_model_meta, task, encode_kwargs)
+    if not current and cache.get_task_result_path(task.metadata.name, encoder.mteb_model_meta).is_file():
+        print("  replaces a result of another instruction, data, dtype or version, or a part of it")
     _reset_seeds(task)
     start_s = time.monotonic()
     outcome = mteb.evaluate(
@@ -84,11 +86,17 @@ def _is_current(cache: mteb.ResultCache, meta: ModelMeta, task: AbsTask, encode_
     settings = cache.get_task_result_path(task.metadata.name, meta).with_name("run_settings.jsonl")
     lines = settings.read_text(encoding="utf-8").splitlines() if settings.is_file() else []
     try:
-        recorded = [row["encode_kwargs"] for row in map(json.loads, lines) if row["task"] == task.metadata.name]
+        recorded = [_without_source(row["encode_kwargs"]) for row in map(json.loads, lines)
+                    if row["task"] == task.metadata.name]
     except (ValueError, KeyError):  # a truncated file
         settings.unlink()
         return False
-    return recorded == [json.loads(json.dumps(encode_kwargs))]
+    return recorded == [_without_source(json.loads(json.dumps(encode_kwargs)))]
+
+
+def _without_source(encode_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the words on where the examples come from, or why there are none: the examples themselves count."""
+    return {key: value for key, value in encode_kwargs.items() if key != "examples_source"}
 
 
 # ---- means -------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import torch
 
 from ref.text.prompts import InContextExample
 from ref.utils.corpus import check_id, passage_id, passage_text, read_qrels
-from ref.utils.files import check_text, check_type, read_json, read_jsonl
+from ref.utils.files import JsonLine, check_text, check_type, read_json, read_jsonl
 
 CUTOFF = 10  # ranks that count
 BEIR_QRELS = "qrels/test.tsv"  # instead of qrels.jsonl
@@ -110,24 +110,30 @@ def read_retrieval_folder(
     line for a missing or empty file, a missing or invalid field, a duplicate id, and a judgement of an unknown id.
     """
     folder = Path(folder)
-    documents = _read_texts(folder / "corpus.jsonl", with_title=True)
-    queries = _read_texts(folder / "queries.jsonl", with_title=False)
+    documents = _texts_by_id(folder / "corpus.jsonl", with_title=True)
+    queries = _texts_by_id(folder / "queries.jsonl", with_title=False)
     table = folder / BEIR_QRELS
     path = table if table.exists() and not (folder / "qrels.jsonl").exists() else folder / "qrels.jsonl"
     relevance = _read_judgements(path, queries, documents, ignore_identical_ids)
     return {key: text for key, text in queries.items() if key in relevance}, documents, relevance
 
 
-def _read_texts(path: Path, *, with_title: bool) -> dict[str, str]:
-    texts: dict[str, str] = {}
+def read_texts(path: Path, *, with_title: bool) -> Iterator[tuple[JsonLine, str, str]]:
+    """(line, id, text) of corpus.jsonl or queries.jsonl; `with_title`: the text is title and text, joined."""
     for line in read_jsonl(path):
         key = passage_id(line.value, line.where)
         if key is None:
             raise ValueError(f"{line.where}: '_id' is missing")
+        yield line, key, passage_text(line.value, line.where) if with_title else check_type(
+            line.value.get("text"), str, f"{line.where}: 'text'", "a string")
+
+
+def _texts_by_id(path: Path, *, with_title: bool) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    for line, key, text in read_texts(path, with_title=with_title):
         if key in texts:
             raise ValueError(f"{line.where}: '_id' must be unique (got {key!r:.60} again)")
-        texts[key] = passage_text(line.value, line.where) if with_title else check_type(
-            line.value.get("text"), str, f"{line.where}: 'text'", "a string")
+        texts[key] = text
     return _not_empty(texts, path)
 
 

@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import huggingface_hub
+import torch
 from mteb.abstasks.abstask import AbsTask
 
 from ref.embedder import Embedder
@@ -76,6 +78,13 @@ class EvalConfig:
         """The given options with which a model is not scored as it is."""
         flags = ("examples", "examples_file", "template", "max_text_tokens", "base")
         return [flag for flag in flags if getattr(self, flag)]
+
+    @property
+    def experiment(self) -> dict[str, Any]:
+        """The same with their values, by which results are kept apart; `base` is part of the revision."""
+        values = {flag: getattr(self, flag) for flag in self.changed if flag != "base"}
+        values |= {"seed": self.seed} if self.seed else {}  # of --examples
+        return {flag: value.name if isinstance(value, Path) else value for flag, value in values.items()}
 
 
 def silence_libraries() -> None:
@@ -151,7 +160,8 @@ def _evaluate(
         print("the plan is without in-context examples for tasks whose data are not local")
     try:
         few_shot = fit_examples(few_shot, selection.tasks, embedder, instructions)
-        encoder = make_encoder(config, sharded, precision=embedder.precision, overrides=instructions, few_shot=few_shot)
+        encoder = make_encoder(config, selection.tasks, sharded, precision=embedder.precision, overrides=instructions,
+                               few_shot=few_shot)
         return score_selection(config, selection, encoder, embedder, output, world_size=distributed.world_size)
     finally:
         with suppress(RuntimeError):  # another rank has ended before, after Ctrl-C
@@ -197,12 +207,12 @@ def template_reason(config: EvalConfig, embedder: Embedder) -> str:
 
 
 def make_encoder(
-    config: EvalConfig, embedder: TextEmbedder, *, precision: str, overrides: Mapping[str, str],
-    few_shot: Mapping[str, FewShotExamples],
+    config: EvalConfig, tasks: Sequence[AbsTask], embedder: TextEmbedder, *, precision: str,
+    overrides: Mapping[str, str], few_shot: Mapping[str, FewShotExamples],
 ) -> MtebEncoder:
     """The encoder for mteb, with an embedding cache if the options name one."""
     name, revision = model_identity(config.model, base=config.base)
-    if config.data_dir is not None:
+    if not all(map(is_official, tasks)):
         revision += "-local-data"  # a folder apart from results on official data
     # not "precision", which mteb interprets
     settings = {"max_text_tokens": config.max_text_tokens, "template": config.template, "weights": precision}
@@ -210,7 +220,7 @@ def make_encoder(
         embedder = CachedEmbedder(embedder, BlockCache(config.embedding_cache), key=f"{name} {revision} {settings}",
                                   max_bytes=config.embedding_cache_gb * 1e9)
     return MtebEncoder(embedder, name=name, revision=revision, overrides=overrides, settings=settings,
-                       few_shot=few_shot, progress=True)
+                       few_shot=few_shot, experiment=config.experiment, progress=True)
 
 
 def score_selection(
@@ -246,9 +256,10 @@ def score_selection(
         print(f"unofficial data: not compared with published scores ({len(unofficial)} of {len(tasks)} tasks, from "
               f"{config.data_dir})")
     timed = plans if config.embedding_cache is None else {}  # with cached embeddings the speed means nothing
-    if scores or not (output / "report.html").exists():  # else it stays that of an earlier evaluation
-        for path in write_run_report(encoder, tasks, scores, output, model=config.model, plans=timed, failed=failed,
-                                     missing=missing, training_data=trained):
+    stem = "-".join(["report", *(f"{flag.replace('_', '-')}-{value}" for flag, value in config.experiment.items())])
+    if scores or not (output / f"{stem}.html").exists():  # else it stays that of an earlier evaluation
+        for path in write_run_report(encoder, tasks, scores, output, stem, model=config.model, plans=timed,
+                                     failed=failed, missing=missing, training_data=trained):
             print(f"report: {path}")
     update_cards(Path(config.model), tasks, scores, finished, config.changed)
     print(f"results: {output}" + (f"; failed: {', '.join(failed)}" if failed else ""))
@@ -273,26 +284,6 @@ def fit_examples(
     return fitted
 
 
-@dataclass
-class TokenProgress:
-    """Tokens of the planned tasks that are left, and the speed so far."""
-
-    remaining_tokens: int
-    done_tokens: int = 0
-    elapsed_s: float = 0.0
-
-    def update(self, tokens: int, elapsed_s: float | None) -> str:
-        """Count one scored task; returns its duration and an estimate of the rest as text."""
-        self.remaining_tokens -= tokens
-        if elapsed_s is None:
-            return "from the result cache"
-        self.done_tokens, self.elapsed_s = self.done_tokens + tokens, self.elapsed_s + elapsed_s
-        text = f"{elapsed_s:.1f} s, {tokens:,} tokens; remaining: {self.remaining_tokens:,} tokens"
-        if self.done_tokens and self.remaining_tokens:
-            text += f", {self.remaining_tokens * self.elapsed_s / self.done_tokens / 60:.0f} minutes"
-        return text
-
-
 def score_tasks(
     encoder: MtebEncoder, tasks: Sequence[AbsTask], output: Path, plans: Mapping[str, TaskPlan],
 ) -> tuple[list[TaskScore], dict[str, str]]:
@@ -302,13 +293,15 @@ def score_tasks(
     """
     scores: list[TaskScore] = []
     failed: dict[str, str] = {}
-    progress = TokenProgress(sum(task_plan.tokens for task_plan in plans.values()))
+    progress = plan.TokenProgress(sum(task_plan.tokens for task_plan in plans.values()))
     for number, task in enumerate(tasks, start=1):
         name = task.metadata.name
         print(f"[{number}/{len(tasks)}] {name} ({task.metadata.type})", flush=True)
         tokens = plans[name].tokens if name in plans else 0
         try:
             score = score_task(encoder, task, output)
+        except torch.cuda.OutOfMemoryError:
+            raise  # an exit code of its own; finished results stay
         except Exception as error:  # any error: the other tasks do not depend on it
             task.unload_data()  # as mteb does after a success
             failed[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.300}"
@@ -321,10 +314,10 @@ def score_tasks(
 
 
 def write_run_report(
-    encoder: MtebEncoder, tasks: Sequence[AbsTask], scores: Sequence[TaskScore], output: Path, *, model: str,
+    encoder: MtebEncoder, tasks: Sequence[AbsTask], scores: Sequence[TaskScore], output: Path, stem: str, *, model: str,
     plans: Mapping[str, TaskPlan], failed: Mapping[str, str], missing: Sequence[str], training_data: Mapping[str, str],
 ) -> list[Path]:
-    """Write report.html and report.md into `output`; returns their paths. Tasks without a plan have no token count."""
+    """Write `stem`.html and `stem`.md into `output`; returns their paths. Tasks without a plan have no token count."""
     by_name = {task.metadata.name: task for task in tasks}
     task_results = []
     for score in scores:
@@ -336,5 +329,6 @@ def write_run_report(
             tokens=plans[score.task].tokens if score.task in plans else None, official=is_official(task),
             training_data=training_data.get(score.task, "")))
     versions = {name: version for name, version in environment_info()["versions"].items() if version}
-    report = Report(model=model, date=utc_now(), versions=versions, tasks=task_results, failed=failed, missing=missing)
-    return write_report(report, output)
+    report = Report(
+        model=model.rstrip("/"), date=utc_now(), versions=versions, tasks=task_results, failed=failed, missing=missing)
+    return write_report(report, output, stem)

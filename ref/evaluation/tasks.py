@@ -30,7 +30,7 @@ from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.get_tasks import TASK_LIST
 
 from ref.evaluation.report.leaderboard import BENCHMARK
-from ref.evaluation.retrieval import BEIR_QRELS, read_judgements, read_retrieval_folder, read_task_file
+from ref.evaluation.retrieval import BEIR_QRELS, read_judgements, read_retrieval_folder, read_task_file, read_texts
 from ref.utils.files import hash_files
 
 CATEGORIES = ("Classification", "Clustering", "PairClassification", "Reranking", "Retrieval", "STS", "Summarization")
@@ -98,23 +98,25 @@ def local_task(folder: Path, base: AbsTask) -> AbsTask:
     """The mteb task `base` with the data of `folder`, under the folder's name.
 
     The revision of its data is "local-" and a hash of the files, so its results differ from those on official data and
-    on older files. A folder with another name than `base` takes its class and metric but not its prompt: the
-    instruction is that of task.json, else the default of the class.
+    on older files; unchanged since `download`, it is that of the hub. A folder with another name than `base` takes its
+    class and metric but not its prompt: the instruction is that of task.json, else the default of the class.
 
     Raises ValueError if task.json sets an attribute that the class does not have.
     """
     task_file = read_task_file(folder)
     content = _hash_of(folder)
-    dataset = {**base.metadata.dataset, "path": str(folder.resolve()), "revision": f"local-{content[:16]}"}
+    origin = folder / DOWNLOADED
+    downloaded = folder.name == base.metadata.name and origin.is_file() and (
+        origin.read_text(encoding="utf-8") == _origin(base, content))
+    revision = base.metadata.revision if downloaded else f"local-{content[:16]}"
+    dataset = {**base.metadata.dataset, "path": str(folder.resolve()), "revision": revision}
     prompt = base.metadata.prompt if folder.name == base.metadata.name else None
     metadata = base.metadata.model_copy(
         update={"name": folder.name, "dataset": dataset, "prompt": task_file.get("instruction") or prompt})
     task: AbsTask = type(type(base).__name__, (LocalDataMixin, type(base)), {"metadata": metadata})()
     task.hf_subsets = list(base.hf_subsets)
     task.filter_eval_splits(base.eval_splits)
-    origin = folder / DOWNLOADED
-    if folder.name == base.metadata.name and origin.is_file() and (
-            origin.read_text(encoding="utf-8") == _origin(base, content)):
+    if downloaded:
         task.downloaded = base.metadata.dataset  # type: ignore[attr-defined]
     for key, value in task_file.get("set", {}).items():
         where = f"{folder / 'task.json'}: 'set'"
@@ -132,8 +134,9 @@ class LocalDataMixin(AbsTask):
 
     `datasets` caches what it has loaded and, for a folder with a README.md, does not notice changed files; so each task
     has a cache of its own, deleted with the task. It takes brackets in a path for a pattern, so it is given links. For
-    a retrieval folder without README.md, one with the configurations that mteb loads is written beside links to the
-    files, which are checked first: mteb's own errors name neither file nor line.
+    a retrieval folder without README.md, one with the configurations that mteb loads is written, beside copies of the
+    texts in the one form that mteb reads (string ids under '_id', a title on every line). The files are checked first:
+    mteb's own errors name neither file nor line.
     """
 
     downloaded: Mapping[str, Any] | None = None  # the hub's data set whose files these are, unchanged since `download`
@@ -177,12 +180,15 @@ def link_files(folder: Path, linked: Path) -> None:
 
 
 def _link_with_card(folder: Path, linked: Path) -> None:
-    """Make the folder `linked` with links to the retrieval files and a README.md that declares them."""
+    """Make the folder `linked` with the retrieval files as mteb reads them and a README.md that declares them."""
     linked.mkdir()
     card = ["---", "configs:"]
     for name, config in RETRIEVAL_FILES.items():
         for path in sorted(folder.glob(f"{name}.*")):
-            (linked / path.name).symlink_to(path)
+            if path.name in ("corpus.jsonl", "queries.jsonl"):
+                _write_texts(path, linked / path.name)
+            else:
+                (linked / path.name).symlink_to(path)
             card += [f"- config_name: {config}", f"  data_files: [{{split: test, path: {path.name}}}]"]
     if (folder / BEIR_QRELS).exists() and not any(folder.glob("qrels.*")):
         lines = (json.dumps({"query-id": query, "corpus-id": document, "score": score})
@@ -190,6 +196,16 @@ def _link_with_card(folder: Path, linked: Path) -> None:
         (linked / "qrels.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         card += ["- config_name: default", "  data_files: [{split: test, path: qrels.jsonl}]"]
     (linked / "README.md").write_text("\n".join([*card, "---", ""]), encoding="utf-8")
+
+
+def _write_texts(path: Path, copy: Path) -> None:
+    """Write corpus.jsonl or queries.jsonl with the fields that mteb reads, the same on every line."""
+    with copy.open("w", encoding="utf-8") as file:
+        for line, key, text in read_texts(path, with_title=path.name == "corpus.jsonl"):
+            row = {"_id": key, "title": "", "text": text}
+            if "instruction" in line.value:  # of mteb's retrieval by instructions
+                row["instruction"] = line.value["instruction"]
+            file.write(json.dumps(row) + "\n")
 
 
 def is_official(task: AbsTask) -> bool:

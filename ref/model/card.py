@@ -38,7 +38,8 @@ class Score(NamedTuple):
     dataset: str  # on the hub, or a local folder
     revision: str
     split: str
-    is_official: bool  # the benchmark's own data
+    is_official: bool  # a task of the benchmark on its own data
+    subset: str = "default"  # of a data set in several languages
 
 
 def run_folder(folder: Path) -> Path | None:
@@ -84,9 +85,10 @@ def model_card(run: Path, folder: Path) -> str:
         library_name="peft" if is_adapter else "sentence-transformers",
         tags=["sentence-transformers", "feature-extraction", "text-embeddings", "mteb", "arxiv:2506.07438"],
         eval_results=[EvalResult(
-            task_type=score.category, dataset_type=score.dataset, dataset_name=f"MTEB {task}",
-            dataset_split=score.split, dataset_revision=score.revision, metric_type=score.metric,
-            metric_value=score.value) for task, score in scores.items() if score.is_official] or None)
+            task_type=score.category, dataset_type=score.dataset, dataset_config=score.subset,
+            dataset_name=f"MTEB {task}" + f" ({score.subset})" * (score.subset != "default"), dataset_split=score.split,
+            dataset_revision=score.revision, metric_type=score.metric, metric_value=score.value)
+            for task, score in scores.items() if score.is_official] or None)
     sections = [
         f"# {name}\n\nA text embedder, trained by a reference implementation of LG-ANNA-Embedding "
         "(arXiv 2506.07438) from soft labels.",

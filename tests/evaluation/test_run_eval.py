@@ -289,9 +289,54 @@ def test_examples_are_on_the_query_side_and_are_recorded(
     assert recorded["BIOSSES"]["examples"] == [["one", "two"]]
     assert recorded["BIOSSES"]["examples_source"] == "file examples.json"
     assert recorded["TwitterURLCorpus"]["examples"] == []
+
+
+def test_other_options_leave_the_results_of_the_model_as_it_is(
+    world: Path, tiny_run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Apart for mteb too. Tasks that the options do not concern are not scored again."""
+    own = write_json(tmp_path / "examples.json", {"BIOSSES": [{"query": "one", "response": "two"}]})
+    results = tmp_path / "out/results"
+    plain = command(tiny_run, world, tmp_path / "out", "--tasks", "BIOSSES,TwitterURLCorpus")
+    assert run_eval.main(plain) == 0
+    before = {path: path.read_bytes() for path in results.rglob("*.json")}
+    report = (tmp_path / "out/report.md").read_bytes()
     capsys.readouterr()
-    assert run_eval.main(command(tiny_run, world, tmp_path / "out", *options[:2])) == 0  # without: scored again
-    assert "remaining" in capsys.readouterr().out
+    assert run_eval.main([*plain, "--examples-file", str(own)]) == 0
+    assert capsys.readouterr().out.count("from the result cache") == 1
+    assert {path: path.read_bytes() for path in before} == before
+    assert (tmp_path / "out/report.md").read_bytes() == report
+    assert "file examples.json" in (tmp_path / "out/report-examples-file-examples.json.md").read_text()
+    [new] = [path for path in results.rglob("*.json") if path not in before and path.stem == "BIOSSES"]
+    assert new.parent.parent.name == "experiments"
+    [loaded] = mteb.ResultCache(tmp_path / "out").load_results().model_results
+    shown = {result.task_name: result.get_score() for result in loaded.task_results}
+    written = {path.stem: json.loads(path.read_text())["scores"]["test"][0]["main_score"] for path in before
+               if path.stem in ("BIOSSES", "TwitterURLCorpus")}
+    assert shown == written
+    assert run_eval.main([*plain, "--max-text-tokens", "9"]) == 0
+    assert "from the result cache" not in capsys.readouterr().out.split("report")[-1]
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_result_that_is_replaced_is_announced(world: Path, tiny_run: Path, tmp_path: Path, capsys: Any) -> None:
+    arguments = command(tiny_run, world, tmp_path / "out", "--tasks", "BIOSSES")
+    assert run_eval.main(arguments) == 0
+    assert "replaces" not in capsys.readouterr().out
+    own = write_json(tmp_path / "instructions.json", {"BIOSSES": "Another"})
+    assert run_eval.main([*arguments, "--instructions", str(own)]) == 0
+    assert "replaces a result of another instruction" in capsys.readouterr().out
+
+
+def test_a_gpu_without_memory_ends_the_command(
+    world: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Inside a task too, whose other errors leave the next tasks alone."""
+    def fail(*_: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("no memory")
+    monkeypatch.setattr(evaluation, "score_task", fail)
+    assert run_eval.main(command(tiny_run, world, tmp_path / "out", "--tasks", "BIOSSES,TwitterURLCorpus")) == 3
+    assert "TwitterURLCorpus (" not in capsys.readouterr().out
 
 
 def test_a_folder_of_examples_and_the_instructions_that_mteb_has_for_the_model(
@@ -344,7 +389,7 @@ def test_k_examples_for_a_task_without_a_training_split(
     world: Path, tiny_run: Path, tmp_path: Path, capsys: Any
 ) -> None:
     assert run_eval.main(command(tiny_run, world, tmp_path / "out", "--tasks", "BIOSSES", "--examples", 3)) == 0
-    text = (tmp_path / "out/report.md").read_text()
+    text = (tmp_path / "out/report-examples-3.md").read_text()
     assert "zero-shot" in text
     assert run_eval.main(command(tiny_run, world, tmp_path / "out", "--examples", -1)) == 2
     assert "--examples must be >= 0 (got -1)" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,24 @@ def test_judgements_may_be_written_as_floats(world: Path, tmp_path: Path) -> Non
     before = score_task(encoder_of(WordHash()), task, tmp_path / "one").score
     write_lines(path, [{**row, "score": float(row["score"])} for row in map(json.loads, path.read_text().splitlines())])
     (task,) = select_tasks("MyRetrieval", world).tasks
+    assert score_task(encoder_of(WordHash()), task, tmp_path / "two").score == before
+
+
+def test_lines_may_differ_in_their_fields(world: Path, tmp_path: Path) -> None:
+    """Integers as ids, `id` for `_id`, titles here and there, columns that mteb does not know: the same score."""
+    before = score_task(encoder_of(WordHash()), select_tasks("MyRetrieval", world).tasks[0], tmp_path / "one").score
+    def rewrite(name: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        path = world / "MyRetrieval" / name
+        write_lines(path, [change(row) for row in map(json.loads, path.read_text().splitlines())])
+
+    def plain(row: dict[str, Any]) -> dict[str, Any]:
+        number = int(row["_id"][1:])  # of "x7"
+        title = {"title": row["title"]} if row.get("title") else {"title": None} if number % 2 else {}
+        return {"id": number, "text": row["text"], **title, **({"metadata": {str(number): []}} if number % 3 else {})}
+    rewrite("corpus.jsonl", plain)
+    rewrite("queries.jsonl", plain)
+    rewrite("qrels.jsonl", lambda row: {**row, "query-id": row["query-id"][1:], "corpus-id": int(row["corpus-id"][1:])})
+    [task] = select_tasks("MyRetrieval", world).tasks
     assert score_task(encoder_of(WordHash()), task, tmp_path / "two").score == before
 
 
@@ -233,12 +252,21 @@ def test_downloaded_data_are_official_until_they_change(tmp_path: Path, monkeypa
         return {task.metadata.name: is_official(task) for task in select_tasks("all", tmp_path).tasks}
     assert official() == {"BIOSSES": True}
     [local] = select_tasks("all", tmp_path).tasks
+    assert local.metadata.revision == hub.metadata.revision  # of the result, which mteb compares
     assert data_origin(local) == data_origin(hub) == ("mteb/biosses-sts", hub.metadata.dataset["revision"])
     written: dict[str, Any] = {}  # the model card names the hub's data too, not a folder of this machine
     monkeypatch.setattr(card_scores, "time_of_completion", lambda run: "noon")
     monkeypatch.setattr(card_scores, "add_scores", lambda run, scores: written.update(scores) or [])
     card_scores.update_cards(tmp_path, [local], [TaskScore("BIOSSES", "STS", "cosine_spearman", 0.8)], "noon", [])
     assert (written["BIOSSES"].dataset, written["BIOSSES"].is_official) == ("mteb/biosses-sts", True)
+    [other] = select_tasks("TwentyNewsgroupsClustering").tasks  # the benchmark has .v2, from the same data
+    scores = [TaskScore("TwentyNewsgroupsClustering", "Clustering", "v_measure", 0.5)]
+    card_scores.update_cards(tmp_path, [other], scores, "noon", [])
+    assert not written["TwentyNewsgroupsClustering"].is_official
+    [counterfactual] = select_tasks("AmazonCounterfactualClassification").tasks
+    scores = [TaskScore("AmazonCounterfactualClassification", "Classification", "accuracy", 0.5)]
+    card_scores.update_cards(tmp_path, [counterfactual], scores, "noon", [])
+    assert written["AmazonCounterfactualClassification"].subset == "en"
     shutil.copytree(tmp_path / "BIOSSES", tmp_path / "Mine")
     (tmp_path / "Mine/task.json").write_text('{"class": "BIOSSES"}')
     write_lines(tmp_path / "BIOSSES/test.jsonl", [{"a": 2}])

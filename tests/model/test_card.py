@@ -98,6 +98,13 @@ def test_metadata_and_scores(adapter_run, tmp_path):
         assert "| data.jsonl | " in card.text and "learning_rate 0.1" in card.text
 
 
+def test_a_score_names_the_part_of_a_data_set_in_several_languages(adapter_run, tmp_path):
+    run = shutil.copytree(adapter_run, tmp_path / "run")
+    add_scores(run, {"STS17": SCORES["STSBenchmark"]._replace(subset="en-en")})
+    [result] = ModelCard.load(run / "merged/README.md").data.eval_results
+    assert (result.dataset_name, result.dataset_config) == ("MTEB STS17 (en-en)", "en-en")
+
+
 def test_a_score_on_other_data_does_not_replace_the_benchmarks(adapter_run, tmp_path):
     run = shutil.copytree(adapter_run, tmp_path / "run")
     official = SCORES["STSBenchmark"]

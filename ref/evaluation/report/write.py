@@ -15,14 +15,15 @@ from ref.utils.files import atomic_write
 __all__ = ["COMPARED_MODELS", "REFERENCE_MODEL", "Report", "TaskResult", "write_report"]
 
 
-def write_report(report: Report, folder: Path, *, public: ScoreTable | None = None) -> list[Path]:
-    """Write report.html and report.md atomically into a folder, which is created; return their paths.
+def write_report(report: Report, folder: Path, stem: str = "report", *, public: ScoreTable | None = None) -> list[Path]:
+    """Write report.html and report.md (with `stem`: these names) atomically into a folder, which is created; return
+    their paths.
 
     public: public_scores.csv by default. Raises ValueError for a repeated task or a score out of range, before anything
     is written; OSError.
     """
     sections = report_sections(report, public)
-    texts = {"report.html": render_html(report, sections), "report.md": render_markdown(report, sections)}
+    texts = {f"{stem}.html": render_html(report, sections), f"{stem}.md": render_markdown(report, sections)}
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         _write(folder / name, text)
