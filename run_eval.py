@@ -16,7 +16,7 @@ ref/evaluation/tasks.py).
 Results are written in mteb's format and read again by the next run, so an interrupted evaluation continues; with
 --embedding-cache also inside a task. If a task fails, the others are scored. At the end a table is printed, and
 report.html and report.md are written to the result folder. Exit code: 0, 1 if a task failed, 2 for invalid input, 3 if
-GPU memory runs out, 130 after Ctrl-C, or SIGTERM to a single process.
+GPU memory runs out, 4 if a process cannot join the others, 130 after Ctrl-C, or SIGTERM to a single process.
 """
 
 import argparse
@@ -78,10 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stopped; the same command continues", file=sys.stderr)
         return 130
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported before it is needed
+        codes = {"OutOfMemoryError": 3, "RankFailure": 4}  # by name: torch is not imported before it is needed
+        if type(error).__name__ not in codes:
             raise
         print(f"error: {str(error).splitlines()[0]:.300}", file=sys.stderr)
-        return 3
+        return codes[type(error).__name__]
 
 
 def check_used(args: argparse.Namespace) -> None:

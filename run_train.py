@@ -49,6 +49,8 @@ from ref.utils.environment import utc_now
 from ref.utils.files import hash_files, remove_path, write_json
 from ref.utils.progress import print_line
 
+COMPILED = "; blocks are compiled (--compile), so the first steps take up to a minute longer"
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Train, save, evaluate.
@@ -83,7 +85,7 @@ def set_up(arguments: list[str] | None, claims: ExitStack) -> tuple[Trainer, Pat
     log: Callable[[str], None] = print if os.environ.get("RANK", "0") == "0" else lambda _: None
     if getattr(given, "resume", False):
         given = resume_options(given)
-    source = resolve_model(getattr(given, "model", None))
+    source = resolve_model(getattr(given, "model", None), getattr(given, "device", None))
     log(f"model: {source.name} ({source.reason})")
     if source.run and not source.run.get("complete"):
         log(f"note: the run {source.name} is not complete; this is the model of its last stop")
@@ -97,8 +99,11 @@ def set_up(arguments: list[str] | None, claims: ExitStack) -> tuple[Trainer, Pat
     dtype, why = resolve_train_dtype(config, device)
     config = dataclasses.replace(config, dtype=dtype, backend=resolve_backend(config.backend, device))
     log(f"preset: {config.preset} ({preset_values(config)}); options on the command line override it")
+    if config.train == "all" and source.config is None and not hasattr(given, "learning_rate"):
+        log(f"note: the preset's learning rate, {config.learning_rate}, was chosen for LoRA; --train all needs a lower "
+            "one, such as --learning-rate 2e-5")
     log(f"trainable: {config.train}; device: {device}; backend: {config.backend}")
-    log(f"dtype: {dtype} ({why})")
+    log(f"dtype: {dtype} ({why})" + COMPILED * (config.compile and device.type == "cpu"))
     folder = claims.enter_context(open_run_dir(config, source, create=distributed.rank == 0))
     data = SoftLabelDataset([Path(path) for path in config.data], config)
     describe_data(data, log)

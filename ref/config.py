@@ -37,6 +37,7 @@ class ModelConfig:
     dtype: str = "bfloat16"  # of the stored tensors
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2
+    max_positions: int = 32768  # declared in config.json; the forward pass has no limit
 
     @classmethod
     def from_file(cls, path: Path) -> "ModelConfig":
@@ -69,6 +70,7 @@ class ModelConfig:
             sliding_window=None if window is None else integer("sliding_window", 4096),
             dtype=_stored_dtype(values, path),
             bos_token_id=_token_id(values, "bos_token_id", path), eos_token_id=_token_id(values, "eos_token_id", path),
+            max_positions=integer("max_position_embeddings", 32768),
         )
         if config.num_heads % config.num_kv_heads:
             raise ValueError(f"{path}: 'num_attention_heads' must be a multiple of 'num_key_value_heads' "
@@ -92,7 +94,7 @@ class ModelConfig:
             "num_hidden_layers": self.num_layers, "num_attention_heads": self.num_heads,
             "num_key_value_heads": self.num_kv_heads, "head_dim": self.head_dim,
             "intermediate_size": self.intermediate_size, "rms_norm_eps": self.norm_eps, "rope_theta": self.rope_theta,
-            "torch_dtype": self.dtype, "max_position_embeddings": 32768, "bos_token_id": self.bos_token_id,
+            "torch_dtype": self.dtype, "max_position_embeddings": self.max_positions, "bos_token_id": self.bos_token_id,
             "eos_token_id": self.eos_token_id, "tie_word_embeddings": False,
             "initializer_range": 0.02,  # unused, but text-embeddings-inference does not start without it
         }

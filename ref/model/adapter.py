@@ -23,10 +23,10 @@ from ref.utils.files import check_type, read_json
 
 # What our forward pass computes: for each field of adapter_config.json its default, then other accepted values.
 PLAIN_LORA: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None), "use_rslora": (False, None),
+    "peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None), "use_rslora": (False, None, True),
     "fan_in_fan_out": (False, None), "modules_to_save": (None, []), "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None), "lora_bias": (False, None), "trainable_token_indices": (None,),
-    "layer_replication": (None,), "alora_invocation_tokens": (None,),
+    "layer_replication": (None,), "revision": (None, "main"), "alora_invocation_tokens": (None,),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # the others change the base
 }
 
@@ -82,7 +82,10 @@ def adapter_base(folder: Path) -> Path | None:
         raise ValueError(f"{path}: 'base_model_name_or_path' must be a folder of this machine or a hub id (got "
                          f"{name!r:.200}); write there where the base is now, or give --base to run_eval.py")
     else:
-        base = resolve_checkpoint(name)
+        try:
+            base = resolve_checkpoint(name)
+        except ValueError as error:
+            raise ValueError(f"{path}: 'base_model_name_or_path': {error}; give another with --base") from None
     return base
 
 
@@ -118,6 +121,8 @@ def load_adapter(model: Mistral, folder: Path) -> None:
     rank, alpha, dropout = _plain_lora(config, folder / ADAPTER_CONFIG)
     targeted = _targeted_layers(model, config, folder / ADAPTER_CONFIG)
     path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        raise ValueError(f"{folder}: has no {ADAPTER_WEIGHTS} (pickles such as adapter_model.bin are not read)")
     state = _read_lora_tensors(path, model.norm.weight.device)
     found = {name.rpartition(".")[0] for name in state}
     unknown, missing = sorted(found - linear_layers(model).keys()), sorted(targeted - found)
@@ -194,4 +199,6 @@ def _plain_lora(config: dict[str, Any], path: Path) -> tuple[int, float, float]:
     if rank < 1 or not 0 <= dropout < 1 or not math.isfinite(alpha):
         raise ValueError(f"{path}: 'r' must be >= 1, 'lora_alpha' finite and 'lora_dropout' in [0, 1) "
                          f"(got {rank}, {alpha}, {dropout})")
+    if config.get("use_rslora"):  # alpha / sqrt(R) instead of alpha / R; arXiv 2312.03732
+        alpha *= math.sqrt(rank)
     return rank, float(alpha), float(dropout)

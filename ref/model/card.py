@@ -9,7 +9,7 @@ alone.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ref.model.checkpoint import ADAPTER_CONFIG
+from ref.task_types import TASK_TYPES
+from ref.text.prompts import TEMPLATES
 from ref.utils.files import atomic_write, read_json, write_json
 
-BEFORE_TEXT = "\nQuery: "  # end of the paper's template
 CARD_FILE, SCORES_FILE = "README.md", "scores.json"
 PLACEHOLDER = "OWNER/NAME"
 RESULTS = ("model", "adapter", "merged")  # folders of a run
@@ -79,7 +80,7 @@ def model_card(run: Path, folder: Path) -> str:
     scores = {task: Score(**values) for task, values in (read_json(path) if path.exists() else {}).items()}
     base, name = facts.get("base") or {}, run.resolve().name
     is_adapter = (folder / ADAPTER_CONFIG).exists()
-    snippets = usage(folder, on_adapter=is_adapter and facts.get("base_is_adapter", False))
+    snippets = usage(folder, facts, on_adapter=is_adapter and facts.get("base_is_adapter", False))
     data = ModelCardData(
         base_model=base.get("id"), license=base.get("license"), pipeline_tag="sentence-similarity", model_name=name,
         library_name="peft" if is_adapter else "sentence-transformers",
@@ -107,13 +108,16 @@ def base_of(name: str, folder: Path) -> dict[str, Any]:
     return {"id": data.base_model if os.path.isdir(name) else name, "license": data.license}
 
 
-def usage(folder: Path, *, on_adapter: bool) -> str:
-    """Three snippets that print the same cosine of a query and a passage; one for an adapter of an adapter."""
-    prompts = _prompts(folder)
+def usage(folder: Path, facts: Mapping[str, Any], *, on_adapter: bool) -> str:
+    """Three snippets that print the same cosine of a query and a passage of the main task; only this project's for an
+    adapter of an adapter, and for a template with a suffix.
+    """
     query, passage = "Who bakes bread?", "Mira kneads dough at dawn."
-    before = prompts.get("query", next(iter(prompts.values()), "")), prompts.get("document", "")
-    ours = [f", instruction={text.removeprefix('Instruct: ').removesuffix(BEFORE_TEXT)!r}" if text else ""
-            for text in before]
+    task, template = facts["main_task"], TEMPLATES[facts["options"]["template"]]
+    instruction = task["instruction"]
+    instructions = instruction, instruction if TASK_TYPES[task["type"]].instruct_passages else None
+    ours = ["" if text is None else f", instruction={text!r}" for text in instructions]
+    before = ["" if text is None else template.before_text.format(instruction=text) for text in instructions]
     limit = read_json(folder / "sentence_bert_config.json")["max_seq_length"]
     own = f"""With this project:
 
@@ -124,10 +128,12 @@ print(embedder.encode([{query!r}]{ours[0]}) @ embedder.encode([{passage!r}]{ours
 ```"""
     if on_adapter:
         return f"{own}\n\nsentence-transformers and transformers load no adapter of an adapter: use merged/ (--merge)."
+    if template.suffix:
+        return f"{own}\n\nOther libraries do not append what this template puts behind a text."
     return _usage_of_libraries(query, passage, before, limit) + own
 
 
-def _usage_of_libraries(query: str, passage: str, before: tuple[str, str], limit: int) -> str:
+def _usage_of_libraries(query: str, passage: str, before: Sequence[str], limit: int) -> str:
     """The snippets for sentence-transformers and transformers; `before`: the prompts of query and passage."""
     texts = [before[0] + query, before[1] + passage]
     return f"""With sentence-transformers:

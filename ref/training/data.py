@@ -101,6 +101,7 @@ class SoftLabelDataset:
         self.tasks = list(numbers)
         self.offset, self.file = np.array(offsets, np.int64), np.array(files, np.uint16)
         self.task = np.array(tasks, np.int32)
+        self.by_task = np.argsort(self.task, kind="stable")
         self._check_single_lines()
         if config.contrastive_weight == 0 and self.num_with_labels == 0:
             raise ValueError("--contrastive-weight 0 trains on soft labels alone, but no line has 'pos_scores' and "
@@ -140,7 +141,12 @@ class SoftLabelDataset:
 
     def first_location(self, task: Task) -> str:
         """File and line number of a task's first line."""
-        return self.locations([int(np.flatnonzero(self.task == self.tasks.index(task))[0])])
+        return self.locations([int(self.lines_of(self.tasks.index(task))[0])])
+
+    def lines_of(self, task: int) -> np.ndarray:
+        """Numbers of a task's lines, in the order of the files."""
+        first, end = np.searchsorted(self.task, [task, task + 1], sorter=self.by_task)
+        return self.by_task[first:end]
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         """Line numbers of every batch of an epoch: each line once, one task per batch, shuffled.
@@ -150,7 +156,7 @@ class SoftLabelDataset:
         by_task: list[list[np.ndarray]] = []
         for number, task in enumerate(self.tasks):
             draw = np.random.default_rng([self.config.seed, epoch, number])
-            lines = draw.permutation(np.flatnonzero(self.task == number))
+            lines = draw.permutation(self.lines_of(number))
             in_batch = self.has_in_batch_negatives(task)
             size = self.config.batch_size if in_batch else self.config.batch_size_symmetric
             bounds = list(range(size, len(lines), size))
@@ -249,7 +255,7 @@ class SoftLabelDataset:
     def _check_single_lines(self) -> None:
         """A task with a single line has no in-batch negatives, so the line needs a hard negative."""
         for number, task in enumerate(self.tasks):
-            lines = np.flatnonzero(self.task == number)
+            lines = self.lines_of(number)
             if len(lines) == 1 and not self[int(lines[0])].negatives[: self._num_negatives(task)]:
                 raise ValueError(f"{self.locations([int(lines[0])])}: 'neg' must have a text, because the task has no "
                                  "other line")

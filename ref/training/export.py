@@ -22,12 +22,13 @@ from ref.model.lora import frozen_base, merge_lora
 from ref.model.transformer import Mistral
 from ref.task_types import TASK_TYPES
 from ref.text.prompts import PromptEncoder, save_prompt_encoder
-from ref.training.data import SoftLabelDataset
+from ref.training.data import SoftLabelDataset, Task
 from ref.training.model_source import ModelSource
 from ref.utils.files import atomic_write
 
 # Of sentence-transformers' Pooling module. text-embeddings-inference does not load a folder that leaves some out.
 POOLING_MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+RETRIEVAL_TYPES = ("normal", "only_1neg")
 # Names of the files that save_result and save_merged write, as a regular expression.
 WRITTEN = (r"(config|tokenizer|tokenizer_config|embedder|modules|sentence_bert_config|config_sentence_transformers"
            r"|adapter_config)\.json|(model|adapter_model)[\w-]*\.safetensors(\.index\.json)?")
@@ -75,19 +76,27 @@ def earlier_results(folder: Path) -> list[Path]:
     return [*results, folder / SCORES_FILE]
 
 
+def main_task(data: SoftLabelDataset) -> Task:
+    """The retrieval task (type `normal` or `only_1neg`) with the most lines, else the largest task."""
+    tasks = _largest_first(data)
+    return next((task for task in tasks if task.type in RETRIEVAL_TYPES), tasks[0])
+
+
+def _largest_first(data: SoftLabelDataset) -> list[Task]:
+    lines = np.bincount(data.task, minlength=len(data.tasks))
+    return [data.tasks[n] for n in np.argsort(-lines, kind="stable")]
+
+
 def exported_prompts(data: SoftLabelDataset) -> dict[str, str | None]:
     """Instruction by the name of a prompt: `query` and `document`, which encode_query and encode_document use, and the
     tasks. None: no prompt.
 
-    `query` is the instruction of the retrieval task (type `normal` or `only_1neg`) with the most lines, or the only
-    instruction there is. Documents have none, except where the only task has it on its passages.
+    `query` is the instruction of the largest retrieval task, or the only instruction there is. Documents have none,
+    except where the only task has it on its passages.
     """
-    lines = np.bincount(data.task, minlength=len(data.tasks))
-    tasks = [data.tasks[n] for n in np.argsort(-lines, kind="stable")]
-    retrieval = [task for task in tasks if task.type in ("normal", "only_1neg")]
+    tasks, task = data.tasks, main_task(data)
     prompts: dict[str, str | None] = {}
-    if retrieval or len({task.instruction for task in tasks}) == 1:
-        task = (retrieval or tasks)[0]
+    if task.type in RETRIEVAL_TYPES or len({task.instruction for task in tasks}) == 1:
         prompts = {"query": task.instruction,
                    "document": task.instruction if TASK_TYPES[task.type].instruct_passages else None}
     return {**prompts, **named_prompts(data)}

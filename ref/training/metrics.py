@@ -43,9 +43,9 @@ class Stopwatch:
 class TimeMark:
     """A point in the work of the device: a CUDA event, or the host's clock on a CPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.host_s = Stopwatch.clock()
-        self.event = torch.cuda.Event(enable_timing=True) if torch.cuda.is_available() else None
+        self.event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
         if self.event is not None:
             self.event.record()
 
@@ -60,18 +60,20 @@ class TimeMark:
 class MetricsLogger:
     """Writes metrics.jsonl one step late: a step's metrics are copied from the device while the next step runs."""
 
-    def __init__(self, folder: Path | None, progress: "TrainingProgress", stopwatch: Stopwatch) -> None:
-        """`folder` None: a rank that reads the metrics and writes nothing."""
+    def __init__(
+        self, folder: Path | None, progress: "TrainingProgress", stopwatch: Stopwatch, device: torch.device,
+    ) -> None:
+        """`folder` None: a rank that reads the metrics and writes nothing. `device`: of the model."""
         self.file = None if folder is None else (folder / "metrics.jsonl").open("a")
         self.progress, self.stopwatch = progress, stopwatch
         self.stop_requested = False  # on any rank
-        self.last_mark = TimeMark()
+        self.device, self.last_mark = device, TimeMark(device)
         self.pending: tuple[dict[str, Any], Callable[[], Any], NotFinite, TimeMark] | None = None
 
     def add(self, row: dict[str, Any], metrics: dict[str, Tensor], not_finite: NotFinite) -> None:
         """Add a step whose `metrics` are still being computed; write the previous one."""
         copied = async_to_host(torch.stack([value.detach().float() for value in metrics.values()]))
-        mark = TimeMark()
+        mark = TimeMark(self.device)
         self.flush()
         self.pending = {**row, **dict.fromkeys(metrics)}, copied, not_finite, mark
 
@@ -100,7 +102,7 @@ class MetricsLogger:
         self.flush()
         with self.stopwatch.paused():
             yield
-        self.last_mark = TimeMark()
+        self.last_mark = TimeMark(self.device)
 
     def close(self) -> None:
         """Write the pending step and close file and progress bar."""

@@ -66,9 +66,12 @@ def model_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted((*weights, *MODEL_FILES)) if (folder / name).exists()]
 
 
-def resolve_model(name: str | None) -> ModelSource:
-    """Read --model: tiny, a config.json, a folder or hub id; by default Mistral-7B-v0.1 on a GPU, else tiny."""
-    if name is None and torch.cuda.is_available():
+def resolve_model(name: str | None, device: str | None = None) -> ModelSource:
+    """Read --model: tiny, a config.json, a folder or hub id; by default Mistral-7B-v0.1 on a GPU, else tiny.
+
+    `device`: of --device; None: a GPU if there is one.
+    """
+    if name is None and torch.cuda.is_available() and device != "cpu":
         return ModelSource(MISTRAL, "default on a GPU; choose another with --model")
     if name is None:
         return ModelSource("tiny", "default without a GPU; choose another with --model FOLDER, HUB-ID or CONFIG.json",

@@ -34,6 +34,7 @@ from ref.model.card import base_of
 from ref.model.checkpoint import ADAPTER_CONFIG, read_tensors
 from ref.model.transformer import Mistral
 from ref.training.data import SoftLabelDataset
+from ref.training.export import main_task
 from ref.training.model_source import ModelSource
 from ref.utils.environment import environment_info, utc_now
 from ref.utils.files import atomic_write, read_json, remove_drafts, remove_path
@@ -73,7 +74,8 @@ def resume_options(given: Namespace) -> Namespace:
                          "with the version that began it")
     may_change = (*RESUMABLE_OPTIONS, *(LENGTHS if saved.get("complete") else ()))
     different = {k: v for k, v in vars(given).items()
-                 if k not in ("resume", "output", *may_change) and v != saved["options"].get(k)}
+                 if k not in ("resume", "output", *may_change) and v != saved["options"].get(k)
+                 and (k, v) != ("dtype", "auto")}  # run.json has the precision that it stood for
     if different:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in different)
         raise ValueError(f"--resume: {flags} must be as in {folder / 'run.json'}; only "
@@ -124,7 +126,8 @@ def run_metadata(config: TrainConfig, source: ModelSource, model: Mistral, data:
                  for path, digest in zip(data.paths, data.sha256, strict=True)],
         "model_files": source.fingerprint(), "root": source.run.get("root", source.name),
         "tasks": sorted({task.name for task in data.tasks} | set(source.run.get("tasks", ()))),
-        "num_lines": len(data), "num_lines_with_labels": data.num_with_labels, **environment_info(),
+        "main_task": main_task(data)._asdict(), "num_lines": len(data),
+        "num_lines_with_labels": data.num_with_labels, **environment_info(),
     }
 
 

@@ -230,7 +230,7 @@ def train(
     if is_first:
         drop_later_results(folder, first_step)
     progress = TrainingProgress(config, total, first_step, enabled=is_first)
-    log = MetricsLogger(folder if is_first else None, progress, stopwatch)
+    log = MetricsLogger(folder if is_first else None, progress, stopwatch, trainer.device)
     trainer.model.train()
 
     for prepared in prefetch(lambda item: trainer.prepare(item[2], epoch=item[1], step=item[0]),

@@ -46,7 +46,7 @@ class Distributed:
         if cuda and rank is not None and rank < torch.cuda.device_count():  # else resolve_device says so
             torch.cuda.set_device(rank)
         if self.world_size > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
+            self._connect("cpu:gloo,cuda:nccl" if cuda else "gloo")
             self.store = dist.distributed_c10d._get_default_store()
             self.barriers, self.heartbeats = 0, 0
             self.store.set(f"barrier/{self.rank}", "0")
@@ -54,6 +54,15 @@ class Distributed:
             self.heartbeat_thread = threading.Thread(target=self._send_heartbeats, daemon=True)
             self.heartbeat_thread.start()
             atexit.register(self._stop_heartbeats)  # a thread inside the store's client would abort the interpreter
+
+    def _connect(self, backend: str) -> None:
+        """Join the other ranks; RankFailure if rank 0 cannot be reached or its port is taken."""
+        try:
+            dist.init_process_group(backend, timeout=self.timeout)
+        except (RuntimeError, ValueError) as error:
+            address = ":".join(os.environ.get(name, f"({name} is not set)") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            raise RankFailure(f"rank {self.rank} of {self.world_size} cannot join the others at {address} "
+                              f"({str(error).splitlines()[0]:.200})") from None
 
     def shard(self, items: Iterable[Item]) -> Iterator[Item]:
         """This rank's items: every world_size-th."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from tiny_mteb import write_json, write_lines
 
 import run_train
 from ref import Embedder
-from ref.model.card import Score, add_scores, base_of, write_model_cards
+from ref.model.card import Score, add_scores, base_of, model_card, write_model_cards
 
 CONFIG = {"model_type": "mistral", "vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2,
           "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48}
@@ -61,6 +62,20 @@ def test_the_three_snippets_print_the_same_cosine(adapter_run, which, tmp_path):
     query = embedder.encode(["Who bakes bread?"], instruction="Find a person with the same job.")
     truth = float((query @ embedder.encode(["Mira kneads dough at dawn."]).T)[0, 0])
     np.testing.assert_allclose([printed_by(snippet) for snippet in snippets], truth, atol=1e-4)
+
+
+def test_the_snippets_are_of_the_main_task(adapter_run, tmp_path):
+    """A symmetric task has its instruction on passages; a template with a suffix is for this project alone."""
+    run = shutil.copytree(adapter_run, tmp_path / "run")
+    facts = json.loads((run / "run.json").read_text())
+    for change, passage, count in (
+            ({"main_task": {"name": "x", "instruction": "Same?", "type": "symmetric_sts"}}, "dawn.'], instruction=", 3),
+            ({"main_task": {"name": "x", "instruction": None, "type": "normal"}}, "dawn.'])", 3),
+            ({"options": {**facts["options"], "template": "bge-en-icl"}}, "dawn.'])", 1)):
+        write_json(run / "run.json", {**facts, **change})
+        text = model_card(run, run / "merged")
+        assert passage in text and text.count("```python") == count
+    assert "instruction='Find a person" in text and "Other libraries do not append" in text
 
 
 def test_an_adapter_of_an_adapter_is_for_this_project_alone(adapter_run, tmp_path):

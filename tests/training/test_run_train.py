@@ -496,6 +496,7 @@ def test_resume_refuses_what_would_be_another_run(place, whole, tmp_path, capsys
         return capsys.readouterr().err
     assert "run.json: file does not exist" in error("--output", str(tmp_path))
     assert "--learning-rate must be as in" in error("--output", str(whole), "--learning-rate", "1")
+    assert "--dtype must be as in" in error("--output", str(whole), "--dtype", "bfloat16")
     data = write_data(tmp_path / "mine.jsonl", lines())
     with ctrl_c_at(1):
         assert place.train("changed", "--data", data) == 130
@@ -507,6 +508,26 @@ def test_resume_refuses_what_would_be_another_run(place, whole, tmp_path, capsys
         assert place.train("remodelled", "--model", config) == 130
     config.write_text(json.dumps({**CONFIG, "sliding_window": 3, "rope_theta": 50.0}))
     assert "'model_config' of" in error("--output", str(place.folder / "remodelled"))
+
+
+def test_a_resume_may_repeat_dtype_auto(place):
+    """run.json has the precision that it stood for."""
+    with ctrl_c_at(2):
+        assert place.train("auto", "--dtype", "auto") == 130
+    assert run_train.main(["--resume", "--output", str(place.folder / "auto"), "--dtype", "auto"]) == 0
+
+
+def test_the_default_model_is_that_of_the_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert model_source.resolve_model(None).name == "mistralai/Mistral-7B-v0.1"
+    assert model_source.resolve_model(None, "cpu").name == "tiny"
+
+
+def test_the_learning_rate_of_lora_is_announced_for_all_weights(place, whole, capsys):
+    options = ["--model", str(whole / "model"), "--data", str(place.data), "--train", "all", "--steps", "1"]
+    for given, told in (([], True), (["--learning-rate", "1e-4"], False)):
+        assert run_train.main([*options, *given, "--output", str(place.folder / f"all-{told}")]) == 0
+        assert ("was chosen for LoRA" in capsys.readouterr().out) == told
 
 
 def test_what_a_message_advises_may_be_given_with_resume(place, whole, capsys):

@@ -156,6 +156,16 @@ def arrive_after(seconds: float, *, heartbeats: bool):
     return each_sleep
 
 
+def test_an_address_where_nobody_listens_is_one_line(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RankFailure, match=r"^rank 1 of 2 cannot join the others at 127\.0\.0\.1:1 \([^\n]*\)$"):
+        Distributed(timeout=timedelta(seconds=1))
+    monkeypatch.delenv("MASTER_PORT")
+    with pytest.raises(RankFailure, match=r"at 127\.0\.0\.1:\(MASTER_PORT is not set\)"):
+        Distributed(timeout=timedelta(seconds=1))
+
+
 def test_a_barrier_waits_until_the_timeout(monkeypatch):
     Rank1(arrive_after(9.9, heartbeats=False), monkeypatch).barrier()
     rank = Rank1(arrive_after(1e9, heartbeats=True), monkeypatch)
