@@ -8,6 +8,7 @@ ref/training/run_dir.py. Ctrl-C stops after the current step with everything sav
 continues, and with a larger --steps, --epochs or --minutes extends a complete run.
 """
 
+import argparse
 import dataclasses
 import os
 import signal
@@ -48,8 +49,6 @@ from ref.utils.distributed import Distributed, RankFailure
 from ref.utils.environment import utc_now
 from ref.utils.files import hash_files, remove_path, write_json
 from ref.utils.progress import print_line
-
-COMPILED = "; blocks are compiled (--compile), so the first steps take up to a minute longer"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -96,14 +95,11 @@ def set_up(arguments: list[str] | None, claims: ExitStack) -> tuple[Trainer, Pat
                          "--epochs")
     device = resolve_device(config.device)
     keep_freed_memory(device)
+    if not config.resume and getattr(given, "compile", None) is False and device.type == "cuda":
+        raise ValueError("--no-compile is for a CPU; on cuda the blocks are always compiled")
     dtype, why = resolve_train_dtype(config, device)
     config = dataclasses.replace(config, dtype=dtype, backend=resolve_backend(config.backend, device))
-    log(f"preset: {config.preset} ({preset_values(config)}); options on the command line override it")
-    if config.train == "all" and source.config is None and not hasattr(given, "learning_rate"):
-        log(f"note: the preset's learning rate, {config.learning_rate}, was chosen for LoRA; --train all needs a lower "
-            "one, such as --learning-rate 2e-5")
-    log(f"trainable: {config.train}; device: {device}; backend: {config.backend}")
-    log(f"dtype: {dtype} ({why})" + COMPILED * (config.compile and device.type == "cpu"))
+    describe_options(given, config, source, device, why, log)
     folder = claims.enter_context(open_run_dir(config, source, create=distributed.rank == 0))
     data = SoftLabelDataset([Path(path) for path in config.data], config)
     describe_data(data, log)
@@ -152,6 +148,21 @@ def preset_values(config: TrainConfig) -> str:
     default, names = TrainConfig(), dict.fromkeys(name for preset in PRESETS.values() for name in preset)
     values = {name: getattr(default, name) for name in names} | PRESETS[config.preset or "paper"]
     return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def describe_options(
+    given: argparse.Namespace, config: TrainConfig, source: ModelSource, device: torch.device, why: str,
+    log: Callable[[str], None],
+) -> None:
+    """Print preset, trainable parameters, device and precision; `why`: the reason for the precision."""
+    log(f"preset: {config.preset} ({preset_values(config)}); options on the command line override it")
+    if config.train == "all" and source.config is None and not hasattr(given, "learning_rate"):
+        log(f"note: the preset's learning rate, {config.learning_rate}, was chosen for LoRA; --train all needs a lower "
+            "one, such as --learning-rate 2e-5")
+    log(f"trainable: {config.train}; device: {device}; backend: {config.backend}")
+    log(f"dtype: {config.dtype} ({why})")
+    if config.compile and device.type == "cpu":
+        log("compiled blocks (--compile): the first steps take a minute longer")
 
 
 def run(trainer: Trainer, folder: Path, source: ModelSource) -> int:

@@ -238,6 +238,9 @@ class TrainConfig:
     gradient_checkpointing: bool = _option(
         False, "keep only the inputs of blocks and recompute the rest in backward: a third to a half more computation, "
         "for GPUs with little memory; lower --mini-batch-tokens first")
+    compile: bool = _option(
+        False, "compile the blocks on a CPU too, as always on cuda: faster steps in bfloat16, after a minute of "
+        "compiling; needs a C++ compiler")
 
     temperature: float = _option(0.02, "temperature of the scores", group="loss", above=0)
     teacher_temperature: float = _option(

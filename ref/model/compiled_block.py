@@ -1,7 +1,8 @@
 """`Block.forward` on CUDA: everything before and after the attention itself compiled, once for all layers.
 
 FlexAttention is compiled on its own (flex.py), so a block is two compiled halves with the attention between them. Equal
-to the plain `Block.forward` of transformer.py (tests/model/test_cuda.py).
+to the plain `Block.forward` of transformer.py (tests/model/test_cuda.py). With `run_train.py --compile` training on a
+CPU runs it too, with that device's attention.
 """
 
 from typing import TYPE_CHECKING

@@ -135,6 +135,7 @@ class Mistral(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.gradient_checkpointing = False  # keep only the inputs of blocks and recompute them in backward
+        self.compile_on_cpu = False  # in training; on CUDA blocks are always compiled
 
     def forward(
         self, batch: PackedBatch, *, prefix: Sequence[KeyValue] | None = None, every_token: bool = False,
@@ -169,9 +170,10 @@ class Mistral(nn.Module):
     def _run(
         self, block: Block, x_TD: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, prefix: KeyValue | None,
     ) -> Tensor:
-        """One block: compiled on CUDA; with gradient checkpointing recomputed in backward."""
+        """One block: compiled on CUDA, and if asked on a CPU; with gradient checkpointing recomputed in backward."""
         inputs = (block, x_TD, rotary, mask, prefix)
-        forward = compiled_block if x_TD.device.type == "cuda" else Block.__call__
+        is_compiled = x_TD.device.type == "cuda" or (self.compile_on_cpu and self.training)
+        forward = compiled_block if is_compiled else Block.__call__
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(forward, *inputs, use_reentrant=False)
         return forward(*inputs)

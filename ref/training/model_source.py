@@ -19,6 +19,7 @@ from ref.model.transformer import Mistral, init_weights
 from ref.text.prompts import PROMPT_FILE, PromptEncoder, get_template, template_of_vocabulary
 from ref.text.tokenizer import Tokenizer, train_tokenizer
 from ref.training.data import SoftLabelDataset
+from ref.utils.compile import check_compiler
 from ref.utils.device import DTYPES, resolve_dtype
 from ref.utils.files import fingerprint, read_json
 
@@ -101,7 +102,9 @@ def build_model(
         tokenizer = train_tokenizer(_all_texts(data), vocab_size=source.config.vocab_size, lowercase=config.lowercase,
                                     special_tokens=template.markers)
         model = _random_model(source.config, tokenizer, config.seed).to(device, dtype)
-    model.gradient_checkpointing = config.gradient_checkpointing
+    if config.compile and device.type == "cpu":
+        check_compiler()
+    model.gradient_checkpointing, model.compile_on_cpu = config.gradient_checkpointing, config.compile
     if config.train == "lora":
         torch.manual_seed(config.seed)
         apply_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout,

@@ -40,11 +40,11 @@ from ref.utils.environment import environment_info, utc_now
 from ref.utils.files import atomic_write, read_json, remove_drafts, remove_path
 from ref.utils.outputs import claim_output
 
-# Options that a resumed run may change: they change rounding at most (and, on another device, what dropout draws), or
-# what is written beside the result.
+# Options that a resumed run may change: they change rounding at most (another device, or compiled blocks, also what
+# dropout draws), or what is written beside the result.
 RESUMABLE_OPTIONS = (
-    "mini_batch_tokens", "gradient_checkpointing", "save_steps", "save_total_limit", "distributed_timeout", "device",
-    "backend", "merge")
+    "mini_batch_tokens", "gradient_checkpointing", "compile", "save_steps", "save_total_limit", "distributed_timeout",
+    "device", "backend", "merge")
 
 
 class Position(TypedDict):

@@ -16,3 +16,12 @@ def compile_once(function: Callable[..., Any]) -> Callable[..., Any]:
     torch._dynamo.config.recompile_limit = 64  # with or without gradient, prefix, all tokens or the last ones
     torch._functorch.config.ban_recompute_materialized_backward = False
     return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+def check_compiler() -> None:
+    """Raise ValueError where torch.compile cannot compile for a CPU."""
+    try:
+        torch.compile(lambda x: x.square() + 1)(torch.ones(8))
+    except RuntimeError as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(f"--compile: needs a C++ compiler and Python's headers ({reason:.200})") from None

@@ -29,14 +29,17 @@ import run_train
 from ref import Embedder
 from ref.config import PRESETS, TrainConfig
 from ref.evaluation.retrieval import evaluate_retrieval
+from ref.model import transformer
 from ref.model.card import Score, add_scores
 from ref.model.checkpoint import read_tensors
+from ref.model.compiled_block import compiled_block
 from ref.text.prompts import InContextExample
 from ref.training import metrics, model_source, run_dir
 from ref.training.arguments import parse_args, train_config
 from ref.training.data import Task
 from ref.training.export import exported_prompts, named_prompts
 from ref.training.trainer import Trainer, learning_rate
+from ref.utils.compile import compile_once
 
 ROOT = Path(run_train.__file__).parent
 CONFIG = {
@@ -1504,6 +1507,39 @@ def test_gradient_checkpointing_gives_the_same_weights(place, whole):
                    for folder in (place.folder / "checkpointing", whole))
     for name, tensor in truth.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.record)])
+def test_compiled_blocks_give_the_same_weights(backend, place, whole, monkeypatch, capsys):
+    """As without --compile but for rounding: traced and differentiated by torch.compile, and in C++ as well."""
+    calls, torch_compile = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: torch_compile(f, **{**options, "backend": backend}))
+    monkeypatch.setattr(transformer, "compiled_block", lambda *inputs: calls.append(1) or compiled_block(*inputs))
+    compile_once.cache_clear()
+    code = place.train("compiled", "--compile")
+    compile_once.cache_clear()
+    assert code == 0 and calls and "compiled blocks (--compile)" in capsys.readouterr().out
+    ours, truth = (dict(read_tensors(folder / "model/model.safetensors", device=torch.device("cpu")))
+                   for folder in (place.folder / "compiled", whole))
+    for name, tensor in truth.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_blocks_on_cuda_are_always_compiled(place, monkeypatch, capsys):
+    monkeypatch.setattr(run_train, "resolve_device", lambda device: torch.device("cuda"))
+    assert place.train("cuda", "--no-compile") == 2
+    assert "--no-compile is for a CPU" in capsys.readouterr().err
+    assert not (place.folder / "cuda").exists()
+
+
+def test_without_a_compiler_nothing_begins(place, tmp_path, monkeypatch, capsys):
+    """As torch finds it, so that its error is the one that is caught."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
+    assert place.train("uncompiled", "--compile") == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --compile: needs a C++ compiler and Python's headers (")
+    assert not (place.folder / "uncompiled").exists()
 
 
 def test_other_libraries_load_the_adapter_folder_from_anywhere(place, fresh_adapter, tmp_path, monkeypatch):
