@@ -86,6 +86,11 @@ class EvalConfig:
         values |= {"seed": self.seed} if self.seed else {}  # of --examples
         return {flag: value.name if isinstance(value, Path) else value for flag, value in values.items()}
 
+    @property
+    def report_stem(self) -> str:
+        """Name of the report's files without ending, such as report, or report-examples-2."""
+        return "-".join(["report", *(f"{flag.replace('_', '-')}-{value}" for flag, value in self.experiment.items())])
+
 
 def silence_libraries() -> None:
     """Disable the progress bars of datasets, the log of mteb, and warnings."""
@@ -256,10 +261,9 @@ def score_selection(
         print(f"unofficial data: not compared with published scores ({len(unofficial)} of {len(tasks)} tasks, from "
               f"{config.data_dir})")
     timed = plans if config.embedding_cache is None else {}  # with cached embeddings the speed means nothing
-    stem = "-".join(["report", *(f"{flag.replace('_', '-')}-{value}" for flag, value in config.experiment.items())])
-    if scores or not (output / f"{stem}.html").exists():  # else it stays that of an earlier evaluation
-        for path in write_run_report(encoder, tasks, scores, output, stem, model=config.model, plans=timed,
-                                     failed=failed, missing=missing, training_data=trained):
+    if scores or not (output / f"{config.report_stem}.html").exists():  # else it stays that of an earlier evaluation
+        for path in write_run_report(encoder, tasks, scores, output, config.report_stem, model=config.model,
+                                     plans=timed, failed=failed, missing=missing, training_data=trained):
             print(f"report: {path}")
     update_cards(Path(config.model), tasks, scores, finished, config.changed)
     print(f"results: {output}" + (f"; failed: {', '.join(failed)}" if failed else ""))

@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ref.model.checkpoint import ADAPTER_CONFIG
-from ref.task_types import TASK_TYPES
-from ref.text.prompts import TEMPLATES
 from ref.utils.files import atomic_write, read_json, write_json
 
 CARD_FILE, SCORES_FILE = "README.md", "scores.json"
@@ -113,11 +111,7 @@ def usage(folder: Path, facts: Mapping[str, Any], *, on_adapter: bool) -> str:
     adapter of an adapter, and for a template with a suffix.
     """
     query, passage = "Who bakes bread?", "Mira kneads dough at dawn."
-    task, template = facts["main_task"], TEMPLATES[facts["options"]["template"]]
-    instruction = task["instruction"]
-    instructions = instruction, instruction if TASK_TYPES[task["type"]].instruct_passages else None
-    ours = ["" if text is None else f", instruction={text!r}" for text in instructions]
-    before = ["" if text is None else template.before_text.format(instruction=text) for text in instructions]
+    ours = ["" if text is None else f", instruction={text!r}" for text in facts["usage"]["instructions"]]
     limit = read_json(folder / "sentence_bert_config.json")["max_seq_length"]
     own = f"""With this project:
 
@@ -128,9 +122,9 @@ print(embedder.encode([{query!r}]{ours[0]}) @ embedder.encode([{passage!r}]{ours
 ```"""
     if on_adapter:
         return f"{own}\n\nsentence-transformers and transformers load no adapter of an adapter: use merged/ (--merge)."
-    if template.suffix:
+    if facts["usage"]["prompts"] is None:
         return f"{own}\n\nOther libraries do not append what this template puts behind a text."
-    return _usage_of_libraries(query, passage, before, limit) + own
+    return _usage_of_libraries(query, passage, facts["usage"]["prompts"], limit) + own
 
 
 def _usage_of_libraries(query: str, passage: str, before: Sequence[str], limit: int) -> str:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from ref.model.checkpoint import resolve_checkpoint, save_model
 from ref.model.lora import frozen_base, merge_lora
 from ref.model.transformer import Mistral
 from ref.task_types import TASK_TYPES
-from ref.text.prompts import PromptEncoder, save_prompt_encoder
+from ref.text.prompts import TEMPLATES, PromptEncoder, save_prompt_encoder
 from ref.training.data import SoftLabelDataset, Task
 from ref.training.model_source import ModelSource
 from ref.utils.files import atomic_write
@@ -80,6 +81,16 @@ def main_task(data: SoftLabelDataset) -> Task:
     """The retrieval task (type `normal` or `only_1neg`) with the most lines, else the largest task."""
     tasks = _largest_first(data)
     return next((task for task in tasks if task.type in RETRIEVAL_TYPES), tasks[0])
+
+
+def usage(data: SoftLabelDataset, template_name: str) -> dict[str, Any]:
+    """For the model card: the instructions of a query and of a passage of the main task, and the prompts in front of
+    them, None for a template that puts something behind a text too.
+    """
+    task, template = main_task(data), TEMPLATES[template_name]
+    instructions = [task.instruction, task.instruction if TASK_TYPES[task.type].instruct_passages else None]
+    prompts = ["" if text is None else template.before_text.format(instruction=text) for text in instructions]
+    return {"instructions": instructions, "prompts": None if template.suffix else prompts}
 
 
 def _largest_first(data: SoftLabelDataset) -> list[Task]:

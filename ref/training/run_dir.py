@@ -34,7 +34,7 @@ from ref.model.card import base_of
 from ref.model.checkpoint import ADAPTER_CONFIG, read_tensors
 from ref.model.transformer import Mistral
 from ref.training.data import SoftLabelDataset
-from ref.training.export import main_task
+from ref.training.export import usage
 from ref.training.model_source import ModelSource
 from ref.utils.environment import environment_info, utc_now
 from ref.utils.files import atomic_write, read_json, remove_drafts, remove_path
@@ -126,7 +126,7 @@ def run_metadata(config: TrainConfig, source: ModelSource, model: Mistral, data:
                  for path, digest in zip(data.paths, data.sha256, strict=True)],
         "model_files": source.fingerprint(), "root": source.run.get("root", source.name),
         "tasks": sorted({task.name for task in data.tasks} | set(source.run.get("tasks", ()))),
-        "main_task": main_task(data)._asdict(), "num_lines": len(data),
+        "usage": usage(data, config.template), "num_lines": len(data),
         "num_lines_with_labels": data.num_with_labels, **environment_info(),
     }
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import re
 import shutil
 from pathlib import Path
@@ -65,17 +64,16 @@ def test_the_three_snippets_print_the_same_cosine(adapter_run, which, tmp_path):
 
 
 def test_the_snippets_are_of_the_main_task(adapter_run, tmp_path):
-    """A symmetric task has its instruction on passages; a template with a suffix is for this project alone."""
+    """A template with a suffix is for this project alone."""
     run = shutil.copytree(adapter_run, tmp_path / "run")
-    facts = json.loads((run / "run.json").read_text())
-    for change, passage, count in (
-            ({"main_task": {"name": "x", "instruction": "Same?", "type": "symmetric_sts"}}, "dawn.'], instruction=", 3),
-            ({"main_task": {"name": "x", "instruction": None, "type": "normal"}}, "dawn.'])", 3),
-            ({"options": {**facts["options"], "template": "bge-en-icl"}}, "dawn.'])", 1)):
-        write_json(run / "run.json", {**facts, **change})
+    for usage, passage, count in (
+            ({"instructions": ["Same?", "Same?"], "prompts": ["A", "A"]}, "dawn.'], instruction='Same?'", 3),
+            ({"instructions": ["Same?", None], "prompts": ["A", ""]}, "dawn.'])", 3),
+            ({"instructions": [None, None], "prompts": None}, "dawn.'])", 1)):
+        edit_json(run / "run.json", {"usage": usage})
         text = model_card(run, run / "merged")
         assert passage in text and text.count("```python") == count
-    assert "instruction='Find a person" in text and "Other libraries do not append" in text
+    assert "Other libraries do not append" in text
 
 
 def test_an_adapter_of_an_adapter_is_for_this_project_alone(adapter_run, tmp_path):

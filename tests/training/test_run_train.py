@@ -37,7 +37,7 @@ from ref.text.prompts import InContextExample
 from ref.training import metrics, model_source, run_dir
 from ref.training.arguments import parse_args, train_config
 from ref.training.data import Task
-from ref.training.export import exported_prompts, named_prompts
+from ref.training.export import exported_prompts, named_prompts, usage
 from ref.training.trainer import Trainer, learning_rate
 from ref.utils.compile import compile_once
 
@@ -381,6 +381,18 @@ def exported(kinds: list[tuple[str, str | None, str, int]]) -> dict[str, str | N
     tasks = [Task(name, instruction, kind) for name, instruction, kind, _ in kinds]
     lines = np.repeat(np.arange(len(kinds)), [count for *_, count in kinds])
     return exported_prompts(SimpleNamespace(tasks=tasks, task=lines))
+
+
+def test_the_use_that_a_card_shows_is_of_the_largest_retrieval_task():
+    """Or of the largest task, with its instruction on passages if training had it there."""
+    retrieval, same = Task("a", "Find.", "normal"), Task("b", "Same?", "symmetric_sts")
+    data = SimpleNamespace(tasks=[same, retrieval], task=np.array([0, 0, 0, 1]))
+    expected = {"instructions": ["Find.", None], "prompts": ["Instruct: Find.\nQuery: ", ""]}
+    assert usage(data, "paper") == expected
+    assert usage(data, "bge-en-icl") == {**expected, "prompts": None}
+    data = SimpleNamespace(tasks=[Task("c", "Else", "symmetric_sts"), same], task=np.array([0, 1, 1]))
+    assert usage(data, "paper")["instructions"] == ["Same?", "Same?"]
+    assert usage(SimpleNamespace(tasks=[Task("d", None, "normal")], task=np.array([0])), "paper")["prompts"] == ["", ""]
 
 
 def test_query_and_document_prompts():
