@@ -15,8 +15,9 @@ ref/evaluation/tasks.py).
 
 Results are written in mteb's format and read again by the next run, so an interrupted evaluation continues; with
 --embedding-cache also inside a task. If a task fails, the others are scored. At the end a table is printed, and
-report.html and report.md are written to the result folder. Exit code: 0, 1 if a task failed, 2 for invalid input, 3 if
-GPU memory runs out, 4 if a process cannot join the others, 130 after Ctrl-C, or SIGTERM to a single process.
+report.html and report.md are written to the result folder (report-OPTIONS with other options than the model's own).
+Exit code: 0, 1 if a task failed, 2 for invalid input, 3 if GPU memory runs out, 4 if a process cannot join the others,
+130 after Ctrl-C, or SIGTERM to a single process.
 """
 
 import argparse

@@ -27,7 +27,7 @@ from ref.evaluation.retrieval import BEIR_QRELS, evaluate_retrieval
 from ref.model.card import write_model_cards
 from ref.training.arguments import parse_args, train_config
 from ref.training.data import SoftLabelDataset
-from ref.training.export import earlier_results, save_merged, save_result
+from ref.training.export import earlier_results, save_merged, save_result, usage
 from ref.training.memory import auto_mini_batch_tokens
 from ref.training.metrics import GracefulStop, held_out_scores, plot_loss
 from ref.training.model_source import ModelSource, build_model, declared_template, resolve_model
@@ -89,7 +89,7 @@ def set_up(arguments: list[str] | None, claims: ExitStack) -> tuple[Trainer, Pat
     if source.run and not source.run.get("complete"):
         log(f"note: the run {source.name} is not complete; this is the model of its last stop")
     config = train_config(given, source)
-    distributed = Distributed(timeout=timedelta(seconds=config.distributed_timeout))
+    distributed = Distributed(timeout=timedelta(seconds=config.distributed_timeout), device=config.device)
     if distributed.world_size > 1 and config.minutes is not None:
         raise ValueError("--minutes is not supported with several processes, whose clocks differ; give --steps or "
                          "--epochs")
@@ -245,7 +245,8 @@ def add_merged(trainer: Trainer, folder: Path, saved: dict[str, Any]) -> None:
         raise ValueError(f"--merge: {folder / 'state'} must have the state of step {result}, the run's result (got "
                          f"{step})")
     save_merged(folder, trainer.model, trainer.prompt_encoder, trainer.data)
-    write_json(folder / "run.json", {**saved, "options": {**saved["options"], "merge": True}})
+    write_json(folder / "run.json", {
+        **saved, "options": {**saved["options"], "merge": True}, "usage": usage(trainer.data, trainer.config.template)})
     write_model_cards(folder)
     print(f"written: {folder / 'merged'}")
 

@@ -31,7 +31,10 @@ class DistributedEmbedder:
         self, texts: Sequence[str], *, instruction: str | None = None, examples: Sequence[InContextExample] = (),
         progress: bool = False,
     ) -> np.ndarray:
-        """`Embedder.encode` on all ranks; call it on rank 0 only. Raises RuntimeError that names failed ranks."""
+        """`Embedder.encode` on all ranks; call it on rank 0 only.
+
+        Raises RuntimeError that names failed ranks, torch.cuda.OutOfMemoryError if the memory of one ran out.
+        """
         world_size = self.distributed.world_size
         if world_size == 1:
             return self.embedder.encode(texts, instruction=instruction, examples=examples, progress=progress)
@@ -53,7 +56,8 @@ class DistributedEmbedder:
                 vectors[shard] = received.numpy()
         failures = [f"rank {rank}: {error}" for rank, error in enumerate(errors) if error is not None]
         if failures:
-            raise RuntimeError("; ".join(failures))
+            out_of_memory = any(error is not None and error.startswith("OutOfMemoryError") for error in errors)
+            raise (torch.cuda.OutOfMemoryError if out_of_memory else RuntimeError)("; ".join(failures))
         scatter_to_duplicates(vectors, first)
         return vectors
 

@@ -77,13 +77,15 @@ class MtebEncoder(AbsEncoder):
                 "examples_source": few_shot.source}
 
     def for_task(self, task_metadata: TaskMetadata) -> "MtebEncoder":
-        """A copy whose results go to mteb's folder experiments/OPTIONS if this task is scored with other options, or
-        with in-context examples.
+        """A copy whose results go to folders of their own: experiments/OPTIONS if the task is scored with other options
+        or in-context examples, REVISION-local-data if its data are not the hub's.
         """
         has_examples = bool(self.prompt_settings(task_metadata)["examples"])
         options = {key: value for key, value in self.experiment.items() if has_examples or key not in EXAMPLE_OPTIONS}
         other = copy.copy(self)
-        other.mteb_model_meta = self.mteb_model_meta.model_copy(update={"experiment_kwargs": options or None})
+        local = "-local-data" * str(task_metadata.revision).startswith("local-")
+        other.mteb_model_meta = self.mteb_model_meta.model_copy(update={
+            "experiment_kwargs": options or None, "revision": f"{self.mteb_model_meta.revision}{local}"})
         return other
 
     def with_embedder(self, embedder: TextEmbedder) -> "MtebEncoder":

@@ -47,7 +47,7 @@ def score_task(encoder: MtebEncoder, task: AbsTask, output: str | Path) -> TaskS
     }
     current = _is_current(cache, encoder.mteb_model_meta, task, encode_kwargs)
     if not current and cache.get_task_result_path(task.metadata.name, encoder.mteb_model_meta).is_file():
-        print("  replaces a result of another instruction, data, dtype or version, or a part of it")
+        print("  replaces a result of another instruction, examples, data, dtype or version, or a part of it")
     _reset_seeds(task)
     start_s = time.monotonic()
     outcome = mteb.evaluate(

@@ -48,6 +48,7 @@ from ref.utils.block_cache import BlockCache
 from ref.utils.device import keep_freed_memory, resolve_device, resolve_dtype
 from ref.utils.distributed import Distributed
 from ref.utils.environment import environment_info, utc_now
+from ref.utils.files import hash_file, hash_files
 from ref.utils.outputs import check_outside, claim_output
 
 HUB_TIMEOUT_S = 10.0
@@ -83,13 +84,16 @@ class EvalConfig:
     def experiment(self) -> dict[str, Any]:
         """The same with their values, by which results are kept apart; `base` is part of the revision."""
         values = {flag: getattr(self, flag) for flag in self.changed if flag != "base"}
-        values |= {"seed": self.seed} if self.seed else {}  # of --examples
-        return {flag: value.name if isinstance(value, Path) else value for flag, value in values.items()}
+        if (path := self.examples_file) is not None:
+            content = hash_files(path, path.glob("*.json")) if path.is_dir() else hash_file(path)
+            values["examples_file"] = f"{path.resolve().name:.60}-{content[:8]}"
+        return values | ({"seed": self.seed} if self.seed else {})  # of --examples
 
     @property
     def report_stem(self) -> str:
         """Name of the report's files without ending, such as report, or report-examples-2."""
-        return "-".join(["report", *(f"{flag.replace('_', '-')}-{value}" for flag, value in self.experiment.items())])
+        options = {**self.experiment, **({"base": Path(self.base).name[:60]} if self.base else {})}
+        return "-".join(["report", *(f"{flag.replace('_', '-')}-{value}" for flag, value in options.items())])
 
 
 def silence_libraries() -> None:
@@ -165,8 +169,7 @@ def _evaluate(
         print("the plan is without in-context examples for tasks whose data are not local")
     try:
         few_shot = fit_examples(few_shot, selection.tasks, embedder, instructions)
-        encoder = make_encoder(config, selection.tasks, sharded, precision=embedder.precision, overrides=instructions,
-                               few_shot=few_shot)
+        encoder = make_encoder(config, sharded, precision=embedder.precision, overrides=instructions, few_shot=few_shot)
         return score_selection(config, selection, encoder, embedder, output, world_size=distributed.world_size)
     finally:
         with suppress(RuntimeError):  # another rank has ended before, after Ctrl-C
@@ -212,13 +215,11 @@ def template_reason(config: EvalConfig, embedder: Embedder) -> str:
 
 
 def make_encoder(
-    config: EvalConfig, tasks: Sequence[AbsTask], embedder: TextEmbedder, *, precision: str,
-    overrides: Mapping[str, str], few_shot: Mapping[str, FewShotExamples],
+    config: EvalConfig, embedder: TextEmbedder, *, precision: str, overrides: Mapping[str, str],
+    few_shot: Mapping[str, FewShotExamples],
 ) -> MtebEncoder:
     """The encoder for mteb, with an embedding cache if the options name one."""
     name, revision = model_identity(config.model, base=config.base)
-    if not all(map(is_official, tasks)):
-        revision += "-local-data"  # a folder apart from results on official data
     # not "precision", which mteb interprets
     settings = {"max_text_tokens": config.max_text_tokens, "template": config.template, "weights": precision}
     if config.embedding_cache is not None:

@@ -187,25 +187,32 @@ def _link_with_card(folder: Path, linked: Path) -> None:
         for path in sorted(folder.glob(f"{name}.*")):
             if path.name in ("corpus.jsonl", "queries.jsonl"):
                 _write_texts(path, linked / path.name)
+            elif path.name == "qrels.jsonl":
+                _write_judgements(path, linked / path.name)
             else:
                 (linked / path.name).symlink_to(path)
             card += [f"- config_name: {config}", f"  data_files: [{{split: test, path: {path.name}}}]"]
     if (folder / BEIR_QRELS).exists() and not any(folder.glob("qrels.*")):
-        lines = (json.dumps({"query-id": query, "corpus-id": document, "score": score})
-                 for _, query, document, score in read_judgements(folder / BEIR_QRELS))
-        (linked / "qrels.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        _write_judgements(folder / BEIR_QRELS, linked / "qrels.jsonl")
         card += ["- config_name: default", "  data_files: [{split: test, path: qrels.jsonl}]"]
     (linked / "README.md").write_text("\n".join([*card, "---", ""]), encoding="utf-8")
 
 
 def _write_texts(path: Path, copy: Path) -> None:
-    """Write corpus.jsonl or queries.jsonl with the fields that mteb reads, the same on every line."""
+    """Write corpus.jsonl or queries.jsonl with the fields that mteb reads."""
     with copy.open("w", encoding="utf-8") as file:
         for line, key, text in read_texts(path, with_title=path.name == "corpus.jsonl"):
             row = {"_id": key, "title": "", "text": text}
             if "instruction" in line.value:  # of mteb's retrieval by instructions
                 row["instruction"] = line.value["instruction"]
             file.write(json.dumps(row) + "\n")
+
+
+def _write_judgements(path: Path, copy: Path) -> None:
+    """Write qrels.jsonl with string ids, from a file of that name or BEIR's table."""
+    lines = (json.dumps({"query-id": query, "corpus-id": document, "score": score})
+             for _, query, document, score in read_judgements(path))
+    copy.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def is_official(task: AbsTask) -> bool:

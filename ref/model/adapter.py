@@ -26,7 +26,7 @@ PLAIN_LORA: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None), "use_rslora": (False, None, True),
     "fan_in_fan_out": (False, None), "modules_to_save": (None, []), "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None), "lora_bias": (False, None), "trainable_token_indices": (None,),
-    "layer_replication": (None,), "revision": (None, "main"), "alora_invocation_tokens": (None,),
+    "layer_replication": (None,), "alora_invocation_tokens": (None,),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # the others change the base
 }
 
@@ -68,7 +68,11 @@ def adapter_base(folder: Path) -> Path | None:
     path = folder / ADAPTER_CONFIG
     if not path.exists():
         return None
-    named = read_json(path).get("base_model_name_or_path")
+    config = read_json(path)
+    if (revision := config.get("revision")) not in (None, "main"):
+        raise ValueError(f"{path}: 'revision' of the base must be null or \"main\" (got {revision!r:.80}); download it "
+                         "and give its folder as --base to run_eval.py")
+    named = config.get("base_model_name_or_path")
     name = check_type(named, str, f"{path}: 'base_model_name_or_path'", "a folder or hub id")
     beside = (folder / "../base").resolve()
     relative = (folder / name).resolve()
@@ -85,7 +89,7 @@ def adapter_base(folder: Path) -> Path | None:
         try:
             base = resolve_checkpoint(name)
         except ValueError as error:
-            raise ValueError(f"{path}: 'base_model_name_or_path': {error}; give another with --base") from None
+            raise ValueError(f"{path}: 'base_model_name_or_path': {error}; run_eval.py --base names another") from None
     return base
 
 

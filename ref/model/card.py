@@ -50,12 +50,15 @@ def run_folder(folder: Path) -> Path | None:
 def add_scores(run: Path, scores: Mapping[str, Score]) -> list[Path]:
     """Add scores by task to those of earlier evaluations of a run, and write its cards; returns the edited ones.
 
-    A score on other data does not replace one on the benchmark's own.
+    A score on other data does not replace one on the benchmark's own; of two on the same data the later one counts.
     """
     path = run / SCORES_FILE
     stored = read_json(path) if path.exists() else {}
-    write_json(path, {**stored, **{task: score._asdict() for task, score in scores.items()
-                                   if score.is_official or not stored.get(task, {}).get("is_official")}})
+    for task, score in scores.items():
+        before = stored.get(task, {})
+        if score.is_official or not before.get("is_official") or before.get("revision") == score.revision:
+            stored[task] = score._asdict()
+    write_json(path, stored)
     return write_model_cards(run)
 
 
@@ -75,6 +78,8 @@ def write_model_cards(run: Path) -> list[Path]:
 def model_card(run: Path, folder: Path) -> str:
     """The card of one exported folder of a run."""
     facts, path = read_json(run / "run.json"), run / SCORES_FILE
+    if "usage" not in facts:
+        raise ValueError(f"{run / 'run.json'}: has no 'usage', which cards show; the run is of an earlier version")
     scores = {task: Score(**values) for task, values in (read_json(path) if path.exists() else {}).items()}
     base, name = facts.get("base") or {}, run.resolve().name
     is_adapter = (folder / ADAPTER_CONFIG).exists()

@@ -102,6 +102,7 @@ class SoftLabelDataset:
         self.offset, self.file = np.array(offsets, np.int64), np.array(files, np.uint16)
         self.task = np.array(tasks, np.int32)
         self.by_task = np.argsort(self.task, kind="stable")
+        self.task_bounds = np.searchsorted(self.task[self.by_task], np.arange(len(self.tasks) + 1))
         self._check_single_lines()
         if config.contrastive_weight == 0 and self.num_with_labels == 0:
             raise ValueError("--contrastive-weight 0 trains on soft labels alone, but no line has 'pos_scores' and "
@@ -145,8 +146,7 @@ class SoftLabelDataset:
 
     def lines_of(self, task: int) -> np.ndarray:
         """Numbers of a task's lines, in the order of the files."""
-        first, end = np.searchsorted(self.task, [task, task + 1], sorter=self.by_task)
-        return self.by_task[first:end]
+        return self.by_task[self.task_bounds[task] : self.task_bounds[task + 1]]
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         """Line numbers of every batch of an epoch: each line once, one task per batch, shuffled.

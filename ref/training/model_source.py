@@ -72,7 +72,7 @@ def resolve_model(name: str | None, device: str | None = None) -> ModelSource:
 
     `device`: of --device; None: a GPU if there is one.
     """
-    if name is None and torch.cuda.is_available() and device != "cpu":
+    if name is None and torch.cuda.is_available() and not (device or "").startswith("cpu"):
         return ModelSource(MISTRAL, "default on a GPU; choose another with --model")
     if name is None:
         return ModelSource("tiny", "default without a GPU; choose another with --model FOLDER, HUB-ID or CONFIG.json",

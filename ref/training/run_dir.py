@@ -136,7 +136,10 @@ def check_resumed(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     saved = read_json(folder / "run.json")
     scored = ("held_out",) if metadata["options"]["eval_steps"] else ()
     for field in ("data", "model_config", *(field for field in ("model_files", *scored) if field in saved)):
-        if saved.get(field) != metadata[field]:
+        now = metadata[field]
+        if field == "model_config" and isinstance(saved.get(field), dict):  # an earlier version knew fewer fields
+            now = {key: value for key, value in now.items() if key in saved[field]}
+        if saved.get(field) != now:
             raise ValueError(f"--resume: {field!r} of {folder / 'run.json'} must be as at the start of the run (got "
                              f"other files); restore them, or start a new run")
     return saved

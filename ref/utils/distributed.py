@@ -27,6 +27,7 @@ from ref.utils.device import local_rank
 
 Item = TypeVar("Item")
 HEARTBEAT_S = 1.0
+JOIN_TIMEOUT = timedelta(minutes=30)  # for all ranks to start: one may download a model first
 CLOSE_S = 5.0  # rank 0 waits no longer for ranks that still read the store
 
 
@@ -37,12 +38,12 @@ class RankFailure(RuntimeError):  # noqa: N818
 class Distributed:
     """The process group, or this process alone."""
 
-    def __init__(self, *, timeout: timedelta = timedelta(days=7)) -> None:
-        """`timeout`: how long a rank waits for another."""
+    def __init__(self, *, timeout: timedelta = timedelta(days=7), device: str | None = None) -> None:
+        """`timeout`: how long a rank waits for another, once all have joined. `device`: None: a GPU if there is one."""
         self.world_size, self.rank = (int(os.environ.get(name, default)) for name, default in (
             ("WORLD_SIZE", "1"), ("RANK", "0")))
         self.timeout = timeout
-        cuda, rank = torch.cuda.is_available(), local_rank()
+        cuda, rank = torch.cuda.is_available() and not (device or "").startswith("cpu"), local_rank()
         if cuda and rank is not None and rank < torch.cuda.device_count():  # else resolve_device says so
             torch.cuda.set_device(rank)
         if self.world_size > 1:
@@ -58,7 +59,9 @@ class Distributed:
     def _connect(self, backend: str) -> None:
         """Join the other ranks; RankFailure if rank 0 cannot be reached or its port is taken."""
         try:
-            dist.init_process_group(backend, timeout=self.timeout)
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=min(JOIN_TIMEOUT, self.timeout)))
+            store.set_timeout(self.timeout)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=self.timeout)
         except (RuntimeError, ValueError) as error:
             address = ":".join(os.environ.get(name, f"({name} is not set)") for name in ("MASTER_ADDR", "MASTER_PORT"))
             raise RankFailure(f"rank {self.rank} of {self.world_size} cannot join the others at {address} "

@@ -22,6 +22,7 @@ import json, sys
 from pathlib import Path
 import mteb
 import numpy as np
+import torch
 from ref.embedder import Embedder
 from ref.evaluation.distributed_embedder import DistributedEmbedder
 from ref.utils.distributed import Distributed
@@ -77,7 +78,7 @@ distributed = Distributed()
 original = Embedder.encode
 def encode(self, texts, **options):
     if distributed.rank == int(sys.argv[5]) and len(texts) > 1:
-        raise MemoryError("too much")
+        raise {"MemoryError": MemoryError, "OutOfMemoryError": torch.cuda.OutOfMemoryError}[sys.argv[6]]("too much")
     return original(self, texts, **options)
 Embedder.encode = encode
 """).replace("    np.save(sys.argv[3], sharded.encode(texts, instruction=\"Find it.\"))", """
@@ -85,13 +86,14 @@ Embedder.encode = encode
         sharded.encode(texts, instruction="Find it.")
         raise SystemExit(9)
     except RuntimeError as error:
-        assert f"rank {sys.argv[5]}: MemoryError: too much" in str(error), error
+        assert f"rank {sys.argv[5]}: {sys.argv[6]}: too much" in str(error), error
+        assert isinstance(error, torch.cuda.OutOfMemoryError) == (sys.argv[6] == "OutOfMemoryError")
 """)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_an_error_on_one_rank_fails_one_call(rank: int, tiny_run: Path, tmp_path: Path) -> None:
-    """The next call works again, on all ranks."""
+@pytest.mark.parametrize(("rank", "kind"), [(0, "MemoryError"), (1, "MemoryError"), (1, "OutOfMemoryError")])
+def test_an_error_on_one_rank_fails_one_call(rank: int, kind: str, tiny_run: Path, tmp_path: Path) -> None:
+    """The next call works again, on all ranks. Memory of a GPU is an error of its own, which ends the command."""
     (tmp_path / "texts.json").write_text(json.dumps([sentence(n) for n in range(10)]))
-    run_ranks(2, ["-c", BROKEN, tiny_run, tmp_path / "texts.json", tmp_path / "x", tmp_path / "one.npy", rank])
+    run_ranks(2, ["-c", BROKEN, tiny_run, tmp_path / "texts.json", tmp_path / "x", tmp_path / "one.npy", rank, kind])
     assert np.load(tmp_path / "one.npy").shape == (1, 32)

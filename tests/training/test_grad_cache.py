@@ -127,9 +127,14 @@ def test_the_window_reaches_through_the_prefix(small_model, seed):
     assert distance(one_graph(model, parts)[1], cached(model, parts, mini_batch_tokens=12)[1]) < 5e-6
 
 
-def test_dropout_is_replayed(small_model, seed):
-    """With a fixed random state the whole thing is deterministic; both passes must see the same masks."""
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.record)])
+def test_dropout_is_replayed(small_model, seed, compiled):
+    """With a fixed random state the whole thing is deterministic; both passes must see the same masks.
+
+    Compiled without and with gradient, blocks round differently.
+    """
     model = small_model(sliding_window=None)
+    model.compile_on_cpu = compiled
     lora.apply_lora(model, rank=3, alpha=6.0, dropout=0.4, target_modules=TARGETS)
     for layer in lora.lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.3)
@@ -148,7 +153,7 @@ def test_dropout_is_replayed(small_model, seed):
     torch.rand(5)  # what happens between the passes must not matter
     cache.backward()
     assert len(seen) == len(first) > 3
-    assert all(torch.equal(a, b) for a, b in zip(first, seen, strict=True))
+    assert max((a - b).abs().max() for a, b in zip(first, seen, strict=True)) <= (1e-5 if compiled else 0)
     _, one = cached(model, parts, mini_batch_tokens=12, seed=1)
     _, same = cached(model, parts, mini_batch_tokens=12, seed=1)
     _, other = cached(model, parts, mini_batch_tokens=12, seed=2)

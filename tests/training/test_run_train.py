@@ -535,7 +535,7 @@ def test_a_resume_may_repeat_dtype_auto(place):
 def test_the_default_model_is_that_of_the_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert model_source.resolve_model(None).name == "mistralai/Mistral-7B-v0.1"
-    assert model_source.resolve_model(None, "cpu").name == "tiny"
+    assert model_source.resolve_model(None, "cpu").name == model_source.resolve_model(None, "cpu:0").name == "tiny"
 
 
 def test_the_learning_rate_of_lora_is_announced_for_all_weights(place, whole, capsys):
@@ -543,6 +543,18 @@ def test_the_learning_rate_of_lora_is_announced_for_all_weights(place, whole, ca
     for given, told in (([], True), (["--learning-rate", "1e-4"], False)):
         assert run_train.main([*options, *given, "--output", str(place.folder / f"all-{told}")]) == 0
         assert ("was chosen for LoRA" in capsys.readouterr().out) == told
+
+
+def test_a_run_of_an_earlier_version_continues(place):
+    """Whose run.json has fewer fields of the model, and no options that did not exist."""
+    with ctrl_c_at(2):
+        assert place.train("earlier") == 130
+    path = place.folder / "earlier/run.json"
+    saved = json.loads(path.read_text())
+    del saved["usage"], saved["model_config"]["max_positions"], saved["options"]["compile"]
+    path.write_text(json.dumps(saved))
+    assert run_train.main(["--resume", "--output", str(path.parent)]) == 0
+    assert "usage" in json.loads(path.read_text())
 
 
 def test_what_a_message_advises_may_be_given_with_resume(place, whole, capsys):
