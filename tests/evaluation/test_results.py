@@ -60,7 +60,7 @@ def test_a_second_run_reads_the_results_and_encodes_nothing(world: Path, tmp_pat
 def test_a_result_records_its_settings_and_is_marked_as_local(world: Path, tmp_path: Path) -> None:
     (task,) = select_tasks("BIOSSES", world).tasks
     score_task(encoder_of(WordHash(), settings={"max_text_tokens": 9}), task, tmp_path)
-    folder = tmp_path / "results" / "test__words" / "1"
+    folder = tmp_path / "results" / "test__words" / "1-local-data"
     assert json.loads((folder / "BIOSSES.json").read_text())["dataset_revision"].startswith("local-")
     (settings,) = map(json.loads, (folder / "run_settings.jsonl").read_text().splitlines())
     assert settings["encode_kwargs"]["instruction"] == "Retrieve semantically similar text."
@@ -71,7 +71,7 @@ def test_a_result_records_its_settings_and_is_marked_as_local(world: Path, tmp_p
 def test_a_result_with_other_settings_is_not_reused(change: str, world: Path, tmp_path: Path) -> None:
     score_task(encoder_of(WordHash()), select_tasks("BIOSSES", world).tasks[0], tmp_path)
     options: dict[str, Any] = {}
-    file = tmp_path / "results" / "test__words" / "1" / "BIOSSES.json"
+    file = tmp_path / "results" / "test__words" / "1-local-data" / "BIOSSES.json"
     if change == "instruction":
         options["overrides"] = {"BIOSSES": "Something else"}
     elif change == "settings":
@@ -94,7 +94,8 @@ def test_mteb_alone_would_reuse_the_result_of_other_data(world: Path, tmp_path: 
     before = score_task(encoder, select_tasks("BIOSSES", world).tasks[0], tmp_path).score
     write_lines(world / "BIOSSES" / "test.jsonl", [sts_pair(n) for n in range(20)])
     (task,) = select_tasks("BIOSSES", world).tasks
-    reused = mteb.evaluate(encoder, task, cache=mteb.ResultCache(tmp_path), overwrite_strategy="only-missing")
+    reused = mteb.evaluate(
+        encoder.for_task(task.metadata), task, cache=mteb.ResultCache(tmp_path), overwrite_strategy="only-missing")
     assert reused.task_results[0].get_score() == before
     assert score_task(encoder, task, tmp_path).score != before
 
