@@ -79,7 +79,8 @@ def earlier_results(folder: Path) -> list[Path]:
 
 def main_task(data: SoftLabelDataset) -> Task:
     """The retrieval task (type `normal` or `only_1neg`) with the most lines, else the largest task."""
-    tasks = _largest_first(data)
+    lines = np.bincount(data.task, minlength=len(data.tasks))
+    tasks = [data.tasks[n] for n in np.argsort(-lines, kind="stable")]
     return next((task for task in tasks if task.type in RETRIEVAL_TYPES), tasks[0])
 
 
@@ -91,11 +92,6 @@ def usage(data: SoftLabelDataset, template_name: str) -> dict[str, Any]:
     instructions = [task.instruction, task.instruction if TASK_TYPES[task.type].instruct_passages else None]
     prompts = ["" if text is None else template.before_text.format(instruction=text) for text in instructions]
     return {"instructions": instructions, "prompts": None if template.suffix else prompts}
-
-
-def _largest_first(data: SoftLabelDataset) -> list[Task]:
-    lines = np.bincount(data.task, minlength=len(data.tasks))
-    return [data.tasks[n] for n in np.argsort(-lines, kind="stable")]
 
 
 def exported_prompts(data: SoftLabelDataset) -> dict[str, str | None]:

@@ -389,7 +389,10 @@ def test_examples_of_selected_tasks_outside_the_benchmark(tmp_path: Path, monkey
 def test_k_examples_for_a_task_without_a_training_split(
     world: Path, tiny_run: Path, tmp_path: Path, capsys: Any
 ) -> None:
+    assert run_eval.main(command(tiny_run, world, tmp_path / "out", "--tasks", "BIOSSES")) == 0
+    capsys.readouterr()
     assert run_eval.main(command(tiny_run, world, tmp_path / "out", "--tasks", "BIOSSES", "--examples", 3)) == 0
+    assert "from the result cache" in capsys.readouterr().out  # it is scored as without examples
     text = (tmp_path / "out/report-examples-3.md").read_text()
     assert "zero-shot" in text
     assert run_eval.main(command(tiny_run, world, tmp_path / "out", "--examples", -1)) == 2
