@@ -1,6 +1,7 @@
 """Scores of a model on mteb's tasks; tasks, metrics and result files are mteb's.
 
     tasks.py                  mteb's tasks, with data from the hub or from local folders
+    local_data.py             data of a local folder, checked, as mteb reads them
     few_shot.py               in-context examples from a task's training split or a file
     encoder.py                the encoder that mteb scores: which texts get the instruction
     results.py                task -> score, means, table

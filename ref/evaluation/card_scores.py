@@ -7,24 +7,30 @@ from mteb.abstasks.abstask import AbsTask
 
 from ref.evaluation.results import TaskScore
 from ref.evaluation.tasks import benchmark_tasks, data_origin, is_official
-from ref.model.card import Score, add_scores
+from ref.model.card import Score, add_scores, run_folder
+from ref.model.checkpoint import resolve_checkpoint
 from ref.utils.files import read_json
 
 
-def time_of_completion(run: Path) -> str | None:
-    """When a run was completed; None for one that is not complete, and for anything else."""
-    facts = read_json(run / "run.json") if (run / "run.json").exists() else {}
+def time_of_completion(model: Path) -> str | None:
+    """When the run that a model is, or whose result it is, was completed; None for one that is not complete, and for
+    anything else.
+    """
+    run = run_folder(model.resolve())
+    facts = {} if run is None else read_json(run / "run.json")
     return facts.get("finished") if facts.get("complete") else None
 
 
 def update_cards(
-    run: Path, tasks: Sequence[AbsTask], scores: Sequence[TaskScore], finished: str | None, changed: Sequence[str],
+    model: Path, tasks: Sequence[AbsTask], scores: Sequence[TaskScore], finished: str | None, changed: Sequence[str],
 ) -> None:
     """Put the scores into the model cards of a run that was complete when the evaluation began, and still is the same.
 
     Only scores of the model as it is: `changed` are the options with which it was evaluated otherwise, such as
-    in-context examples. What cannot be written there is only reported.
+    in-context examples; and only if `model` is the run, or the folder of it that is scored for the run. What cannot be
+    written there is only reported.
     """
+    run = run_folder(model.resolve()) or model
     by_name, official = {task.metadata.name: task for task in tasks}, benchmark_tasks()
     found = {}
     for score in scores:
@@ -37,7 +43,9 @@ def update_cards(
     try:
         if changed:
             print(f"model card: not updated (--{changed[0].replace('_', '-')} is not the model's own)")
-        elif time_of_completion(run) != finished:
+        elif (result := resolve_checkpoint(str(run)).resolve()) != resolve_checkpoint(str(model)).resolve():
+            print(f"model card: not updated (a run's scores are those of its {result.name}/)")
+        elif time_of_completion(model) != finished:
             print("model card: not updated (the run has changed)")
         else:
             for path in add_scores(run, found):

@@ -23,7 +23,7 @@ from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
 
 from ref.evaluation.few_shot import FewShotExamples
-from ref.evaluation.retrieval import TextEmbedder
+from ref.evaluation.retrieval import NO_INSTRUCTION, TextEmbedder
 from ref.evaluation.tasks import benchmark_tasks, unknown_name
 from ref.utils.files import check_text, read_json
 
@@ -95,17 +95,17 @@ class MtebEncoder(AbsEncoder):
         return other
 
 
-def instruction_for(task_metadata: TaskMetadata, overrides: Mapping[str, str]) -> str:
+def instruction_for(task_metadata: TaskMetadata, overrides: Mapping[str, str]) -> str | None:
     """The task's instruction: the override, else mteb's query prompt of the task, else that of the task type.
 
-    The instruction of a local folder's task.json is already in `task_metadata.prompt` (`local_task`).
+    None where that is "none": the texts are embedded without. The instruction of a local folder's task.json is already
+    in `task_metadata.prompt` (`local_task`).
     """
-    if task_metadata.name in overrides:
-        return overrides[task_metadata.name]
-    prompt = task_metadata.prompt
+    prompt = overrides.get(task_metadata.name, task_metadata.prompt)
     if isinstance(prompt, dict):
         prompt = prompt.get("query")
-    return prompt or get_abstask_prompt(task_metadata.name)
+    instruction = prompt or get_abstask_prompt(task_metadata.name)
+    return None if instruction == NO_INSTRUCTION else instruction
 
 
 def published_instructions(model: str) -> dict[str, str]:
@@ -120,7 +120,7 @@ def published_instructions(model: str) -> dict[str, str]:
 
 
 def read_instructions(path: str | Path, known_tasks: Iterable[str]) -> dict[str, str]:
-    """Read task name -> instruction from a JSON file.
+    """Read task name -> instruction, or "none" for no instruction, from a JSON file.
 
     Raises ValueError that names the file for anything else, and for a name that is neither a task of the benchmark nor
     in `known_tasks`.

@@ -25,7 +25,8 @@ from typing import Any
 import datasets
 from mteb.abstasks.abstask import AbsTask
 
-from ref.evaluation.tasks import benchmark_tasks, earlier_names, link_files, unknown_name
+from ref.evaluation.local_data import link_files
+from ref.evaluation.tasks import benchmark_tasks, earlier_names, unknown_name
 from ref.text.prompts import InContextExample
 from ref.utils.files import check_text, check_type, read_json, read_json_list
 from ref.utils.text import normalize_whitespace

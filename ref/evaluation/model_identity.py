@@ -52,6 +52,16 @@ def model_identity(model: str, *, base: str | None = None) -> tuple[str, str]:
     return model_label(model), "-".join(map(_revision, adapter_chain(folder, base=base)))
 
 
+def trained_without_instructions(model: str) -> bool:
+    """Whether a model is the result of a run none of whose tasks had an instruction, as its exported prompts say."""
+    run = run_folder(Path(model).resolve())
+    usage = {} if run is None else read_json(run / "run.json").get("usage", {})
+    if usage.get("instructions") != [None, None]:  # of the largest task
+        return False
+    prompts = resolve_checkpoint(model) / "config_sentence_transformers.json"
+    return not (prompts.is_file() and any(read_json(prompts)["prompts"].values()))
+
+
 def local_checkpoint(model: str) -> Path | None:
     """The checkpoint of a folder, or of a hub id in the hub's cache; None if it has not been downloaded."""
     if Path(model).is_dir():

@@ -25,6 +25,7 @@ from ref.utils.corpus import check_id, passage_id, passage_text, read_qrels
 from ref.utils.files import JsonLine, check_text, check_type, read_json, read_jsonl
 
 CUTOFF = 10  # ranks that count
+NO_INSTRUCTION = "none"  # in the place of an instruction, in task.json and --instructions
 BEIR_QRELS = "qrels/test.tsv"  # instead of qrels.jsonl
 TASK_KEYS: dict[str, tuple[type, str]] = {
     "class": (str, "the name of an mteb task"),
@@ -49,8 +50,8 @@ def evaluate_retrieval(embedder: TextEmbedder, folder: str | Path, *, instructed
 
         DCG = sum over ranks r = 1..10 of max(relevance, 0) / log2(r + 1);  nDCG = DCG / DCG of the ideal ranking
 
-    Queries have the instruction of task.json (`instructed=False`: none), documents have none. A document with the
-    query's own id is skipped. Raises ValueError for a malformed folder, and for a missing instruction.
+    Queries have the instruction of task.json (if that is "none" or `instructed` False, none), documents have none. A
+    document with the query's own id is skipped. Raises ValueError for a malformed folder or a missing instruction.
 
     Source: trec_eval's ndcg_cut_10 (linear gain; ties by descending id), as mteb's ArguAna calls it through
     pytrec_eval. mteb rounds the mean to five digits, this function does not.
@@ -59,6 +60,7 @@ def evaluate_retrieval(embedder: TextEmbedder, folder: str | Path, *, instructed
     if instructed:
         where = f"{Path(folder) / 'task.json'}: 'instruction'"
         instruction = check_text(read_task_file(folder).get("instruction"), where)
+        instruction = None if instruction == NO_INSTRUCTION else instruction
     queries, documents, relevance = read_retrieval_folder(folder)
     query_QD = torch.from_numpy(embedder.encode(list(queries.values()), instruction=instruction))
     document_PD = torch.from_numpy(embedder.encode(list(documents.values())))
@@ -101,20 +103,21 @@ def _dcg(gains: Sequence[int]) -> float:
 
 
 def read_retrieval_folder(
-    folder: str | Path, *, ignore_identical_ids: bool = True,
+    folder: str | Path, *, qrels: Path | None = None, ignore_identical_ids: bool = True,
 ) -> tuple[dict[str, str], dict[str, str], dict[str, dict[str, int]]]:
     """Read queries with judgements (id -> text), documents (id -> text), relevance (query id -> document id -> score).
 
-    A document's text is its title and text, joined as mteb does. `ignore_identical_ids`: a document with the query's
-    own id is left out of its ranking, so it must not be the only relevant one. Raises ValueError that names file and
-    line for a missing or empty file, a missing or invalid field, a duplicate id, and a judgement of an unknown id.
+    A document's text is its title and text, joined as mteb does. `qrels`: the file of the judgements, by default
+    qrels.jsonl, else qrels/test.tsv. `ignore_identical_ids`: a document with the query's own id is left out of its
+    ranking, so it must not be the only relevant one. Raises ValueError that names file and line for a missing or empty
+    file, a missing or invalid field, a duplicate id, and a judgement of an unknown id.
     """
     folder = Path(folder)
     documents = _texts_by_id(folder / "corpus.jsonl", with_title=True)
     queries = _texts_by_id(folder / "queries.jsonl", with_title=False)
     table = folder / BEIR_QRELS
-    path = table if table.exists() and not (folder / "qrels.jsonl").exists() else folder / "qrels.jsonl"
-    relevance = _read_judgements(path, queries, documents, ignore_identical_ids)
+    default = table if table.exists() and not (folder / "qrels.jsonl").exists() else folder / "qrels.jsonl"
+    relevance = _read_judgements(qrels or default, queries, documents, ignore_identical_ids)
     return {key: text for key, text in queries.items() if key in relevance}, documents, relevance
 
 
@@ -155,7 +158,7 @@ def _read_judgements(
 
 
 def read_judgements(path: Path) -> Iterator[tuple[str, str, str, int]]:
-    """(FILE:LINE, query id, document id, score) of qrels.jsonl or of BEIR's qrels/test.tsv."""
+    """(FILE:LINE, query id, document id, score) of qrels.jsonl or of BEIR's table qrels/SPLIT.tsv."""
     if path.suffix == ".tsv":
         for where, query, document, score in read_qrels(path):
             if not score.is_integer():
@@ -181,7 +184,7 @@ def read_task_file(folder: str | Path) -> dict[str, Any]:
     """Read the folder's task.json; {} if there is none.
 
     Keys, all optional: "class", the mteb task whose class and metric are used; "set", attributes to set on it;
-    "instruction". Raises ValueError that names the file for an unknown key or another type.
+    "instruction", or "none" for none. Raises ValueError that names the file for an unknown key or another type.
     """
     path = Path(folder) / "task.json"
     if not path.is_file():

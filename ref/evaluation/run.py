@@ -26,20 +26,20 @@ from ref.evaluation.card_scores import time_of_completion, update_cards
 from ref.evaluation.distributed_embedder import DistributedEmbedder
 from ref.evaluation.encoder import MtebEncoder, instruction_for, published_instructions, read_instructions
 from ref.evaluation.few_shot import FewShotExamples, load_examples
-from ref.evaluation.model_identity import PLAN_FILE, default_output, local_checkpoint, model_identity
+from ref.evaluation.local_data import LocalDataMixin
+from ref.evaluation.model_identity import (
+    PLAN_FILE,
+    default_output,
+    local_checkpoint,
+    model_identity,
+    trained_without_instructions,
+)
 from ref.evaluation.plan import TaskPlan
 from ref.evaluation.report.run_results import Report, TaskResult
 from ref.evaluation.report.write import write_report
 from ref.evaluation.results import TaskScore, score_task
-from ref.evaluation.retrieval import TextEmbedder, read_task_file
-from ref.evaluation.tasks import (
-    LocalDataMixin,
-    TaskSelection,
-    benchmark_tasks,
-    is_official,
-    select_tasks,
-    task_folders,
-)
+from ref.evaluation.retrieval import NO_INSTRUCTION, TextEmbedder, read_task_file
+from ref.evaluation.tasks import TaskSelection, benchmark_tasks, is_official, select_tasks, task_folders
 from ref.evaluation.training_data import tasks_in_training_data
 from ref.model.checkpoint import resolve_checkpoint
 from ref.model.known_models import defaults_for
@@ -120,6 +120,10 @@ def evaluate(config: EvalConfig) -> int:
     distributed = Distributed()
     if published and distributed.rank == 0:
         print(f"instructions: mteb has one for this model and {', '.join(published)}")
+    if trained_without_instructions(config.model):
+        published = dict.fromkeys(known, NO_INSTRUCTION)
+        if distributed.rank == 0:
+            print("instructions: none, as in the run's training (see --instructions)")
     if distributed.rank == 0 and not config.plan:
         read_caches_if_offline(selection.tasks)
     with claim_results(config) if distributed.rank == 0 else nullcontext(Path()) as output:
@@ -281,7 +285,10 @@ def fit_examples(
         if name not in few_shot:
             continue
         examples, source = few_shot[name].examples, few_shot[name].source
-        kept = embedder.prompt_encoder.prefix(instruction_for(task.metadata, overrides), examples).num_examples
+        instruction = instruction_for(task.metadata, overrides)
+        if examples and instruction is None:
+            raise ValueError(f"{name}: in-context examples need an instruction (got none); give it in --instructions")
+        kept = embedder.prompt_encoder.prefix(instruction, examples).num_examples
         if kept < len(examples):
             source += f", {len(examples) - kept} dropped (prompt limit)"
         fitted[name] = FewShotExamples(examples[:kept], source)
@@ -329,7 +336,7 @@ def write_run_report(
         task, prompt = by_name[score.task], encoder.prompt_settings(by_name[score.task].metadata)
         task_results.append(TaskResult(
             task=score.task, category=score.category, metric=score.metric, score=100 * score.score,
-            instruction=prompt["instruction"], examples=len(prompt["examples"]),
+            instruction=prompt["instruction"] or "", examples=len(prompt["examples"]),
             examples_source=prompt["examples_source"], seconds=score.elapsed_s,
             tokens=plans[score.task].tokens if score.task in plans else None, official=is_official(task),
             training_data=training_data.get(score.task, "")))

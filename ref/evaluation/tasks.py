@@ -12,30 +12,23 @@ Importing this file imports mteb (three seconds). Written for mteb 2.26.
 """
 
 import difflib
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-import datasets
 import huggingface_hub
 import mteb
 from mteb.abstasks.abstask import AbsTask
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.get_tasks import TASK_LIST
 
+from ref.evaluation.local_data import LocalDataMixin
 from ref.evaluation.report.leaderboard import BENCHMARK
-from ref.evaluation.retrieval import BEIR_QRELS, read_judgements, read_retrieval_folder, read_task_file, read_texts
+from ref.evaluation.retrieval import read_task_file
 from ref.utils.files import hash_files
 
 CATEGORIES = ("Classification", "Clustering", "PairClassification", "Reranking", "Retrieval", "STS", "Summarization")
-# name of a file of a retrieval set -> configuration of the data set that mteb loads
-RETRIEVAL_FILES = {"corpus": "corpus", "queries": "queries", "qrels": "default", "top_ranked": "top_ranked"}
 DOWNLOADED = ".downloaded"  # file in a downloaded folder: repository, revision and hash of the other files
 
 
@@ -129,92 +122,6 @@ def local_task(folder: Path, base: AbsTask) -> AbsTask:
     return task
 
 
-class LocalDataMixin(AbsTask):
-    """Makes a task class load a local folder, uncached and through links.
-
-    `datasets` caches what it has loaded and, for a folder with a README.md, does not notice changed files; so each task
-    has a cache of its own, deleted with the task. It takes brackets in a path for a pattern, so it is given links. For
-    a retrieval folder without README.md, one with the configurations that mteb loads is written, beside copies of the
-    texts in the one form that mteb reads (string ids under '_id', a title on every line). The files are checked first:
-    mteb's own errors name neither file nor line.
-    """
-
-    downloaded: Mapping[str, Any] | None = None  # the hub's data set whose files these are, unchanged since `download`
-
-    def load_data(self, num_proc: int | None = None, **options: Any) -> None:
-        if self.data_loaded:
-            return
-        self._scratch = tempfile.TemporaryDirectory(prefix="ref-data-")  # removed with the task, and at exit
-        folder, link = Path(self.metadata.dataset["path"]), Path(self._scratch.name) / "data"
-        if not (folder / "README.md").is_file() and any(folder.glob("corpus.*")):
-            judged = [path for path in (folder / "qrels.jsonl", folder / BEIR_QRELS) if path.is_file()]
-            if judged and all((folder / name).is_file() for name in ("corpus.jsonl", "queries.jsonl")):
-                read_retrieval_folder(
-                    folder, ignore_identical_ids=getattr(self, "ignore_identical_ids", False))
-            _link_with_card(folder, link)
-        else:
-            link_files(folder, link)
-        self.metadata = self.metadata.model_copy(  # until unload_data
-            update={"dataset": {**self.metadata.dataset, "path": str(link)}})
-        shared = datasets.config.HF_DATASETS_CACHE
-        datasets.config.HF_DATASETS_CACHE = Path(self._scratch.name) / "cache"
-        try:
-            super().load_data(num_proc=num_proc, **options)
-        except BaseException:
-            self.__dict__.pop("metadata", None)  # the next attempt starts from the folder again
-            raise
-        finally:
-            datasets.config.HF_DATASETS_CACHE = shared
-
-    def unload_data(self) -> None:
-        if not self.data_loaded:
-            return
-        super().unload_data()
-        self.__dict__.pop("metadata", None)
-        self._scratch.cleanup()
-
-
-def link_files(folder: Path, linked: Path) -> None:
-    """Make the folder `linked` with links to the files of `folder`; a link to the folder itself would be resolved."""
-    shutil.copytree(folder.resolve(), linked, copy_function=os.symlink)
-
-
-def _link_with_card(folder: Path, linked: Path) -> None:
-    """Make the folder `linked` with the retrieval files as mteb reads them and a README.md that declares them."""
-    linked.mkdir()
-    card = ["---", "configs:"]
-    for name, config in RETRIEVAL_FILES.items():
-        for path in sorted(folder.glob(f"{name}.*")):
-            if path.name in ("corpus.jsonl", "queries.jsonl"):
-                _write_texts(path, linked / path.name)
-            elif path.name == "qrels.jsonl":
-                _write_judgements(path, linked / path.name)
-            else:
-                (linked / path.name).symlink_to(path)
-            card += [f"- config_name: {config}", f"  data_files: [{{split: test, path: {path.name}}}]"]
-    if (folder / BEIR_QRELS).exists() and not any(folder.glob("qrels.*")):
-        _write_judgements(folder / BEIR_QRELS, linked / "qrels.jsonl")
-        card += ["- config_name: default", "  data_files: [{split: test, path: qrels.jsonl}]"]
-    (linked / "README.md").write_text("\n".join([*card, "---", ""]), encoding="utf-8")
-
-
-def _write_texts(path: Path, copy: Path) -> None:
-    """Write corpus.jsonl or queries.jsonl with the fields that mteb reads."""
-    with copy.open("w", encoding="utf-8") as file:
-        for line, key, text in read_texts(path, with_title=path.name == "corpus.jsonl"):
-            row = {"_id": key, "title": "", "text": text}
-            if "instruction" in line.value:  # of mteb's retrieval by instructions
-                row["instruction"] = line.value["instruction"]
-            file.write(json.dumps(row) + "\n")
-
-
-def _write_judgements(path: Path, copy: Path) -> None:
-    """Write qrels.jsonl with string ids, from a file of that name or BEIR's table."""
-    lines = (json.dumps({"query-id": query, "corpus-id": document, "score": score})
-             for _, query, document, score in read_judgements(path))
-    copy.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
 def is_official(task: AbsTask) -> bool:
     """Whether a task's data are those of the benchmark: from the hub, or unchanged since `download`."""
     return not isinstance(task, LocalDataMixin) or task.downloaded is not None
@@ -276,16 +183,11 @@ def _base_task(folder: Path, official: Mapping[str, AbsTask]) -> AbsTask:
     if name not in known:
         raise ValueError(f"{folder}: {unknown_name('mteb task', name, known)}; a folder with a name of its own needs a "
                          'task.json: {"class": "the mteb task to score it as"}')
-    metadata = next(task_class.metadata for task_class in TASK_LIST if task_class.metadata.name == name)
-    is_english = any(code.startswith("eng") for code in metadata.languages)
-    task = mteb.get_task(name, languages=["eng"] if is_english else None)
-    return task.filter_eval_splits(["test"]) if "test" in task.metadata.eval_splits else task
+    return _task_outside_benchmark(name, str(folder))
 
 
 def _other_tasks(selection: str, official: Mapping[str, AbsTask]) -> dict[str, AbsTask]:
-    """The named tasks of mteb that are not in the benchmark. Raises ValueError for one without English texts, and for
-    one that is the mean of other tasks: mteb scores these, with their own instructions.
-    """
+    """The named tasks of mteb that are not in the benchmark. Raises ValueError for one without English texts."""
     known = {task_class.metadata.name: task_class.metadata for task_class in TASK_LIST}
     found: dict[str, AbsTask] = {}
     for name in (part.strip() for part in selection.split(",")):
@@ -294,11 +196,23 @@ def _other_tasks(selection: str, official: Mapping[str, AbsTask]) -> dict[str, A
             if "text" not in metadata.modalities or not any(code.startswith("eng") for code in metadata.languages):
                 raise ValueError(f"--tasks: {name} has no English texts (only {', '.join(metadata.modalities)} in "
                                  f"{', '.join(sorted(metadata.languages)[:5])})")
-            task = found[name] = mteb.get_task(name, languages=["eng"])
-            if isinstance(task, AbsTaskAggregate):
-                parts = ",".join(part.metadata.name for part in task.metadata.tasks)
-                raise ValueError(f"--tasks: {name} is the mean of other tasks; give these: {parts}")
+            found[name] = _task_outside_benchmark(name, "--tasks")
     return found
+
+
+def _task_outside_benchmark(name: str, where: str) -> AbsTask:
+    """A task of mteb with its English subsets, if it has some, and its test split, if it has one.
+
+    Raises ValueError that starts with `where` for the mean of other tasks: mteb scores these, on the hub's data and
+    with their own instructions.
+    """
+    metadata = next(task_class.metadata for task_class in TASK_LIST if task_class.metadata.name == name)
+    is_english = any(code.startswith("eng") for code in metadata.languages)
+    task = mteb.get_task(name, languages=["eng"] if is_english else None)
+    if isinstance(task, AbsTaskAggregate):
+        parts = ",".join(part.metadata.name for part in task.metadata.tasks)
+        raise ValueError(f"{where}: {name} is the mean of other tasks; give these: {parts}")
+    return task.filter_eval_splits(["test"]) if "test" in task.metadata.eval_splits else task
 
 
 def _selected_names(selection: str, category_of: Mapping[str, str], others: Mapping[str, AbsTask]) -> list[str]:

@@ -2,8 +2,8 @@
 
 A run names the tasks of its training lines in run.json; of a model of the hub mteb's metadata name the training sets.
 A run's names are compared without folder, case, punctuation, split, year and the words that mteb appends:
-`banking77`, `sts-benchmark_train` and `fiqa` name Banking77Classification, STSBenchmark and FiQA2018. Texts are not
-compared.
+`banking77`, `sts-benchmark_train` and `fiqa` name Banking77Classification, STSBenchmark and FiQA2018; of `fiqa/train`,
+whose last part is only such words, the folder counts. Texts are not compared.
 
 Importing this file imports mteb (three seconds).
 """
@@ -20,6 +20,7 @@ from ref.utils.files import read_json
 
 WORDS = [*map(str.lower, CATEGORIES), "hardnegatives", "s2s", "p2p", "train", "dev", "validation", "test"]
 SUFFIX = re.compile(rf"({'|'.join(WORDS)}|v\d+|\d+k|(19|20)\d\d)$")
+ONLY_WORDS = re.compile(rf"({'|'.join(WORDS)})*")
 OTHER_NAMES = {"stsb": "stsbenchmark"}  # GLUE's name
 
 
@@ -54,8 +55,9 @@ def _training_names(model: str) -> tuple[list[str], set[str]]:
 
 
 def _stem(name: str) -> str:
-    """`BiorxivClusteringP2P.v2` -> `biorxiv`, `folder/sts12_train` -> `sts12`."""
-    stem = re.sub(r"[^a-z0-9]", "", name.rpartition("/")[2].lower())
+    """`BiorxivClusteringP2P.v2` -> `biorxiv`, `folder/sts12_train` -> `sts12`, `fiqa/train` -> `fiqa`."""
+    parts = [re.sub(r"[^a-z0-9]", "", part.lower()) for part in name.split("/")]
+    stem = next((part for part in reversed(parts) if not ONLY_WORDS.fullmatch(part)), parts[-1])
     while (shorter := SUFFIX.sub("", stem)) not in ("", stem):
         stem = shorter
     return OTHER_NAMES.get(stem, stem)

@@ -10,7 +10,7 @@ from tiny_mteb import write_json
 
 from ref.evaluation.encoder import instruction_for, published_instructions, read_instructions
 from ref.evaluation.results import score_task
-from ref.evaluation.retrieval import read_retrieval_folder
+from ref.evaluation.retrieval import evaluate_retrieval, read_retrieval_folder
 from ref.evaluation.tasks import CATEGORIES, benchmark_tasks, select_tasks
 
 __all__ = ["world"]  # a fixture
@@ -53,6 +53,21 @@ def test_instructions_come_from_the_override_then_the_task_then_its_class(world:
     assert instruction_for(tasks["STS12"].metadata, overrides) == "Mine"
     (task,) = select_tasks("MyRetrieval", world).tasks
     assert instruction_for(task.metadata, overrides) == "Own"
+
+
+def test_none_means_no_instruction(world: Path, tmp_path: Path) -> None:
+    """In --instructions, for mteb's tasks and folders, and in task.json, for run_train.py's own scoring too."""
+    overrides = read_instructions(write_json(tmp_path / "own.json", {"BIOSSES": "none"}), [])
+    write_json(world / "MyRetrieval" / "task.json", {"class": "ArguAna", "instruction": "none"})
+    for task in select_tasks("BIOSSES,MyRetrieval", world).tasks:
+        embedder = WordHash()
+        encoder = encoder_of(embedder, overrides=overrides)
+        score_task(encoder, task, tmp_path / "out")
+        assert embedder.calls and {instruction for instruction, _ in embedder.calls} == {None}
+        assert encoder.prompt_settings(task.metadata)["instruction"] is None
+    embedder = WordHash()
+    evaluate_retrieval(embedder, world / "MyRetrieval")
+    assert embedder.texts(instructed=True) == set()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tiny_mteb import write_json
 
-from ref.evaluation.model_identity import model_identity, newest_run
+from ref.evaluation.model_identity import model_identity, newest_run, trained_without_instructions
 
 
 def test_the_newest_complete_run(tmp_path: Path) -> None:
@@ -23,6 +23,22 @@ def test_the_newest_complete_run(tmp_path: Path) -> None:
     (tmp_path / "runs" / "new" / "run.json").write_text('{"complete": true, "finished": "noon"}')
     with pytest.raises(ValueError, match=r"new/run.json: 'finished' must be an ISO 8601 time \(got 'noon'\).*--model"):
         newest_run(tmp_path / "runs")
+
+
+@pytest.mark.parametrize(("instructions", "prompts", "expected"), [
+    ([None, None], {"query": "", "document": ""}, True),
+    ([None, None], {}, True),  # a template with a suffix exports none
+    ([None, None], {"other": "Instruct: Find it.\nQuery: "}, False),  # a smaller task has one
+    (["Find it.", None], {}, False),
+])
+def test_a_run_without_instructions(
+    instructions: list[str | None], prompts: dict[str, str], expected: bool, tmp_path: Path,
+) -> None:
+    write_json(tmp_path / "run.json", {"usage": {"instructions": instructions}})
+    write_json(tmp_path / "adapter/config_sentence_transformers.json", {"prompts": prompts})
+    for model in (tmp_path, tmp_path / "adapter"):
+        assert trained_without_instructions(str(model)) == expected
+    assert not trained_without_instructions("intfloat/e5-mistral-7b-instruct")
 
 
 def test_other_weights_in_a_run_are_another_revision(tiny_run: Path, tmp_path: Path) -> None:

@@ -26,10 +26,12 @@ from tiny_mteb import write_json, write_lines
 
 import ref.evaluation.run as evaluation
 import run_eval
+import run_train
 from ref.embedder import Embedder
 from ref.evaluation.few_shot import load_examples
 from ref.evaluation.model_identity import default_output, model_label
 from ref.evaluation.results import TaskScore
+from ref.evaluation.retrieval import evaluate_retrieval
 from ref.model.adapter import save_adapter
 from ref.model.checkpoint import load_model
 
@@ -553,6 +555,47 @@ def test_the_model_card_has_scores_of_the_model_as_it_is(
     assert run_eval.main(command(run, world, tmp_path / "out", "--tasks", "BIOSSES")) == 0
     assert "model card: not updated (the run has changed)" in capsys.readouterr().out
     assert not (run / "scores.json").exists()
+
+
+def test_the_scores_of_the_folder_that_stands_for_a_run_are_the_runs(
+    world: Path, tiny_run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    (run / "scores.json").unlink(missing_ok=True)
+    shutil.copytree(run / "model", run / "merged")
+    assert run_eval.main(command(run / "merged", world, tmp_path / "merged", "--tasks", "BIOSSES")) == 0
+    assert "model card: not updated (a run's scores are those of its model/)\n" in capsys.readouterr().out
+    assert not (run / "scores.json").exists()
+    assert run_eval.main(command(run / "model", world, tmp_path / "model", "--tasks", "BIOSSES")) == 0
+    assert "model card" not in capsys.readouterr().out
+    assert "BIOSSES" in json.loads((run / "scores.json").read_text())
+
+
+def test_a_run_without_instructions_is_scored_without(world: Path, tiny_run: Path, tmp_path: Path, capsys: Any) -> None:
+    """During training and by run_eval.py, which takes instructions from --instructions only; then also examples."""
+    lines = [json.loads(line) for line in (tiny_run.parent / "data.jsonl").read_text().splitlines()]
+    write_lines(tmp_path / "data.jsonl", [{**line, "prompt": ""} for line in lines])
+    shutil.copytree(world / "MyRetrieval", tmp_path / "held/MyRetrieval")
+    run = tmp_path / "run"
+    assert run_train.main([
+        "--data", str(tmp_path / "data.jsonl"), "--model", str(tiny_run.parent / "config.json"), "--steps", "1",
+        "--instruction", "none", "--eval-data", str(tmp_path / "held"), "--output", str(run)]) == 0
+    score = json.loads((run / "run.json").read_text())["eval_after"]
+    said = f"after training: {score:.3f} (MyRetrieval {score:.3f}), without instructions, as in training\n"
+    assert said in capsys.readouterr().out
+    assert score == evaluate_retrieval(Embedder.from_pretrained(run), world / "MyRetrieval", instructed=False)
+    arguments = command(run, world, tmp_path / "out", "--tasks", "MyRetrieval")
+    assert run_eval.main(arguments) == 0
+    assert "instructions: none, as in the run's training (see --instructions)\n" in capsys.readouterr().out
+    (found,) = scores_of(tmp_path / "out").values()
+    assert found["test"][0]["main_score"] == pytest.approx(score, abs=6e-6)
+    own = write_json(tmp_path / "examples.json", {"MyRetrieval": [{"query": "one", "response": "two"}]})
+    assert run_eval.main([*arguments, "--examples-file", str(own)]) == 2
+    assert "MyRetrieval: in-context examples need an instruction (got none); give" in capsys.readouterr().err
+    given = write_json(tmp_path / "instructions.json", {"MyRetrieval": "Find it."})
+    assert run_eval.main([*arguments, "--instructions", str(given)]) == 0
+    assert "Find it." in (tmp_path / "out/report.md").read_text()
 
 
 def test_a_failed_evaluation_leaves_the_report_of_an_earlier_one(

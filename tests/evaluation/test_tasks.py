@@ -1,5 +1,6 @@
 """Selection of tasks, local folders, malformed task files, downloads."""
 
+import gzip
 import json
 import shutil
 from collections.abc import Callable
@@ -197,6 +198,7 @@ def test_a_failed_load_can_be_repeated(world: Path, tmp_path: Path, monkeypatch:
         ('{"class": "ArguAnna"}', r"mteb task 'ArguAnna' is unknown \(nearest: ArguAna"),
         ('{"class": 3}', r"task.json: 'class' must be the name of an mteb task \(got 3\)"),
         ('{"klass": "ArguAna"}', r"task.json: 'klass' is unknown \(only class, set, instruction\)"),
+        ('{"class": "CQADupstackRetrieval"}', "CQADupstackRetrieval is the mean of other tasks; give these: CQADupst"),
         ('{"class": "ArguAna", "set": {"k_valeus": [1]}}', r"attribute 'k_valeus' is unknown \(nearest: k_values"),
         ('{"class": "ArguAna", "set": {"eval_splits": ["dev"]}}', "'set': attribute 'eval_splits' is read-only"),
         ('{"class": ', "task.json: invalid JSON"),
@@ -300,7 +302,73 @@ def test_a_beir_folder_is_the_set_that_qrels_jsonl_makes(tmp_path: Path) -> None
         read_retrieval_folder(tmp_path / "Beir")
 
 
+def test_a_table_of_judgements_is_that_of_the_split_that_the_class_evaluates(tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "Passages"
+    write_retrieval(folder, {"class": "MSMARCO"})
+    (folder / "qrels.jsonl").unlink()
+    (folder / "qrels").mkdir()
+    (folder / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\nx0\tx1\t1\n")
+    (task,) = select_tasks("all", tmp_path / "data").tasks
+    message = r"Passages: must have qrels\.jsonl, or qrels/dev\.tsv, the split.*evaluates \(got qrels/test\.tsv\)"
+    with pytest.raises(ValueError, match=message):
+        task.load_data()
+    (folder / "qrels/dev.tsv").write_text("query-id\tcorpus-id\tscore\nx2\tx3\t1\n")
+    task.load_data()
+    assert {split: part["relevant_docs"] for split, part in task.dataset["default"].items()} == {
+        "dev": {"x2": {"x3": 1}}}
+    (folder / "qrels/dev.tsv").write_text("query-id\tcorpus-id\tscore\nx2\tno\t1\n")
+    with pytest.raises(ValueError, match=r"dev\.tsv:2: 'corpus-id' must be an id of corpus\.jsonl \(got 'no'\)"):
+        select_tasks("all", tmp_path / "data").tasks[0].load_data()
+
+
+@pytest.mark.parametrize("name", ["corpus.small.jsonl", "corpus.jsonl.gz", "corpus.parquet"])
+def test_beside_a_jsonl_file_others_of_its_name_are_not_read(world: Path, name: str) -> None:
+    folder = world / "MyRetrieval"
+    before = (folder / "corpus.jsonl").read_bytes()
+    line = before.splitlines()[0]
+    (folder / name).write_bytes(gzip.compress(line) if name.endswith("gz") else line)
+    (task,) = select_tasks("MyRetrieval", world).tasks
+    task.load_data()
+    assert len(task.dataset["default"]["test"]["corpus"]) == len(before.splitlines()) > 1
+    (folder / "corpus.jsonl").unlink()
+    (folder / "corpus.large.jsonl").write_bytes(before)
+    (task,) = select_tasks("MyRetrieval", world).tasks
+    with pytest.raises(ValueError, match=r"MyRetrieval: must have one file corpus\.jsonl or corpus\.parquet \(got c"):
+        task.load_data()
+
+
+@pytest.mark.parametrize(("lines", "message"), [
+    (None, r"MyReranking: reranking needs the candidates of each query, top_ranked\.jsonl or top_ranked\.parquet"),
+    ([{"query-id": "x0", "corpus-ids": ["x1", "no"]}], r"jsonl:1: 'corpus-ids' must be ids of corpus.jsonl \(got 'no'"),
+    ([{"query-id": "x0", "corpus-ids": "x1"}], r"jsonl:1: 'corpus-ids' must be a list of ids \(got 'x1'\)"),
+    ([{"query-id": "x0", "corpus-ids": []}], r"jsonl:1: 'corpus-ids' must have at least one id \(got an empty list\)"),
+    ([{"query-id": "x0", "corpus-ids": ["x1"]}] * 2, r"jsonl:2: 'query-id' must be unique \(got 'x0' again\)"),
+    ([{"query-id": "x0", "corpus-ids": ["x1"]}],
+     r"top_ranked\.jsonl: must have a line for every query with judgements \(got none for 'x1'\)"),
+])
+def test_malformed_candidates_of_reranking(world: Path, lines: list[dict[str, Any]] | None, message: str) -> None:
+    path = world / "MyReranking" / "top_ranked.jsonl"
+    path.unlink() if lines is None else write_lines(path, lines)
+    (task,) = select_tasks("MyReranking", world).tasks
+    with pytest.raises(ValueError, match=message):
+        task.load_data()
+
+
+def test_lines_of_candidates_may_have_integers_and_other_fields(world: Path) -> None:
+    for name, fields in (("corpus", ["_id"]), ("queries", ["_id"]), ("qrels", ["query-id", "corpus-id"])):
+        path = world / "MyReranking" / f"{name}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        write_lines(path, [row | {field: int(row[field][1:]) for field in fields} for row in rows])
+    candidates = [{"query-id": n, "corpus-ids": [1, 2, "3"], "source": "BM25"} for n in range(12)]
+    write_lines(world / "MyReranking" / "top_ranked.jsonl", candidates)
+    (task,) = select_tasks("MyReranking", world).tasks
+    task.load_data()
+    assert task.dataset["default"]["test"]["top_ranked"] == {str(n): ["1", "2", "3"] for n in range(12)}
+
+
 def test_other_english_text_tasks_can_be_named() -> None:
+    (similar,) = select_tasks("STSBenchmark.v2").tasks
+    assert list(similar.metadata.eval_splits) == ["validation", "test"] and list(similar.eval_splits) == ["test"]
     selection = select_tasks("NFCorpus,STS12")
     assert [task.metadata.name for task in selection.tasks] == ["NFCorpus", "STS12"] and not selection.missing
     with pytest.raises(ValueError, match=r"--tasks: GermanQuAD-Retrieval has no English texts \(only text in deu\)"):

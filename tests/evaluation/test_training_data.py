@@ -41,6 +41,9 @@ def run_of(folder: Path, *tasks: str, root: str = "tiny") -> Path:
     ("sts", []),
     ("nq", []),
     ("clinc150", []),
+    ("fiqa/train", ["FiQA2018"]),
+    ("mteb/stsb/validation_test", ["STSBenchmark"]),
+    ("fiqa/other", []),
 ])
 def test_names_of_training_data(name: str, tasks: list[str], tmp_path: Path) -> None:
     found = tasks_in_training_data(str(run_of(tmp_path, "other", name)), benchmark_tasks())
