@@ -119,7 +119,7 @@ def build_pipeline(given: argparse.Namespace, distributed: Distributed) -> Label
     retriever = load_retriever(given.retriever, given.device, given.dtype)
     reranker = load_reranker(given.reranker, given.device, given.dtype) if given.reranker else None
     log(f"retriever: {retriever.name}; {retriever.precision}")
-    if not retriever.uses_instructions and (given.instruction or pairs.all_have_prompts):
+    if not retriever.uses_instructions and (given.instruction or pairs.any_has_prompt):
         log(f"instructions are not used: {retriever.name} declares no prompt that contains one")
     if reranker:
         log(f"reranker: {reranker.name}; {reranker.precision}")

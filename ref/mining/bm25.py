@@ -1,12 +1,15 @@
 """Lexical search with BM25: the bm25s library's Lucene variant, k1 1.5, b 0.75.
 
-Texts are split into words (two or more letters or digits, English stop words removed, optional stemming), or into the
-subwords of a tokenizer.json, which also work for languages without spaces between words.
+Texts are split into words (two or more letters, digits or combining marks, English stop words removed, optional
+stemming), or into the subwords of a tokenizer.json, which also work for languages without spaces between words.
 
 The index holds 8 bytes for each distinct word of each passage. Ties are broken by the order of the passages' ids.
 """
 
+import sys
+import unicodedata
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -109,5 +112,14 @@ def make_tokeniser(stemmer: str | None, subwords: Path | None) -> Any:
         stem = Stemmer.Stemmer(stemmer)
 
     def tokenise(texts: list[str], *, return_ids: bool) -> Any:
-        return bm25s.tokenize(texts, stemmer=stem, return_ids=return_ids, show_progress=False)
+        return bm25s.tokenize(texts, token_pattern=word_pattern(), stemmer=stem, return_ids=return_ids,
+                              show_progress=False)
     return tokenise
+
+
+@cache
+def word_pattern() -> str:
+    """A regular expression of a word. Python's \\w leaves out combining marks, such as the vowel signs of Hindi."""
+    marks = "".join(char for char in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(char)[0] == "M")
+    joiners = "\u200c\u200d"  # inside words of Persian and of Indian languages
+    return rf"\w[\w{marks}{joiners}]+"

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from ref.mining.bm25 import BM25Index, make_tokeniser
+from ref.mining.bm25 import BM25Index, make_tokeniser, word_pattern
 from ref.mining.dense import DenseTopK, on_device
 from ref.mining.fusion import reciprocal_rank_fusion
 from ref.mining.sources import Corpus, Pair, Pairs
@@ -171,7 +171,7 @@ class LabellingPipeline:
     @cached_property
     def _bm25_key(self) -> list[str | None]:
         """What the search depends on besides the texts."""
-        return [self.config.stemmer, *([] if self._subwords is None else [hash_file(self._subwords)])]
+        return [self.config.stemmer, word_pattern() if self._subwords is None else hash_file(self._subwords)]
 
     def num_unmatched(self) -> int:
         """Queries for which BM25 finds no passage; 0 if it is not used."""

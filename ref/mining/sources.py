@@ -128,7 +128,7 @@ class Pairs:
             self.qrels = _read_qrels(qrels_path)
             if not corpus.has_ids:
                 raise ValueError(f"{corpus.path}: must have ids ('_id' or 'id'), which the qrels name")
-        self.all_have_prompts, positives_are_ids = True, not corpus.has_ids
+        self.all_have_prompts, self.any_has_prompt, positives_are_ids = True, False, not corpus.has_ids
         offsets: list[int] = []
         keys: list[int] = []
         for line in self._lines():
@@ -137,6 +137,7 @@ class Pairs:
             positives_are_ids = positives_are_ids and all(
                 _like_an_id(name) and corpus.row(name) is None for name in pair.positives)
             self.all_have_prompts &= pair.prompt is not None
+            self.any_has_prompt |= pair.prompt is not None
             offsets.append(line.offset)
             keys.append(_query_key(pair))
         if not offsets:

@@ -3,13 +3,14 @@
 import math
 import random
 
+import bm25s
 import numpy as np
 import pytest
 from conftest import a_text
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ref.mining.bm25 import BM25Index, top_k
+from ref.mining.bm25 import BM25Index, make_tokeniser, top_k
 from ref.text.tokenizer import train_tokenizer
 
 
@@ -81,3 +82,17 @@ def test_subwords_find_parts_of_sentences_without_spaces(language, tmp_path):
         assert best.tolist() == [texts.index(text) for text in LANGUAGES[language]]
     if language in ("zh", "ja"):
         assert (BM25Index(texts, stemmer=None).search(queries, 3, np.arange(len(texts))) < 0).all()
+
+
+@pytest.mark.parametrize("text", [
+    "\u092d\u093e\u0930\u0924 \u0915\u0940 \u0930\u093e\u091c\u0927\u093e\u0928\u0940",  # Hindi
+    "\u0b87\u0ba8\u0bcd\u0ba4\u0bbf\u0baf\u0bbe\u0bb5\u0bbf\u0ba9\u0bcd \u0ba4\u0bb2\u0bc8",  # Tamil
+    "Cafe\u0301 ole\u0301"])  # letters with separate accents
+def test_a_combining_mark_does_not_end_a_word(text):
+    assert make_tokeniser(None, None)([text], return_ids=False) == [text.lower().split()]
+
+
+def test_texts_without_combining_marks_are_split_as_bm25s_does():
+    texts = ["It's 3.5 x_y na\u00efve \u7f8e\u4e3d a b2", "state-of-the-art (C++) e-mail@x.org"]
+    assert make_tokeniser(None, None)(texts, return_ids=False) == bm25s.tokenize(
+        texts, return_ids=False, show_progress=False)

@@ -293,6 +293,21 @@ def test_instructions_reach_a_library_model_that_declares_prompts_with_them(retr
     assert "instructions are not used: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("prompts", [0, 1, 40])
+def test_pairs_with_a_prompt_say_when_the_teacher_ignores_it(prompts, raw, label, tmp_path, monkeypatch, capsys):
+    """Also if one pair has it."""
+    monkeypatch.setattr(
+        run_label, "load_retriever", lambda *given: without_instructions(teachers.load_retriever(*given)))
+    write(raw[0], [{**row, "prompt": "Find it." if n < prompts else None} for n, row in enumerate(rows_of(raw[0]))])
+    assert label() == 0
+    assert ("instructions are not used: " in capsys.readouterr().out) == (prompts > 0)
+
+
+def without_instructions(retriever):
+    retriever.uses_instructions = False
+    return retriever
+
+
 def test_a_cross_encoder_gives_raw_logits_and_one_with_several_outputs_is_refused(tmp_path, label, capsys):
     library = pytest.importorskip("sentence_transformers")
     import transformers
