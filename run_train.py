@@ -124,13 +124,14 @@ def describe_data(data: SoftLabelDataset, log: Callable[[str], None]) -> None:
     log(f"data: {len(data):,} lines, {len(data.tasks)} tasks, {data.num_with_labels:,} lines with soft labels, "
         f"{len(data) - data.num_with_labels:,} with the contrastive term only")
     tasks = len({(task.name, task.type) for task in data.tasks})
+    in_batch = [data.has_in_batch_negatives(task) for task in data.tasks]
+    sizes = {"batch_size": any(in_batch), "batch_size_symmetric": not all(in_batch)}
     for line in data.report.lines(
             lambda: data.batches(0), instructions_per_task=len(data.tasks) / tasks,
-            batch_size=max(data.config.batch_size, data.config.batch_size_symmetric)):
+            batch_size=min(vars(data.config)[name] for name, is_used in sizes.items() if is_used)):
         log(line)
     preset = {**vars(TrainConfig()), **PRESETS[data.config.preset or "paper"]}
-    in_batch = [data.has_in_batch_negatives(task) for task in data.tasks]
-    for name, is_used in (("batch_size", any(in_batch)), ("batch_size_symmetric", not all(in_batch))):
+    for name, is_used in sizes.items():
         if not is_used and vars(data.config)[name] != preset[name]:
             log(f"note: --{name.replace('_', '-')} is not used: {'no' if name == 'batch_size' else 'every'} task has "
                 "in-batch negatives")
@@ -270,13 +271,15 @@ def held_out_sets(config: TrainConfig, data: SoftLabelDataset) -> list[Path]:
 
 
 def evaluate(trainer: Trainer, sets: list[Path], when: str) -> float:
-    """Print and return the mean nDCG@10 of the held-out sets."""
+    """Print and return the mean nDCG@10 of the held-out sets; without instructions if no task in training has one."""
     trainer.model.eval()
+    instructed = any(task.instruction is not None for task in trainer.data.tasks)
     embedder = Embedder(trainer.model, trainer.prompt_encoder, backend=trainer.backend)
-    scores = {path.name: evaluate_retrieval(embedder, path) for path in sets}
+    scores = {path.name: evaluate_retrieval(embedder, path, instructed=instructed) for path in sets}
     each = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+    how = "" if instructed else ", without instructions, as in training"
     mean = sum(scores.values()) / len(scores)
-    print_line(f"held-out nDCG@10 {when}: {mean:.3f} ({each})")
+    print_line(f"held-out nDCG@10 {when}: {mean:.3f} ({each}){how}")
     return mean
 
 

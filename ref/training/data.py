@@ -6,10 +6,10 @@ One JSON object per line (FlagEmbedding's schema):
     prompt       the task's instruction        pos_scores, neg_scores   teacher scores, one per text, or null
     type         see ref/task_types.py         task           name of the task (default: the file's name)
 
-A first pass validates every line and keeps only its offset, file and task in memory (14 bytes): files may be larger
-than memory.
-Lines of one task name, instruction and type form a Task, and every batch is drawn from one. A negative that is also a
-positive of its line is dropped. Each draw depends only on the seed, the epoch and the line or step: a run can start at
+A first pass validates every line and keeps 22 bytes of it in memory (offset, file, task, place in the order of tasks):
+files may be larger than memory.
+Lines of one task name, instruction and type form a Task, and every batch is drawn from one. A negative that repeats the
+query, a positive or an earlier negative of its line is dropped. Each draw depends only on the seed, the epoch and the line or step: a run can start at
 any step and sees the same batches.
 Source: arXiv 2409.15700 and its trainer (one task per batch, types, 7 negatives, in-context examples).
 """
@@ -57,7 +57,7 @@ class TrainingExample:
     negatives: list[str]
     positive_scores: list[float] | None  # None: the line has no teacher scores
     negative_scores: list[float] | None
-    num_dropped: int = 0  # negatives of the file that are a positive too
+    num_dropped: int = 0  # negatives of the file that repeat the query, a positive or a negative
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class SoftLabelDataset:
         self.files: OrderedDict[int, BinaryIO] = OrderedDict()
         self.report = DataReport(config.teacher_temperature)
         self.sha256: list[str] = []
-        self.num_with_labels = 0
+        self.num_with_labels = self.num_without_prompt = 0
         offsets: list[int] = []
         files: list[int] = []
         tasks: list[int] = []
@@ -104,6 +104,8 @@ class SoftLabelDataset:
         self.by_task = np.argsort(self.task, kind="stable")
         self.task_bounds = np.searchsorted(self.task[self.by_task], np.arange(len(self.tasks) + 1))
         self._check_single_lines()
+        if config.instruction is not None and not self.num_without_prompt and not config.resume:
+            raise ValueError("--instruction is for lines without 'prompt' (every line has one)")
         if config.contrastive_weight == 0 and self.num_with_labels == 0:
             raise ValueError("--contrastive-weight 0 trains on soft labels alone, but no line has 'pos_scores' and "
                              "'neg_scores'")
@@ -243,6 +245,7 @@ class SoftLabelDataset:
             example = parse_example(line.value, line.where, name, self.config.instruction)
             scores = [*(example.positive_scores or []), *(example.negative_scores or [])]
             self.report.add(path, scores, example.num_dropped, line.value.keys() - {*FIELDS, MINING})
+            self.num_without_prompt += not line.value.get("prompt")
             in_batch = self.has_in_batch_negatives(example.task) and self.config.batch_size > 1
             if not in_batch and not example.negatives[: self._num_negatives(example.task)]:
                 repeated = "only texts that repeat the query or a positive" if example.num_dropped else "none"

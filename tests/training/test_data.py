@@ -209,6 +209,14 @@ def test_training_without_an_instruction(tmp_path):
         load(tmp_path, rows)
 
 
+def test_an_instruction_that_no_line_takes_is_refused(tmp_path):
+    rows = [line(query="q0"), line(query="q1")]
+    with pytest.raises(ValueError, match="^--instruction is for lines without 'prompt'"):
+        load(tmp_path, rows, instruction="none")
+    load(tmp_path, [*rows, {**line(query="q2"), "prompt": ""}], instruction="Other.")
+    load(tmp_path, rows, instruction="none", resume=True, output="r")  # accepted when the run began
+
+
 def test_one_empty_file_among_good_ones_is_named(tmp_path):
     good, empty = write(tmp_path / "good.jsonl", [GOOD]), write(tmp_path / "empty.jsonl", [])
     with pytest.raises(ValueError, match=r"empty\.jsonl: must have at least one line"):

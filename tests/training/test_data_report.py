@@ -64,6 +64,20 @@ def test_logits_at_a_cosines_temperature_are_a_warning(tmp_path, scores, compani
     assert said(load(tmp_path / "a.jsonl", rows, teacher_temperature=1.0)) == []
 
 
+def test_cosines_beside_logits_or_at_their_temperature_are_a_warning(tmp_path):
+    """At temperature 1 the softmax of cosines is nearly uniform: such labels say nothing."""
+    cosines, logits = [line(n) for n in range(4)], [line(n, scores=(2.5, 1.5)) for n in range(4)]
+    for name, lines in (("cosines", cosines), ("logits", logits)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (warning,) = said(SoftLabelDataset([tmp_path / "cosines.jsonl"], TrainConfig(teacher_temperature=1.0)))
+    assert "labels of cosines.jsonl are nearly equal for all texts at --teacher-temperature 1.0" in warning
+    for temperature in (0.05, 1.0):
+        both = SoftLabelDataset([tmp_path / "cosines.jsonl", tmp_path / "logits.jsonl"],
+                                TrainConfig(teacher_temperature=temperature))
+        (warning,) = said(both)
+        assert "of logits.jsonl are logits (up to 2.5), those of cosines.jsonl cosines" in warning
+
+
 def test_a_description_of_cosines_or_of_something_else_is_no_warning(tmp_path):
     too_large_for_a_description = f'{{"scale": "logit", "x": "{"x" * 10**6}"}}'
     for content in ('{"scale": "cosine"}', "[]", "{", "{}", too_large_for_a_description):
@@ -84,7 +98,7 @@ def test_the_field_mining_of_run_label_is_no_mistake(tmp_path):
 def test_nearly_hard_labels_are_a_warning(tmp_path):
     rows = [line(n, scores=(1.0, 0.5)) for n in range(4)]
     (warning,) = said(load(tmp_path / "a.jsonl", rows))
-    assert "entropy of 0.000 nats" in warning and "a higher --teacher-temperature" in warning
+    assert "entropy below 0.05 nats" in warning and "a higher --teacher-temperature" in warning
     assert said(load(tmp_path / "a.jsonl", rows, teacher_temperature=0.3)) == []
 
 
@@ -94,7 +108,7 @@ def test_entropy_equals_numpys():
     for row in scores:
         report.add("a", row.tolist(), 0)
     p = np.exp(scores / 0.1) / np.exp(scores / 0.1).sum(1, keepdims=True)
-    assert math.isclose(report.entropy, -(p * np.log(p)).sum(), rel_tol=1e-9)
+    assert math.isclose(report.entropy["a"], -(p * np.log(p)).sum(), rel_tol=1e-9)
 
 
 def test_an_instruction_for_each_line_is_a_warning_with_the_median_batch(tmp_path):
@@ -103,5 +117,8 @@ def test_an_instruction_for_each_line_is_a_warning_with_the_median_batch(tmp_pat
     assert "20 different instructions" in warning and "the median batch has 2 queries instead of 512" in warning
     few = [line(n, prompt=("Find it.", "Find it. ", "Find it.\n")[n % 3]) for n in range(40)]
     assert len(load(tmp_path / "b.jsonl", few).tasks) == 1  # spaces at the end are no other instruction
+    assert said(load(tmp_path / "d.jsonl", [line(n, task=f"t{n // 2}") for n in range(40)]), batch_size=64) == []
+    (warning,) = said(load(tmp_path / "d.jsonl", [line(n, task=f"t{n // 2}") for n in range(40)]), batch_size=16)
+    assert "the tasks have few lines" in warning and "has 2 queries instead of 16" in warning
     several = [line(n, task=f"t{n % 8}", prompt=f"Find {n % 8}.") for n in range(40)]
     assert said(load(tmp_path / "c.jsonl", several)) == []  # small data sets with one instruction each are no mistake
