@@ -58,9 +58,12 @@ class PackedBatch:
         Example: lengths (8, 7, 6, 5, 2), least 0.75 -> [[8, 7, 6], [5], [2]].
         """
         buckets: list[list[int]] = []
+        shortest = longest = 0
         for length in self.lengths:
-            if not buckets or min(*buckets[-1], length) < least * max(*buckets[-1], length):
+            shortest, longest = min(shortest, length), max(longest, length)
+            if not buckets or shortest < least * longest:
                 buckets.append([])
+                shortest = longest = length
             buckets[-1].append(length)
         return buckets
 

@@ -39,7 +39,9 @@ class Distributed:
     """The process group, or this process alone."""
 
     def __init__(self, *, timeout: timedelta = timedelta(days=7), device: str | None = None) -> None:
-        """`timeout`: how long a rank waits for another, once all have joined. `device`: None: a GPU if there is one."""
+        """`timeout`: how long a rank waits for another, half an hour at most for all to join. `device`: None: a GPU if
+        there is one.
+        """
         self.world_size, self.rank = (int(os.environ.get(name, default)) for name, default in (
             ("WORLD_SIZE", "1"), ("RANK", "0")))
         self.timeout = timeout

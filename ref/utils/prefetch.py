@@ -50,6 +50,9 @@ def map_on_cores(function: Callable[[Item], Result], items: Sequence[Item], devi
         except RuntimeError:  # "can't start new thread"; those that have started wait
             all_started.abort()
             mapped = map
+        except BaseException:  # Ctrl-C
+            all_started.abort()
+            raise
         torch.set_num_threads(threads)  # what threads inherit that begin later
         yield from mapped(function, items)
 

@@ -110,3 +110,24 @@ def test_a_thread_that_cannot_start_is_no_end(three_threads, monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", start)
     assert list(map_on_cores(lambda item: 2 * item, range(8), CPU)) == list(range(0, 16, 2))
     assert torch.get_num_threads() == 3 and len(started) == 2
+
+
+def test_ctrl_c_while_threads_start_ends_them(three_threads, monkeypatch):
+    """The two that have started would wait for the third, and the pool for them."""
+    started = []
+
+    def start(thread: threading.Thread) -> None:
+        if len(started) == 2:
+            raise KeyboardInterrupt
+        started.append(thread)
+        original(thread)
+    original = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", start)
+    ended = threading.Event()
+
+    def run() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            list(map_on_cores(lambda item: item, range(8), CPU))
+        ended.set()
+    original(threading.Thread(target=run, daemon=True))
+    assert ended.wait(timeout=30) and len(started) == 2
