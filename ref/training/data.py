@@ -9,8 +9,8 @@ One JSON object per line (FlagEmbedding's schema):
 A first pass validates every line and keeps 22 bytes of it in memory (offset, file, task, place in the order of tasks):
 files may be larger than memory.
 Lines of one task name, instruction and type form a Task, and every batch is drawn from one. A negative that repeats the
-query, a positive or an earlier negative of its line is dropped. Each draw depends only on the seed, the epoch and the line or step: a run can start at
-any step and sees the same batches.
+query, a positive or an earlier negative of its line is dropped. Each draw depends only on the seed, the epoch and the
+line or step: a run can start at any step and sees the same batches.
 Source: arXiv 2409.15700 and its trainer (one task per batch, types, 7 negatives, in-context examples).
 """
 
