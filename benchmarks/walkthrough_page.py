@@ -124,9 +124,9 @@ def _page_model(walk: "Walk") -> Iterator[str]:
     yield ""
     yield "## 5. Attention mask"
     yield ""
-    yield (f"{_link(attention_mask)}: each token attends to the shared prefix and to the earlier tokens of its own "
-           "text, within the sliding window, which is longer than these texts. In the last layer attention is computed "
-           "only for each text's last token.")
+    yield (f"{_link(attention_mask)}: each token attends to the shared prefix, itself and the earlier tokens of its "
+           "own text, within the sliding window, which is longer than these texts. In the last layer only each "
+           "text's last token is a query.")
     yield ""
     yield "![attention mask of the packed queries behind the shared prefix](walkthrough/mask.svg)"
     yield ""

@@ -62,9 +62,13 @@ class Embedder:
     ) -> "Embedder":
         """Load a run folder of run_train.py, a checkpoint or adapter folder, or a hub id.
 
-        `template`, `max_text_tokens`: by default those of ref/model/known_models.py for a known hub id, else of the
-        model's embedder.json. Without that file the template is the one whose markers the vocabulary has, else the
-        paper's, and the limit that of sentence-transformers' files, else 512. `dtype`: auto, bfloat16 or float32
+        `template` and `max_text_tokens` are by default the first that exists:
+
+            of a known hub id (known_models.py); of the model's embedder.json;
+            template: the one whose markers the vocabulary has; the paper's
+            limit: that of sentence-transformers' files; 512
+
+        `dtype`: auto, bfloat16 or float32
         (device.py). `tokens_per_batch`: of a forward pass. Adapters are merged; `base` replaces the model that an
         adapter names, for one that has moved. Raises ValueError that names file and tensor for anything malformed.
         """

@@ -33,7 +33,7 @@ from ref.utils.fused_by import fused_by
 
 
 class LossRows(NamedTuple):
-    """The terms of each query."""
+    """Both terms of each query, unweighted: one entry per row of the score matrix."""
 
     contrastive_Q: Tensor  # fp32, or fp64 for fp64 vectors
     soft_label_Q: Tensor  # the same; meaningless for a query without labels, which training_loss gives weight 0

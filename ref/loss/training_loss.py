@@ -76,7 +76,7 @@ def soft_contrastive(
     temperature: float, in_batch_negatives: bool, false_negative_margin: float | None, backend: Backend = "eager",
     check_values: bool = False,
 ) -> LossRows:
-    """Both terms of each query, unweighted, by `backend`.
+    """Both terms of each query, unweighted: calls the implementation that `backend` names.
 
     `query_QD`, `passage_PD`: unit vectors of one float type. `label_QC` (fp32): non-negative, rows sum to 1 or to 0.
     Without `in_batch_negatives` both terms see the query's own candidates only. `false_negative_margin`: None never

@@ -34,10 +34,10 @@ from torch import Tensor
 from ref.model.flex import build_block_mask, flex_attention
 from ref.model.packing import PackedBatch
 
-# Up to this many scores of a head and text, softmax_attention's backward is faster on a CPU than that of
-# scaled_dot_product_attention, in bf16 6 to 2 times (40 to 128 tokens); above it, softmax_attention keeps too much.
+# Scores of a head and text (queries x keys) up to which softmax_attention is used on a CPU. In bf16 its backward is 6
+# times as fast as that of scaled_dot_product_attention at 40 tokens, twice at 128. It keeps all scores, too many above.
 MAX_SCORES = 256**2
-MIN_LENGTH_RATIO = 0.75  # of the texts of a padded bucket: fewer, larger products against padding
+MIN_LENGTH_RATIO = 0.75  # shortest to longest text of a padded bucket; lower: fewer, larger products, more padding
 
 KeyValue = tuple[Tensor, Tensor]  # of one layer, keys rotated: (T, G, K) of a packed batch, (S, G, K) of a prefix
 

@@ -1,7 +1,7 @@
 """Last-token pooling: a text's embedding is its last token's hidden state, normalised and scaled to unit length.
 
-The last token is `</s>`, which the tokenizer appends by id. It is the only position of a causal model that attends to
-the whole text, and the same token in every text.
+The last token is the checkpoint's end token, `</s>` in Mistral's, which the tokenizer appends by id. It is the only
+position of a causal model that attends to the whole text, and the same token in every text.
 
     e_b = n_b / |n_b|,      n_b = RMSNorm(h[last_b])
 

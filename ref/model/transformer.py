@@ -180,6 +180,7 @@ class Mistral(nn.Module):
 
     @property
     def _use_softmax(self) -> bool:
+        """Whether short texts may take softmax_attention: in training in bf16 (see MAX_SCORES in attention.py)."""
         return self.training and self.embed_tokens.weight.dtype == torch.bfloat16
 
     def _rotary(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
