@@ -132,8 +132,8 @@ def linear_weights(model: Mistral) -> int:
 def matrix_rate(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> float:
     """Measured FLOP/s of the model's largest matrix product."""
     rows, hidden, intermediate = 8192, config.hidden_size, config.intermediate_size
-    x_TD, weight_FD = (torch.randn(n, hidden, device=device, dtype=dtype) for n in (rows, intermediate))
-    timing = measure({"": lambda: x_TD @ weight_FD.T}, device=device, rounds=7)[""]
+    x_TD, weight_ID = (torch.randn(n, hidden, device=device, dtype=dtype) for n in (rows, intermediate))
+    timing = measure({"": lambda: x_TD @ weight_ID.T}, device=device, rounds=7)[""]
     return 2 * rows * hidden * intermediate / timing.median_s
 
 

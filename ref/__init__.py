@@ -11,7 +11,7 @@ Shape suffixes: tensors carry one letter per axis, and a letter has one meaning 
     N  query positions in attention: all T tokens, or the B last ones
     D  hidden size                      H  query heads                G  key/value heads
     K  head dimension                   J  rotary pairs of a head: K / 2
-    F  intermediate size of SwiGLU      V  vocabulary                 R  LoRA rank
+    I  intermediate size of SwiGLU      V  vocabulary                 R  LoRA rank
     Q  queries of a batch or search     P  passages of a batch or corpus
     X  known positives of a query, and its own text
     C  candidates of a query: its positive, then its hard negatives

@@ -44,14 +44,14 @@ class SwiGLUFunction(torch.autograd.Function):
     """silu(gate) * up; silu(gate) is computed again in backward. Source: arXiv 2002.05202, equation 6."""
 
     @staticmethod
-    def forward(ctx: Any, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_TF, up_TF)
-        return F.silu(gate_TF).mul_(up_TF).detach()
+    def forward(ctx: Any, gate_TI: Tensor, up_TI: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_TI, up_TI)
+        return F.silu(gate_TI).mul_(up_TI).detach()
 
     @staticmethod
-    def backward(ctx: Any, grad_TF: Tensor) -> tuple[Tensor, Tensor]:
-        gate_TF, up_TF = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad_TF * up_TF, gate_TF), F.silu(gate_TF).mul_(grad_TF)
+    def backward(ctx: Any, grad_TI: Tensor) -> tuple[Tensor, Tensor]:
+        gate_TI, up_TI = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad_TI * up_TI, gate_TI), F.silu(gate_TI).mul_(grad_TI)
 
 
 class RotaryFunction(torch.autograd.Function):

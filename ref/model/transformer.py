@@ -11,7 +11,7 @@ an embedder does not need are skipped:
 - A prefix that all texts share (instruction, in-context examples) is computed once: `prefix_key_values` returns its
   keys and values, and `forward` lets every text attend to them. Its gradient is the sum over the texts (grad_cache.py).
 
-A function under `@fused_by(F)` is the plain form; a call runs F, which computes the same and keeps less for backward.
+A function under `@fused_by(Fused)` is the plain form; a call runs `Fused` instead, which keeps less for backward.
 
 Source: Mistral 7B, arXiv 2310.06825; RMSNorm, arXiv 1910.07467, equation 4; SwiGLU, arXiv 2002.05202, equation 6.
 """
@@ -43,9 +43,9 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 @fused_by(SwiGLUFunction)
-def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
     """silu(gate) * up, with silu(x) = x sigmoid(x)."""
-    return F.silu(gate_TF) * up_TF
+    return F.silu(gate_TI) * up_TI
 
 
 class RMSNorm(nn.Module):
@@ -91,7 +91,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)): (T, D) -> (T, F) -> (T, D)."""
+    """down(silu(gate(x)) * up(x)): (T, D) -> (T, I) -> (T, D)."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()

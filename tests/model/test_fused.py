@@ -172,9 +172,9 @@ def without_mean(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
     return grad_TD * weight_D * r_T1, (grad_TD * x_TD * r_T1).sum(0), None
 
 
-def without_derivative_of_sigmoid(ctx: Any, grad_TF: Tensor) -> tuple[Tensor, Tensor]:
-    gate_TF, up_TF = ctx.saved_tensors
-    return grad_TF * up_TF * gate_TF.sigmoid(), grad_TF * torch.nn.functional.silu(gate_TF)
+def without_derivative_of_sigmoid(ctx: Any, grad_TI: Tensor) -> tuple[Tensor, Tensor]:
+    gate_TI, up_TI = ctx.saved_tensors
+    return grad_TI * up_TI * gate_TI.sigmoid(), grad_TI * torch.nn.functional.silu(gate_TI)
 
 
 def by_the_same_angle(ctx: Any, grad_THK: Tensor) -> tuple[Tensor, None, None]:
