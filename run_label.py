@@ -34,6 +34,7 @@ from ref.utils.block_cache import BlockCache
 from ref.utils.device import Dtype
 from ref.utils.distributed import Distributed, RankFailure
 from ref.utils.outputs import check_outside, claim_output
+from ref.utils.progress import print_any_text
 
 RANK_TIMEOUT = timedelta(minutes=10)  # how long the ranks wait for one without heartbeat
 
@@ -166,6 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     SIGTERM.
     """
     distributed = None
+    print_any_text()
     try:
         given = parse_args(arguments)
         config = label_config(given)

@@ -1,5 +1,6 @@
 """Progress of long work with tqdm: a bar on a terminal, one line every ten seconds otherwise."""
 
+import io
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -28,6 +29,12 @@ class LineProgress(tqdm):
         if not getattr(self, "disable", True):
             self.disable = True
             self._decr_instances(self)
+
+
+def print_any_text() -> None:
+    """Let stdout escape what its encoding lacks (†, the bytes of a file name): an error would end hours of work."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def print_line(text: str) -> None:

@@ -1,5 +1,6 @@
 """The command run_eval.py: options and errors, resuming, examples, interruptions, result files."""
 
+import io
 import json
 import os
 import random
@@ -570,6 +571,19 @@ def test_the_scores_of_the_folder_that_stands_for_a_run_are_the_runs(
     assert run_eval.main(command(run / "model", world, tmp_path / "model", "--tasks", "BIOSSES")) == 0
     assert "model card" not in capsys.readouterr().out
     assert "BIOSSES" in json.loads((run / "scores.json").read_text())
+
+
+def test_output_without_the_terminals_characters(
+    world: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another encoding than UTF-8 a sign that it lacks is escaped, in training and in evaluation."""
+    screen = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(screen, encoding="latin-1", write_through=True))
+    run = tmp_path / "\u65b0"
+    data, model = tiny_run.parent / "data.jsonl", tiny_run.parent / "config.json"
+    assert run_train.main(["--data", str(data), "--model", str(model), "--steps", "1", "--output", str(run)]) == 0
+    assert run_eval.main(command(run, world, tmp_path / "out", "--tasks", "BIOSSES")) == 0
+    assert b"done: " in screen.getvalue() and b"/\\u65b0" in screen.getvalue()
 
 
 def test_a_run_without_instructions_is_scored_without(world: Path, tiny_run: Path, tmp_path: Path, capsys: Any) -> None:
