@@ -58,4 +58,5 @@ def mistral(form: str = "prepend", *, markers: tuple[str, ...] = ()) -> Tokenize
         for token in content["added_tokens"]:
             token["special"] = False  # published files differ in this; it must not matter
         (Path(folder) / "tokenizer.json").write_text(json.dumps(content))
+        (Path(folder) / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
         return Tokenizer.from_folder(Path(folder))

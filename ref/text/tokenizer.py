@@ -7,7 +7,7 @@ token, and the markers of a prompt template. Other added tokens (product codes, 
 
 Begin and end token (BOS, EOS) are the checkpoint's own, from tokenizer_config.json, special_tokens_map.json or the
 ids of config.json. Every text ends with EOS, which is pooled. BOS precedes a text only if the checkpoint's own
-tokenizer puts it there:
+tokenizer puts it there, by 'add_bos_token', by its post-processor, or because its class is Llama's:
 
     Mistral, Llama 2, Tekken           <s> text </s>              SentencePiece or byte-level
     SmolLM2 (instruct)                 text <|im_end|>            byte-level, no BOS
@@ -31,6 +31,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from ref.utils.files import check_type, read_json
 
 BOS, EOS, UNK = "<s>", "</s>", "<unk>"
+ADD_BOS_BY_DEFAULT = ("LlamaTokenizer", "LlamaTokenizerFast")  # classes, also of Mistral's checkpoints
 LONGEST_TOKEN_CHARS = 32  # of a vocabulary that is trained here
 TEXTS_AT_A_TIME = 1000  # the library needs some hundred bytes per token of the texts it encodes together
 
@@ -221,14 +222,16 @@ def special_tokens(folder: Path, library: tokenizers.Tokenizer) -> tuple[str | N
         usual_token = [usual] if library.token_to_id(usual) is not None else []
         found[kind] = next((token for token in (*named, *by_id, *usual_token) if isinstance(token, str)), None)
     bos, eos = found["bos"], found["eos"]
+    if next((values["bos_token"] for values in files if "bos_token" in values), bos) is None:
+        bos = None  # null: declared to have none
     if eos is None:
         raise ValueError(f"no end token: tokenizer_config.json must name 'eos_token', or the vocabulary contain {EOS}")
     before, after = _added_by_post_processor(library)
     if add_bos is None and (before or after):  # not declared: as the checkpoint's own tokenizer does
         return before, after or eos
-    if add_bos is None:  # nor a post-processor: by Mistral's name for it
-        add_bos = bos == BOS
-    return bos if add_bos else None, after or eos
+    if add_bos is None:  # nor a post-processor: the default of the tokenizer's class
+        add_bos = any(values.get("tokenizer_class") in ADD_BOS_BY_DEFAULT for values in files)
+    return (before or bos) if add_bos else None, after or eos
 
 
 def _declares_eos(folder: Path) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from mistral_tokenizer import layout
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from ref.text.prompts import InContextExample, PromptEncoder
@@ -44,7 +45,8 @@ def checkpoint(folder: Path, *, special: list[str], settings: dict, digits: bool
 
 SMOLLM2 = {"special": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
            "settings": {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}}
-TEKKEN = {"special": ["<unk>", "<s>", "</s>"], "settings": {"bos_token": "<s>", "eos_token": "</s>"}, "digits": False}
+TEKKEN = {"special": ["<unk>", "<s>", "</s>"], "settings": {"bos_token": "<s>", "eos_token": "</s>"}, "digits": False,
+          "post_processor": {"bos": "<s>"}}
 
 
 @pytest.mark.parametrize("given", [SMOLLM2, TEKKEN], ids=["SmolLM2", "Tekken"])
@@ -127,6 +129,31 @@ def post_processed(folder: Path, single: str, *tokens: str) -> Path:
         single=single, special_tokens=[(token, library.token_to_id(token)) for token in tokens])
     library.save(str(folder / "tokenizer.json"))
     return folder
+
+
+@pytest.mark.parametrize("processor", [{}, {"post_processor": {"bos": "<s>"}}], ids=["none", "BOS"])
+@pytest.mark.parametrize("settings", [
+    {"tokenizer_class": "PreTrainedTokenizerFast"}, {"bos_token": None}, {},
+    {"bos_token": None, "add_bos_token": True}, {"tokenizer_class": "GPT2Tokenizer"}], ids=str)
+def test_begin_token_exactly_where_transformers_has_one(tmp_path, settings, processor):
+    transformers = pytest.importorskip("transformers")
+    given = {**TEKKEN, "settings": {**TEKKEN["settings"], **settings}}
+    del given["post_processor"]
+    folder = checkpoint(tmp_path / "model", **given, **processor)
+    (folder / "config.json").write_text('{"bos_token_id": 1, "eos_token_id": 2}')
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)("a")["input_ids"]
+    ours = Tokenizer.from_folder(folder)
+    assert [ours.token_id(token) for token in [ours.bos, "a"] if token is not None] == theirs
+
+
+@pytest.mark.parametrize(("settings", "bos"), [
+    ({"tokenizer_class": "LlamaTokenizer"}, "<s>"), ({"tokenizer_class": "LlamaTokenizerFast"}, "<s>"),
+    ({"tokenizer_class": "LlamaTokenizer", "add_bos_token": False}, None), ({"add_bos_token": True}, "<s>")], ids=str)
+def test_begin_token_by_declaration_or_class(tmp_path, settings, bos):
+    """Files converted from SentencePiece by transformers 4 have no post-processor: its Llama class adds it later."""
+    (tmp_path / "tokenizer.json").write_text(layout())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert Tokenizer.from_folder(tmp_path).bos == bos
 
 
 def by_transformers(folder: Path, text: str) -> list[int]:

@@ -105,6 +105,7 @@ def test_added_words_have_their_own_ids_in_a_text_and_behind_a_prompt(form, text
     """As the library alone encodes them, except for special tokens in a text."""
     library = with_codes(form)
     library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     ours = PromptEncoder(OurTokenizer.from_folder(tmp_path))
     library.encode_special_tokens = True
     assert ours.tokenizer.encode([text], max_tokens=99)[0] == library.encode(text, add_special_tokens=False).ids
