@@ -8,6 +8,7 @@ MistralForCausalLM; read too). An adapter names its base, a folder or hub id; th
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ref.model.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_model, read_tensors, resolve_checkpoint
+from ref.model.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_model, read_tensors, resolve_checkpoint, shards
 from ref.model.declared import check_declared
 from ref.model.lora import LoRALinear, apply_lora, linear_layers, lora_layers, merge_lora
 from ref.model.transformer import Mistral
-from ref.utils.files import check_type, read_json
+from ref.utils.files import check_type, fingerprint, read_json
 
 # What our forward pass computes: for each field of adapter_config.json its default, then other accepted values.
 PLAIN_LORA: dict[str, tuple[Any, ...]] = {
@@ -29,6 +30,11 @@ PLAIN_LORA: dict[str, tuple[Any, ...]] = {
     "layer_replication": (None,), "alora_invocation_tokens": (None,),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # the others change the base
 }
+
+# Besides the weights, what a fingerprint is of; the second line and the middle of files only from version 2 on.
+MODEL_FILES = ("config.json", ADAPTER_CONFIG, "tokenizer.json")
+TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+VERSION_2 = "2-"  # begins a fingerprint; those of version 1 are plain
 
 
 def load_model_chain(
@@ -61,6 +67,22 @@ def adapter_chain(folder: Path, *, base: str | None = None) -> list[Path]:
         chain.append(under)
         under = adapter_base(under)
     return chain
+
+
+def model_fingerprint(chain: Sequence[Path], *, like: str = VERSION_2) -> str:
+    """Fingerprint of the weights, configuration and tokenizer of `adapter_chain`'s folders, wherever they lie, of the
+    version of the stored one that it will be compared with (`like`).
+    """
+    is_new = like.startswith(VERSION_2)
+    names = MODEL_FILES + (TOKENIZER_FILES if is_new else ())
+    digest = fingerprint((path for folder in chain for path in model_files(folder, names)), blocks=64 if is_new else 2)
+    return VERSION_2 * is_new + digest
+
+
+def model_files(folder: Path, names: Sequence[str]) -> list[Path]:
+    """The weights of a checkpoint or adapter folder and those of `names` that it has, by name."""
+    weights = [ADAPTER_WEIGHTS] if (folder / ADAPTER_CONFIG).exists() else shards(folder)
+    return [folder / name for name in sorted((*weights, *names)) if (folder / name).exists()]
 
 
 def adapter_base(folder: Path) -> Path | None:

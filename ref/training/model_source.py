@@ -10,9 +10,9 @@ import torch
 
 from ref.config import MISTRAL, TINY, ModelConfig, TrainConfig
 from ref.embedder import load_model_and_tokenizer
-from ref.model.adapter import adapter_base, adapter_chain
+from ref.model.adapter import VERSION_2, adapter_base, adapter_chain, model_fingerprint
 from ref.model.card import run_folder
-from ref.model.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, resolve_checkpoint, shards
+from ref.model.checkpoint import resolve_checkpoint
 from ref.model.known_models import defaults_for
 from ref.model.lora import apply_lora
 from ref.model.transformer import Mistral, init_weights
@@ -21,10 +21,9 @@ from ref.text.tokenizer import Tokenizer, train_tokenizer
 from ref.training.data import SoftLabelDataset
 from ref.utils.compile import check_compiler
 from ref.utils.device import DTYPES, resolve_dtype
-from ref.utils.files import fingerprint, read_json
+from ref.utils.files import read_json
 
 SMALL = 10**9  # parameters
-MODEL_FILES = ("config.json", ADAPTER_CONFIG, "tokenizer.json")  # besides the weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +45,11 @@ class ModelSource:
         run = run_folder(Path(self.name)) if self.config is None else None
         return {} if run is None else read_json(run / "run.json")
 
-    def fingerprint(self) -> str | None:
-        """Fingerprint of the checkpoint's files, an adapter's base included; None for random initialisation."""
-        if self.config is not None:
-            return None
-        return fingerprint(path for folder in adapter_chain(self.folder) for path in model_files(folder))
+    def fingerprint(self, *, like: str = VERSION_2) -> str | None:
+        """Fingerprint of the checkpoint's files, an adapter's base included, of the version of a stored one (`like`);
+        None for random initialisation.
+        """
+        return None if self.config is not None else model_fingerprint(adapter_chain(self.folder), like=like)
 
     def default_preset(self) -> str:
         """small for random initialisation; for a checkpoint by its size, which config.json tells."""
@@ -59,12 +58,6 @@ class ModelSource:
         folder = adapter_chain(resolve_checkpoint(self.name, weights=False))[-1]
         config = ModelConfig.from_file(folder / "config.json")
         return "small-pretrained" if config.num_parameters < SMALL else "paper"
-
-
-def model_files(folder: Path) -> list[Path]:
-    """Weights, configuration and tokenizer.json of a checkpoint or adapter folder, by name."""
-    weights = [ADAPTER_WEIGHTS] if (folder / ADAPTER_CONFIG).exists() else shards(folder)
-    return [folder / name for name in sorted((*weights, *MODEL_FILES)) if (folder / name).exists()]
 
 
 def resolve_model(name: str | None, device: str | None = None) -> ModelSource:

@@ -139,6 +139,8 @@ def check_resumed(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
         now = metadata[field]
         if field == "model_config" and isinstance(saved.get(field), dict):  # an earlier version knew fewer fields
             now = {key: value for key, value in now.items() if key in saved[field]}
+        if field == "model_files" and now and isinstance(saved[field], str):
+            now = ModelSource(metadata["model"], "").fingerprint(like=saved[field])
         if saved.get(field) != now:
             raise ValueError(f"--resume: {field!r} of {folder / 'run.json'} must be as at the start of the run (got "
                              f"other files); restore them, or start a new run")

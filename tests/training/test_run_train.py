@@ -6,6 +6,7 @@ exported is loaded by sentence-transformers and transformers, and embeds the sam
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import draw_training_lines
+from conftest import draw_training_lines, edit_json
 
 import run_train
 from ref import Embedder
@@ -618,6 +619,41 @@ def test_other_files_beside_a_model_and_another_place_do_not_prevent_resuming(wh
         monkeypatch.setattr(model_source, "adapter_chain", lambda _, chain=chain: chain)
         found.append(model_source.ModelSource(str(chain[0]), "").fingerprint())
     assert found[0] == found[1] != before
+
+
+def test_a_fingerprint_sees_the_middle_of_the_weights_and_the_begin_token(whole, tmp_path):
+    """Version 1 saw neither, and is still computed for the runs that have it."""
+    folder = shutil.copytree(whole / "model", tmp_path / "model")
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(40_000_000)
+    source, digest = model_source.ModelSource(str(folder), ""), hashlib.sha256()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        content = (folder / name).read_bytes()
+        digest.update(f"{name} {len(content)}".encode() + content[:65536] + content[-65536:])
+    stored = digest.hexdigest()
+    found = {source.fingerprint()}
+    assert source.fingerprint(like=stored) == stored
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(20_000_000)
+        file.write(bytes([1]) * 2_000_000)
+    found.add(source.fingerprint())
+    edit_json(folder / "tokenizer_config.json", {"add_bos_token": False})
+    found.add(source.fingerprint())
+    for name in ("special_tokens_map.json", "added_tokens.json"):
+        (folder / name).write_text("{}")
+        found.add(source.fingerprint())
+    assert len(found) == 5 and source.fingerprint(like=stored) == stored
+
+
+def test_a_run_of_an_earlier_version_is_resumed(place, whole):
+    with ctrl_c_at(2):
+        assert place.train("version-1", "--model", whole / "model", "--lora-rank", 2) == 130
+    folder = place.folder / "version-1"
+    source = model_source.ModelSource(str(whole / "model"), "")
+    for stored in ("0" * 64, source.fingerprint(like="")):
+        edit_json(folder / "run.json", {"model_files": stored})
+        assert run_train.main(["--resume", "--output", str(folder)]) == 2 * (stored == "0" * 64)
+    assert facts(folder)["complete"] and facts(folder)["model_files"] == source.fingerprint()
 
 
 def test_a_complete_run_has_nothing_to_go_on_with(place, whole, capsys):
