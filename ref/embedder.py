@@ -30,6 +30,7 @@ from ref.model.pooling import embed
 from ref.model.transformer import Mistral
 from ref.text.prompts import InContextExample, PromptEncoder, load_prompt_encoder
 from ref.text.tokenizer import Tokenizer
+from ref.utils.compile import check_compiler
 from ref.utils.dedup import first_occurrence, scatter_to_duplicates, unique_index
 from ref.utils.device import DTYPES, Backend, resolve_backend, resolve_device, resolve_dtype
 from ref.utils.prefetch import AsyncCopies, map_on_cores, prefetch
@@ -74,6 +75,8 @@ class Embedder:
         """
         where = resolve_device(device)
         precision = DTYPES[resolve_dtype(dtype, where)[0]]
+        if where.type == "cuda":
+            check_compiler(where)
         folder = resolve_checkpoint(str(name))
         model, tokenizer = load_model_and_tokenizer(folder, device=where, dtype=precision, base=base)
         check_known_vocab(str(name), model.config.vocab_size)

@@ -95,8 +95,8 @@ def build_model(
         tokenizer = train_tokenizer(_all_texts(data), vocab_size=source.config.vocab_size, lowercase=config.lowercase,
                                     special_tokens=template.markers)
         model = _random_model(source.config, tokenizer, config.seed).to(device, dtype)
-    if config.compile and device.type == "cpu":
-        check_compiler()
+    if config.compile or device.type == "cuda":
+        check_compiler(device)
     model.gradient_checkpointing, model.compile_on_cpu = config.gradient_checkpointing, config.compile
     if config.train == "lora":
         torch.manual_seed(config.seed)

@@ -1,5 +1,6 @@
 """torch.compile, once per function."""
 
+import subprocess
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -18,10 +19,11 @@ def compile_once(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True, fullgraph=True)
 
 
-def check_compiler() -> None:
-    """Raise ValueError where torch.compile cannot compile for a CPU."""
+def check_compiler(device: torch.device) -> None:
+    """Raise ValueError where torch.compile cannot compile: for a CPU in C++, for CUDA with Triton's launchers in C."""
     try:
-        torch.compile(lambda x: x.square() + 1)(torch.ones(8))
-    except RuntimeError as error:
+        torch.compile(lambda x: x.square() + 1)(torch.ones(8, device=device))
+    except (RuntimeError, subprocess.CalledProcessError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(f"--compile: needs a C++ compiler and Python's headers ({reason:.200})") from None
+        what = "--device cuda: needs a C compiler" if device.type == "cuda" else "--compile: needs a C++ compiler"
+        raise ValueError(f"{what} and Python's headers ({reason:.200})") from None

@@ -5,7 +5,7 @@ import os
 import time
 from functools import cache
 from types import MappingProxyType
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 
@@ -21,15 +21,22 @@ TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of glibc's mallopt
 def resolve_dtype(name: str, device: torch.device) -> tuple[Dtype, str]:
     """bfloat16 or float32, and why.
 
-    `auto`: bfloat16 on CUDA, and on a CPU whose matrix products are faster in it (AMX, for example); with several
-    processes on CPUs float32, because they may run on different ones. Raises ValueError for another name.
+    `auto`: bfloat16 on CUDA from compute capability 8.0 on (before it neither hardware nor Triton has it), and on a CPU
+    whose matrix products are faster in it (AMX, for example); with several processes on CPUs float32, because they may
+    run on different ones. Raises ValueError for another name, and for bfloat16 on an older GPU.
     """
     if name not in ("auto", "bfloat16", "float32"):
         raise ValueError(f"dtype must be auto, bfloat16 or float32 (got {name!r:.60})")
-    if name == "float32" or (name == "bfloat16" and device.type == "cuda"):
-        return cast(Dtype, name), "as given"
+    if name == "float32":
+        return "float32", "as given"
     if device.type == "cuda":
-        return "bfloat16", "default on a GPU"
+        major, minor = torch.cuda.get_device_capability(device)
+        if major >= 8:
+            return "bfloat16", "as given" if name == "bfloat16" else "default on a GPU"
+        if name == "bfloat16":
+            raise ValueError(f"dtype bfloat16: the GPU must have compute capability 8.0 (got {major}.{minor}); use "
+                             "auto or float32")
+        return "float32", f"the GPU has compute capability {major}.{minor}, bfloat16 needs 8.0"
     if name == "auto" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return "float32", "default for several processes on a CPU"
     rate = bfloat16_rate()

@@ -1,5 +1,6 @@
 """Device, dtype and backend of a run."""
 
+import dataclasses
 import os
 import platform
 import subprocess
@@ -8,6 +9,9 @@ import sys
 import pytest
 import torch
 
+from ref.config import TINY, TrainConfig
+from ref.embedder import Embedder
+from ref.training.model_source import ModelSource, build_model
 from ref.utils.device import LOCAL_RANK, bfloat16_rate, resolve_backend, resolve_device, resolve_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -59,10 +63,39 @@ def test_dtype_on_a_cpu(name, rate, dtype, why, monkeypatch):
 def test_dtype_on_a_gpu_and_for_several_processes(monkeypatch):
     """Nothing is measured: processes on different processors would choose differently."""
     monkeypatch.setattr("ref.utils.device.bfloat16_rate", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     assert resolve_dtype("auto", CUDA) == ("bfloat16", "default on a GPU")
     assert resolve_dtype("bfloat16", CUDA) == ("bfloat16", "as given")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert resolve_dtype("auto", CPU) == ("float32", "default for several processes on a CPU")
+
+
+def test_dtype_on_a_gpu_without_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert resolve_dtype("auto", CUDA) == ("float32", "the GPU has compute capability 7.5, bfloat16 needs 8.0")
+    assert resolve_dtype("float32", CUDA) == ("float32", "as given")
+    with pytest.raises(ValueError, match=r"^dtype bfloat16: the GPU must have compute capability 8\.0 \(got 7\.5\)"):
+        resolve_dtype("bfloat16", CUDA)
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("Failed to find C compiler."), subprocess.CalledProcessError(1, ["gcc", "main.c"])], ids=repr)
+def test_cuda_without_a_c_compiler(error, monkeypatch, tmp_path):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(torch, "compile", lambda _: fail)
+    monkeypatch.setattr(torch, "ones", lambda *_, device: device)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr("ref.embedder.resolve_device", lambda _: CUDA)
+    message = r"^--device cuda: needs a C compiler and Python's headers \((Failed to find C compiler|Command.*gcc)"
+    with pytest.raises(ValueError, match=message):
+        Embedder.from_pretrained(tmp_path)
+    source = ModelSource("tiny", "built in", dataclasses.replace(TINY, vocab_size=99))
+    monkeypatch.setattr("ref.training.model_source._all_texts", lambda _: ["a river"])
+    monkeypatch.setattr("ref.training.model_source._random_model", lambda *_: torch.nn.Identity())
+    with pytest.raises(ValueError, match=message):
+        build_model(source, TrainConfig(dtype="float32"), None, device=CUDA)
 
 
 def test_an_unknown_dtype_is_named():
