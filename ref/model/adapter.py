@@ -45,6 +45,9 @@ def load_model_chain(
     `base`: folder or hub id to use instead of the one that the adapter names.
     """
     *adapters, root = chain = adapter_chain(folder, base=base)
+    for number, adapter in enumerate(adapters):
+        if number or base is None:  # --base is somebody's own choice
+            _check_same_base(adapter, chain[number + 1 :])
     for part in chain:
         check_declared(part, is_adapter=part != root)
     model = load_model(root, device=device, dtype=dtype)
@@ -67,6 +70,15 @@ def adapter_chain(folder: Path, *, base: str | None = None) -> list[Path]:
         chain.append(under)
         under = adapter_base(under)
     return chain
+
+
+def _check_same_base(adapter: Path, chain: Sequence[Path]) -> None:
+    """Raise ValueError if the result of a run lies on another base than at its training, by the run's run.json."""
+    path = adapter.resolve().parent / "run.json"
+    stored = read_json(path).get("model_files") if adapter.resolve().name == "adapter" and path.is_file() else None
+    if isinstance(stored, str) and model_fingerprint(chain, like=stored) != stored:
+        raise ValueError(f"{chain[0]}: must be as when {adapter} was trained on it (got other files than 'model_files' "
+                         f"of {path}); restore them, or choose a base with --base of run_eval.py")
 
 
 def model_fingerprint(chain: Sequence[Path], *, like: str = VERSION_2) -> str:

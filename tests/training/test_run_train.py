@@ -772,6 +772,29 @@ def test_a_resumed_run_has_the_base_and_the_held_out_sets_of_its_start(place, tm
     assert "'model_files' of" in capsys.readouterr().err
 
 
+def test_an_adapter_on_a_base_that_has_changed_is_refused(place, tmp_path, capsys):
+    """Also one further up, and with a fingerprint of version 1; another place is none, and --base is a choice."""
+    assert place.train("changing") == 0
+    assert place.train("on-it", "--model", place.folder / "changing", "--lora-rank", 2) == 0
+    assert place.train("upper", "--model", place.folder / "on-it", "--lora-rank", 2) == 0
+    lower, upper = place.folder / "on-it/adapter", place.folder / "upper/adapter"
+    shutil.copytree(place.folder / "changing/model", tmp_path / "moved")
+    before = Embedder.from_pretrained(lower).encode(TEXTS)
+    assert run_train.main(["--resume", "--output", str(place.folder / "changing"), "--steps", str(STEPS + 1)]) == 0
+    edit_json(place.folder / "on-it/run.json", {
+        "model_files": model_source.ModelSource(str(tmp_path / "moved"), "").fingerprint(like="")})
+    for adapter, base in ((lower, place.folder / "changing/model"), (upper, lower)):
+        with pytest.raises(ValueError, match=rf"^{base}: must be as when {adapter} was trained on it \(got other"):
+            Embedder.from_pretrained(adapter)
+    assert place.train("third-storey", "--model", lower, "--lora-rank", 2) == 2
+    assert "was trained on it" in capsys.readouterr().err
+    assert np.array_equal(Embedder.from_pretrained(lower, base=str(tmp_path / "moved")).encode(TEXTS), before)
+    edit_json(lower / "adapter_config.json", {"base_model_name_or_path": str(tmp_path / "moved")})
+    assert np.array_equal(Embedder.from_pretrained(lower).encode(TEXTS), before)
+    with pytest.raises(ValueError, match=rf"^{lower}: must be as when"):  # its own file has changed
+        Embedder.from_pretrained(upper)
+
+
 def test_what_a_run_remembers_of_the_run_it_started_from(place, whole, tmp_path, capsys):
     """The names of its training tasks, and the model below; a run that was stopped is used with a note."""
     other = write_data(tmp_path / "other.jsonl", draw_training_lines(WORDS, {"Songs": "Find who sings."}, 20))
