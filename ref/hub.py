@@ -46,15 +46,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (OSError, RuntimeError, HTTPError) as error:  # the client wraps errors of large files in RuntimeError
-        cause = error.__cause__ or error
-        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-        print(f"error: {given.repository}: {reason:.300}; the same command continues", file=sys.stderr)
+    except (OSError, RuntimeError, HTTPError) as error:
+        print(f"error: {given.repository}: {reason(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
+        print("interrupted; the same command continues the upload", file=sys.stderr)
         return 130
     return 0
+
+
+def reason(error: Exception) -> str:
+    """What the server or the network says, in one line, and whether it is worth trying again."""
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):  # the client's, for a large file
+        error = error.__cause__
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    said = getattr(error, "server_message", None)
+    text = " ".join((f"{status} {said}" if said else str(error) or type(error).__name__).split())
+    is_local = status is None and getattr(error, "filename", None) is not None
+    if is_local or (status is not None and status < 500):
+        return f"{text:.300}; check the token (HF_TOKEN) and its rights" if status in (401, 403) else f"{text:.300}"
+    return f"{text:.300}; the same command continues the upload"
 
 
 def result_folder(run: Path, which: str | None) -> Path:

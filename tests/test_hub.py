@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from tiny_mteb import write_json
 
-from ref.hub import main, result_folder
+from ref.hub import main, reason, result_folder
 from ref.hub import upload as send
 
 ROOT = Path(__file__).parent.parent
@@ -29,14 +29,14 @@ class Hub(BaseHTTPRequestHandler):
     blobs: dict[str, bytes]
     repositories: list[dict[str, Any]]
     sent: list[str]  # hashes that were uploaded to the store
-    refuse: bool
+    refuse: tuple[int, dict[str, str], bytes] | None  # status, header, content of every answer
     public: bool
     broken_store: bool
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.refuse:
-            self.answer({"error": "no rights"}, 403)
+            self.send(*self.refuse)
         elif self.path == "/api/repos/create":
             self.repositories.append(json.loads(body))
             self.answer({"url": f"{self.address}/owner/name"})
@@ -72,7 +72,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.refuse:
-            self.answer({"error": "no rights"}, 403)
+            self.send(*self.refuse)
         else:
             self.answer({"id": "owner/name", "siblings": [{"rfilename": name} for name in self.files], "sha": "0",
                          "private": not self.public})
@@ -82,10 +82,12 @@ class Hub(BaseHTTPRequestHandler):
         return f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def answer(self, value: Any, status: int = 200) -> None:
-        content = json.dumps(value).encode()
+        self.send(status, {}, json.dumps(value).encode())
+
+    def send(self, status: int, headers: dict[str, str], content: bytes) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
+        for name, value in {**headers, "Content-Type": "application/json", "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
 
@@ -95,7 +97,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub() -> Iterator[type[Hub]]:
-    state = type("State", (Hub,), {"files": {}, "blobs": {}, "repositories": [], "sent": [], "refuse": False,
+    state = type("State", (Hub,), {"files": {}, "blobs": {}, "repositories": [], "sent": [], "refuse": None,
                                     "public": False, "broken_store": False})
     server = ThreadingHTTPServer(("127.0.0.1", 0), state)
     state.url = f"http://127.0.0.1:{server.server_address[1]}"  # type: ignore[attr-defined]
@@ -151,15 +153,32 @@ def test_a_dry_run_sends_nothing(tiny_run, hub):
     assert not hub.repositories and not hub.files
 
 
-def test_a_refusal_is_one_line(tiny_run, hub):
-    hub.refuse = True
+@pytest.mark.parametrize(("status", "headers", "content", "expected"), [
+    (401, {"X-Error-Code": "RepoNotFound"}, b'{"error": "Invalid username or password."}',
+     "401 Invalid username or password.; check the token (HF_TOKEN) and its rights"),
+    (403, {"X-Error-Message": "no rights"}, b"", "403 no rights; check the token (HF_TOKEN) and its rights"),
+    (404, {"X-Error-Code": "RepoNotFound"}, b'{"error": "no such owner"}', "404 no such owner"),
+    (413, {}, b'{"error": "Payload\\n too large"}', "413 Payload too large"),
+    (500, {}, b'{"error": "a bug"}', "500 a bug; the same command continues the upload")])
+def test_a_refusal_is_one_line_with_the_reason_of_the_server(tiny_run, hub, status, headers, content, expected):
+    """Only after the server's own faults, and the network's, it makes sense to try the same again."""
+    hub.refuse = (status, headers, content)
     done = upload(hub, str(tiny_run), "owner/name")
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert "403" in done.stderr and "the same command continues" in done.stderr
-    hub.refuse, hub.broken_store = False, True
+    assert (done.returncode, done.stderr) == (2, f"error: owner/name: {expected}\n")
+
+
+def test_a_refused_large_file_is_one_line_with_the_reason_of_the_server(tiny_run, hub):
+    """The client raises its error from another."""
+    hub.broken_store = True
     done = upload(hub, str(tiny_run), "owner/name")
-    assert done.returncode == 2 and done.stderr.startswith("error: owner/name: ") and done.stderr.count("\n") == 1
-    assert "507" in done.stderr and not hub.files
+    assert (done.returncode, done.stderr) == (
+        2, "error: owner/name: 507 disk full; the same command continues the upload\n")
+    assert not hub.files
+
+
+def test_a_network_that_fails_is_tried_again_and_a_file_that_cannot_be_read_is_not():
+    assert reason(ConnectionError("refused")) == "refused; the same command continues the upload"
+    assert reason(PermissionError(13, "Permission denied", "model.safetensors")).endswith("'model.safetensors'")
 
 
 def test_a_private_upload_into_a_public_repository_is_refused(tiny_run, hub):
