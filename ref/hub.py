@@ -72,11 +72,14 @@ def result_folder(run: Path, which: str | None) -> Path:
     """The folder of a complete run to upload. Raises ValueError if there is none, or if others could not load it."""
     if not (run / "run.json").exists():
         raise ValueError(f"{run}: must be a run folder of run_train.py")
-    if not read_json(run / "run.json").get("complete"):
+    facts = read_json(run / "run.json")
+    if not facts.get("complete"):
         raise ValueError(f"{run}: the run is not complete; continue it: run_train.py --resume --output {run}")
     names = [which] if which else ["model", "merged", "adapter"]
     folder = next((run / name for name in names if (run / name).is_dir()), None)
     if folder is None:
+        if (facts.get("options") or {}).get("train") == "all":
+            raise ValueError(f"{run}: has no {which or 'model'}/; the result of --train all is model/ alone")
         raise ValueError(f"{run}: has no {' or '.join(f'{name}/' for name in names)}; merged/ is written by "
                          f"run_train.py --resume --output {run} --merge")
     path = folder / ADAPTER_CONFIG

@@ -194,12 +194,15 @@ def test_what_cannot_be_uploaded(tiny_run, tmp_path, capsys):
         return capsys.readouterr().err
     assert "the repository must be OWNER/NAME (got 'name')" in error(str(tiny_run), "name")
     assert "must be a run folder" in error(str(tmp_path), "owner/name")
-    message = f"has no merged/; merged/ is written by run_train.py --resume --output {tiny_run} --merge"
-    assert message in error(str(tiny_run), "owner/name", "--merged")
+    for which in ("merged", "adapter"):
+        assert f"has no {which}/; the result of --train all is model/ alone\n" in error(
+            str(tiny_run), "owner/name", f"--{which}")
     write_json(tmp_path / "run.json", {"complete": False})
     assert "the run is not complete; continue it" in error(str(tmp_path), "owner/name")
     write_json(tmp_path / "run.json", {"complete": True})
     assert "has no model/ or merged/ or adapter/" in error(str(tmp_path), "owner/name")
+    message = f"has no merged/; merged/ is written by run_train.py --resume --output {tmp_path} --merge"
+    assert message in error(str(tmp_path), "owner/name", "--merged")
     for base in ("/home/me/base", "../base", None):
         write_json(tmp_path / "adapter/adapter_config.json", {"base_model_name_or_path": base})
         assert "'base_model_name_or_path' must be the base's hub id (got" in error(str(tmp_path), "owner/name")
