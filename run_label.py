@@ -163,9 +163,7 @@ def label(pipeline: LabellingPipeline, config: LabelConfig, output: Path) -> Non
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns 0; with a message 2 for bad input, 3 if GPU memory ran out, 4 if a rank failed, 130 after Ctrl-C or
-    SIGTERM.
-    """
+    """Returns 0; with a message 2 for bad input, 3 if GPU memory ran out, 4 if a rank failed, 130 after a signal."""
     distributed = None
     print_any_text()
     try:

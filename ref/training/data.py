@@ -265,8 +265,13 @@ class SoftLabelDataset:
 
 
 def _task_names(paths: Sequence[Path]) -> list[str]:
-    """The name of each file's task: its stem, behind as many of its folders as make it unique."""
+    """The name of each file's task: its stem, behind as many of its folders as make it unique.
+
+    Raises ValueError for a file that is given twice.
+    """
     absolute = [Path(os.path.abspath(path)) for path in paths]  # links are not followed: their names say more
+    if twice := [path for path, times in Counter(absolute).items() if times > 1]:
+        raise ValueError(f"--data: {twice[0]} is given twice")
     names = [""] * len(paths)
     for folders in range(max(len(path.parts) for path in absolute) - 1):
         endings = ["/".join([*path.parts[max(1, len(path.parts) - 1 - folders) : -1], path.stem]) for path in absolute]
@@ -278,14 +283,14 @@ def _task_names(paths: Sequence[Path]) -> list[str]:
 def parse_example(value: dict[str, Any], where: str, file_name: str, instruction: str | None) -> TrainingExample:
     """Validate one line; ValueError that names `where` and the field."""
     task_type = check_task_type(value.get("type") or "normal", f"{where}: 'type'")
-    prompt = value.get("prompt") or instruction
-    if prompt is None:
-        raise ValueError(f"{where}: 'prompt' is missing; give the task's instruction there or with --instruction, "
-                         "or train without one: --instruction none")
     query = check_text(value.get("query"), f"{where}: 'query'")
     positives, negatives = (_texts(value, name, where) for name in ("pos", "neg"))
     if not positives:
         raise ValueError(f"{where}: 'pos' must have at least one text")
+    prompt = value.get("prompt") or instruction
+    if prompt is None:
+        raise ValueError(f"{where}: 'prompt' is missing; give the task's instruction there or with --instruction, "
+                         "or train without one: --instruction none")
     name = check_text(value.get("task") or file_name, f"{where}: 'task'")
     no_prompt = not value.get("prompt") and prompt in ("none", "")
     task = Task(name, None if no_prompt else check_text(prompt, f"{where}: 'prompt'").strip(), task_type)

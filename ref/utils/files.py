@@ -84,7 +84,8 @@ def _parse_json(raw: bytes, where: str, kind: type, expected: str) -> Any:
         raise ValueError(f"{where}: not UTF-8 (byte {error.start})") from None
     except json.JSONDecodeError as error:
         line = f"line {error.lineno} " if error.lineno > 1 else ""
-        raise ValueError(f"{where}: invalid JSON ({error.msg}, {line}column {error.colno})") from None
+        hint = "; wanted: a JSON object, no list" if kind is dict and raw.lstrip()[:1] == b"[" else ""
+        raise ValueError(f"{where}: invalid JSON ({error.msg}, {line}column {error.colno}){hint}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: invalid JSON ({error})") from None
     if not isinstance(value, kind):

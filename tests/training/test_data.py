@@ -223,6 +223,22 @@ def test_one_empty_file_among_good_ones_is_named(tmp_path):
         SoftLabelDataset([good, empty], TrainConfig())
 
 
+def test_one_file_given_twice_is_refused(tmp_path):
+    path = write(tmp_path / "good.jsonl", [GOOD])
+    with pytest.raises(ValueError, match=r"^--data: .*good\.jsonl is given twice"):
+        SoftLabelDataset([path, tmp_path / "." / ".." / tmp_path.name / "good.jsonl"], TrainConfig())
+
+
+def test_a_list_of_objects_is_no_jsonl(tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps([GOOD], indent=1))
+    with pytest.raises(ValueError, match=r"list\.json:1: invalid JSON \(.*\); wanted: a JSON object, no list$"):
+        SoftLabelDataset([path], TrainConfig())
+    path.write_text('{"anchor": "a", "positive": "b"}')
+    with pytest.raises(ValueError, match=r"list\.json:1: 'query' must be a non-empty string"):
+        SoftLabelDataset([path], TrainConfig())
+
+
 def test_blank_lines_and_windows_line_ends_are_no_lines(tmp_path):
     path = tmp_path / "some.jsonl"
     path.write_bytes(b"\n" + json.dumps(GOOD).encode() + b"\r\n\r\n" + json.dumps(line(query="last")).encode())
