@@ -3,8 +3,8 @@
     python -m ref.hub RUN OWNER/NAME [--private] [--merged|--adapter] [--dry-run]
 
 The exported folder goes there as it is (by default model/, else merged/, else adapter/), with OWNER/NAME in its model
-card. Files that the hub already has are not sent again, so the same command continues an interrupted upload. The token
-is HF_TOKEN or that of `hf auth login`; the hub's address is HF_ENDPOINT.
+card; a card that was edited there is kept. Files that the hub already has are not sent again, so the same command
+continues an interrupted upload. The token is HF_TOKEN or that of `hf auth login`; the hub's address is HF_ENDPOINT.
 """
 
 import argparse
@@ -13,10 +13,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_url
 from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-from ref.model.card import PLACEHOLDER
+from ref.model.card import CARD_FILE, is_signed, name_card
 from ref.model.checkpoint import ADAPTER_CONFIG, HUB_ID, INDEX
 from ref.utils.files import check_type, read_json
 
@@ -95,28 +96,43 @@ def result_folder(run: Path, which: str | None) -> Path:
 def upload(files: Sequence[CommitOperationAdd], repository: str, result: str, *, private: bool) -> str:
     """Create the repository if it is missing, and commit the files; returns the commit's address.
 
-    Raises ValueError if it is public against `private`, or holds weights or an adapter that these files do not replace.
+    A model card there that is neither this one nor one that this project wrote is kept. Raises ValueError if the
+    repository is public against `private`, or holds weights or an adapter that these files do not replace.
     """
     api = HfApi()
     api.create_repo(repository, private=private or None, exist_ok=True)  # None: an organisation's own default
     there = api.model_info(repository)
     if private and not there.private:
         raise ValueError(f"--private: {repository} exists and is public")
-    left = {file.rfilename for file in there.siblings or ()} - {file.path_in_repo for file in files}
+    names, ours = {file.rfilename for file in there.siblings or ()}, {file.path_in_repo: file for file in files}
+    left = names - ours.keys()
     if stale := sorted(name for name in left if name.endswith(".safetensors") or name in (INDEX, ADAPTER_CONFIG)):
         raise ValueError(f"{repository}: holds {stale[0]} of another result, which would be loaded with this one; "
                          "delete it there, or give another name")
-    return str(api.create_commit(repository, files, commit_message=f"Upload {result}/ of a run").commit_url)
+    if CARD_FILE in names & ours.keys():
+        found = card_there(repository)
+        if found != ours[CARD_FILE].path_or_fileobj and not is_signed(found.decode(errors="replace")):
+            print(f"note: {CARD_FILE} of {repository} was edited there and is kept; delete it there to send this one")
+            del ours[CARD_FILE]
+    done = api.create_commit(repository, list(ours.values()), commit_message=f"Upload {result}/ of a run")
+    return str(done.commit_url)
+
+
+def card_there(repository: str) -> bytes:
+    """The model card of a repository on the hub."""
+    response = get_session().get(hf_hub_url(repository, CARD_FILE), headers=build_hf_headers())
+    hf_raise_for_status(response)
+    return bytes(response.content)
 
 
 def upload_list(folder: Path, repository: str) -> list[CommitOperationAdd]:
     """All files of a folder; in the model card the repository's name replaces the placeholder."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "README.md"]
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / CARD_FILE]
     operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
-    card = folder / "README.md"
+    card = folder / CARD_FILE
     if card.exists():
-        text = card.read_text(encoding="utf-8").replace(PLACEHOLDER, repository)
-        operations.append(CommitOperationAdd("README.md", text.encode()))
+        text = name_card(card.read_text(encoding="utf-8"), repository)
+        operations.append(CommitOperationAdd(CARD_FILE, text.encode()))
     return operations
 
 

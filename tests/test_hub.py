@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from tiny_mteb import write_json
 
 from ref.hub import main, reason, result_folder
 from ref.hub import upload as send
+from ref.model.card import Score, add_scores, is_signed
 
 ROOT = Path(__file__).parent.parent
 
@@ -73,6 +75,8 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.refuse:
             self.send(*self.refuse)
+        elif "/resolve/" in self.path:
+            self.send(200, {}, self.files[self.path.partition("/resolve/main/")[2]])
         else:
             self.answer({"id": "owner/name", "siblings": [{"rfilename": name} for name in self.files], "sha": "0",
                          "private": not self.public})
@@ -123,8 +127,9 @@ def test_a_run_arrives_as_it_is_with_its_own_name_in_the_card(tiny_run, hub):
     assert created.get("visibility") == "private" or created.get("private") is True  # by the version of the client
     folder = tiny_run / "model"
     local = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    card = local.pop("README.md").decode()
-    assert hub.files.pop("README.md").decode() == card.replace("OWNER/NAME", "owner/name") != card
+    card, sent = local.pop("README.md").decode(), hub.files.pop("README.md").decode()
+    named = card.replace("OWNER/NAME", "owner/name")
+    assert sent.splitlines()[:-1] == named.splitlines()[:-1] and named != card and is_signed(sent)
     assert str(tiny_run) not in card
     assert hub.files == local
     before = len(hub.sent)
@@ -145,6 +150,23 @@ def test_what_would_be_loaded_with_the_result_is_named(tiny_run, hub, monkeypatc
     monkeypatch.undo()
     assert upload(hub, str(tiny_run), "owner/name").returncode == 0 and hub.files["LICENSE"] == b"mine"
     assert "private" not in hub.repositories[0] and "visibility" not in hub.repositories[0]  # the owner's own default
+
+
+def test_a_card_that_was_edited_on_the_hub_is_kept(tiny_run, hub, tmp_path):
+    """One that this project wrote is replaced; so is nothing by the same card."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    assert upload(hub, str(run), "owner/name").returncode == 0
+    add_scores(run, {"STS12": Score("STS", "cosine_spearman", 70.0, "local", "local-1", "test", False)})
+    done = upload(hub, str(run), "owner/name")
+    assert "note:" not in done.stdout and b"| STS12 |" in hub.files["README.md"]
+    hub.files["README.md"] = theirs = hub.files["README.md"].replace(b"A text embedder", b"My text embedder")
+    hub.files["config.json"] = b"{}"
+    done = upload(hub, str(run), "owner/name")
+    note = "note: README.md of owner/name was edited there and is kept; delete it there to send this one\n"
+    assert done.returncode == 0 and note in done.stdout
+    assert hub.files["README.md"] == theirs and hub.files["config.json"] != b"{}"
+    (run / "model/README.md").write_bytes(theirs)
+    assert "note:" not in upload(hub, str(run), "owner/name").stdout
 
 
 def test_a_dry_run_sends_nothing(tiny_run, hub):

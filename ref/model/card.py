@@ -203,8 +203,21 @@ def _signed(text: str) -> str:
     return text + SIGNATURE.format(hashlib.sha256(text.encode()).hexdigest())
 
 
+def _body(text: str) -> str:
+    return text.rpartition(SIGNATURE.partition(";")[0])[0]
+
+
+def is_signed(text: str) -> bool:
+    """Whether a text is a card as this project wrote it, and nobody has edited it since."""
+    return bool(text) and text == _signed(_body(text))
+
+
 def is_unedited_card(path: Path) -> bool:
     """Whether a file is a card as `write_model_cards` left it."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.name == CARD_FILE else ""
-    body = text.rpartition("<!-- written by")[0]
-    return bool(text) and text == _signed(body)
+    return path.name == CARD_FILE and is_signed(path.read_text(encoding="utf-8", errors="replace"))
+
+
+def name_card(text: str, repository: str) -> str:
+    """A card with the name of its repository on the hub, signed again if nobody has edited it."""
+    named = text.replace(PLACEHOLDER, repository)
+    return _signed(_body(named)) if is_signed(text) else named
