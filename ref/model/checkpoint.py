@@ -42,8 +42,10 @@ def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
     """
     if name and os.path.isdir(name):  # False for a name that is too long for a path
         return _model_in_run(Path(name))
-    if not re.fullmatch(HUB_ID, name):
-        raise ValueError(f"model must be a folder with config.json or a hub id OWNER/NAME (got {name!r})")
+    is_file = os.path.exists(name)
+    if is_file or not re.fullmatch(HUB_ID, name):
+        raise ValueError("model must be a folder with config.json or a hub id OWNER/NAME "
+                         f"(got {name!r:.200}, {'which is a file' if is_file else 'no such folder'})")
     return _download(name, weights=weights)
 
 
@@ -61,6 +63,7 @@ def _download(repository: str, *, weights: bool) -> Path:
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
+    here = ", and is no local folder" if Path(repository).parent.is_dir() else ""
     try:
         folder = Path(snapshot_download(repository, allow_patterns=SMALL_FILES))
         if (folder / ADAPTER_CONFIG).exists() or not weights:
@@ -73,11 +76,10 @@ def _download(repository: str, *, weights: bool) -> Path:
         raise ValueError(f"{repository}: the model is gated; accept its licence on the hub and set HF_TOKEN "
                          "(or run `hf auth login`)") from None
     except hub.RepositoryNotFoundError:
-        raise ValueError(f"{repository}: does not exist on the hub, or is private; for a private one set "
+        raise ValueError(f"{repository}: does not exist on the hub, or is private{here}; for a private one set "
                          "HF_TOKEN") from None
     except (hub.HTTPError, OSError) as error:  # the hub, a proxy, the network, no local copy
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        here = ", and is no local folder" if Path(repository).parent.is_dir() else ""
         raise ValueError(f"{repository}: cannot be downloaded ({reason:.200}){here}; check the network, "
                          "HF_HUB_OFFLINE, HF_TOKEN and the cache folder HF_HOME, or give a local folder") from None
 

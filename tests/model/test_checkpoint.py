@@ -379,12 +379,29 @@ def test_the_single_file_of_a_repository_wins_over_its_index(
 
 
 @pytest.mark.parametrize(
-    "name", ["", "nowhere", "a/b/c", "../a/b", "./nowhere", "/nowhere/at/all", "owner/", "a b/c", ".a/b"])
+    "name", ["", "nowhere", "a/b/c", "../a/b", "./nowhere", "/nowhere/at/all", "owner/", "a b/c", ".a/b", "~/a",
+             "file.safetensors", "folder/file.safetensors", "./folder/file.safetensors"])
 def test_neither_folder_nor_hub_id(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was called"))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="model must be a folder with config.json or a hub id"):
+    (tmp_path / "folder").mkdir()
+    for file in ("file.safetensors", "folder/file.safetensors"):
+        (tmp_path / file).touch()
+    what = "which is a file" if "file" in name else "no such folder"
+    with pytest.raises(ValueError, match=rf"^model must be a folder .* or a hub id .*got '{name}', {what}\)$"):
         resolve_checkpoint(name)
+
+
+@pytest.mark.parametrize("kind", ["missing", "offline"])
+def test_a_typo_that_looks_like_a_hub_id(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def answer(*_: object, **__: object) -> str:
+        raise HUB[kind][0]()
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", answer)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(ValueError, match=r"^runs/typo: .*, and is no local folder"):
+        resolve_checkpoint("runs/typo")
 
 
 # ---- memory -------------------------------------------------------------------------------------------------
