@@ -183,7 +183,9 @@ def _training(facts: dict[str, Any]) -> str:
     options = ", ".join(f"{name} {facts['options'].get(name)}" for name in SHOWN
                         if not (name.startswith("lora") and facts["options"].get("train") == "all"))
     steps = facts.get("result_step")
-    rows = [f"| {file['file']} | {file['bytes']:,} | {file['sha256']} |" for file in facts["data"]]
+    files = [*facts.get("earlier_data", ()), *facts["data"]]
+    rows = [f"| {file['file']}{f' (run {run}, before this one)' if (run := file.get('run')) else ''} | "
+            f"{file['bytes']:,} | {file['sha256']} |" for file in files]
     return "\n".join([
         f"{facts['num_lines']:,} lines, {facts['num_lines_with_labels']:,} with soft labels"
         f"{'' if steps is None else f'; {steps:,} steps'}. Options: {options}. "

@@ -45,6 +45,13 @@ class ModelSource:
         run = run_folder(Path(self.name)) if self.config is None else None
         return {} if run is None else read_json(run / "run.json")
 
+    @property
+    def earlier_data(self) -> list[dict[str, Any]]:
+        """Training data, with the name of the `run`, of the run whose result the checkpoint is and of those before it."""
+        folder = Path(self.name).resolve()
+        name = (run_folder(folder) or folder).name
+        return [*self.run.get("earlier_data", ()), *({**file, "run": name} for file in self.run.get("data", ()))]
+
     def fingerprint(self, *, like: str = VERSION_2) -> str | None:
         """Fingerprint of the checkpoint's files, an adapter's base included, of the version of a stored one (`like`);
         None for random initialisation.

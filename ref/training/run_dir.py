@@ -124,6 +124,7 @@ def run_metadata(config: TrainConfig, source: ModelSource, model: Mistral, data:
         "base_is_adapter": source.config is None and (source.folder / ADAPTER_CONFIG).exists(),
         "data": [{"file": path.name, "sha256": digest, "bytes": path.stat().st_size}
                  for path, digest in zip(data.paths, data.sha256, strict=True)],
+        "earlier_data": source.earlier_data,
         "model_files": source.fingerprint(), "root": source.run.get("root", source.name),
         "tasks": sorted({task.name for task in data.tasks} | set(source.run.get("tasks", ()))),
         "usage": usage(data, config.template), "num_lines": len(data),

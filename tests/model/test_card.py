@@ -93,6 +93,24 @@ def test_an_adapter_of_an_adapter_is_for_this_project_alone(adapter_run, tmp_pat
     assert (tmp_path / "run/adapter/README.md").read_text().count("```python") == 1
 
 
+def test_the_data_of_the_runs_before_are_listed_too(adapter_run, tmp_path):
+    """From a merged model and from an adapter; an earlier run.json may lack its own earlier data."""
+    rows = {}
+    for name, model in (("second", adapter_run / "merged"), ("third", tmp_path / "second/adapter")):
+        write_lines(tmp_path / f"{name}.jsonl", draw_training_lines(WORDS, {"Jobs": f"Find {name}."}, 8))
+        assert run_train.main(["--data", str(tmp_path / f"{name}.jsonl"), "--steps", "1", "--batch-size", "4",
+                               "--eval-data", "none", "--model", str(model), "--output", str(tmp_path / name)]) == 0
+        card = (tmp_path / name / "adapter/README.md").read_text()
+        rows[name] = re.findall(r"^\| (\S+\.jsonl.*?) \| [\d,]+ \| ([0-9a-f]{64}) \|$", card, re.MULTILINE)
+    before, second = " (run {}, before this one)".format, rows["second"]
+    assert [row[0] for row in second] == [
+        "data.jsonl" + before("base"), "data.jsonl" + before("run"), "second.jsonl"]
+    assert rows["third"][:3] == [*second[:2], ("second.jsonl" + before("second"), second[2][1])]
+    assert rows["third"][3][0] == "third.jsonl" and len({row[1] for row in rows["third"]}) == 3
+    edit_json(tmp_path / "second/run.json", {"earlier_data": ...})
+    assert "before this one" not in model_card(tmp_path / "second", tmp_path / "second/adapter")
+
+
 def test_metadata_and_scores(adapter_run, tmp_path):
     """Only scores on the benchmark's own data are published as such; a later evaluation adds its own."""
     run = shutil.copytree(adapter_run, tmp_path / "run")
