@@ -47,7 +47,7 @@ class ModelSource:
 
     @property
     def earlier_data(self) -> list[dict[str, Any]]:
-        """Training data, with the name of the `run`, of the run whose result the checkpoint is and of those before it."""
+        """Data of the run whose result the checkpoint is, and of those before it, with the name of the `run`."""
         folder = Path(self.name).resolve()
         name = (run_folder(folder) or folder).name
         return [*self.run.get("earlier_data", ()), *({**file, "run": name} for file in self.run.get("data", ()))]
