@@ -6,13 +6,15 @@ model the host holds at most one shard. Only JSON and safetensors are read: a pi
     name in the file                     name in the model
     layers.0.mlp.up_proj.weight          the same            MistralModel, LlamaModel
     model.layers.0.mlp.up_proj.weight    without "model."    MistralForCausalLM, LlamaForCausalLM
-    lm_head.weight                       skipped             an embedder predicts no tokens
+    lm_head.weight                       skipped             an embedder predicts no tokens; some exports store tied
+                                                             embeddings under this name alone, then embed_tokens.weight
 """
 
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ from ref.utils.device import DTYPES
 from ref.utils.files import read_json
 
 HUB_ID = r"(?!\.)[\w.-]+/[\w.-]+"  # OWNER/NAME
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SMALL_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -125,7 +128,7 @@ def read_tensors(path: Path, *, device: torch.device) -> Iterator[tuple[str, Ten
 
 def model_name(stored: str) -> str | None:
     """The model's name for a stored tensor; None for those that an embedder does not have."""
-    if stored == "lm_head.weight" or stored.endswith("rotary_emb.inv_freq"):
+    if stored == HEAD or stored.endswith("rotary_emb.inv_freq"):
         return None
     return stored.removeprefix("model.")
 
@@ -139,19 +142,31 @@ def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype | None 
     with torch.device("meta"):
         model = Mistral(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    state: dict[str, Tensor] = {}
-    for shard in shards(folder):
-        for stored, tensor in read_tensors(folder / shard, device=device):
-            name = model_name(stored)
-            if name is None:
-                continue
-            _check_tensor(folder / shard, stored, tensor, expected.get(name), seen=name in state)
-            state[name] = tensor.to(dtype=dtype or DTYPES[config.dtype], copy=True)
+    read = partial(_read_state, folder, expected=expected, device=device, dtype=dtype or DTYPES[config.dtype])
+    state = read(model_name)
+    if EMBEDDING not in state and read_json(folder / "config.json").get("tie_word_embeddings") is True:
+        state |= read({HEAD: EMBEDDING}.get)
     missing = sorted(expected.keys() - state.keys())
     if missing:
         raise ValueError(f"{folder}: {len(missing)} of {len(expected)} tensors are missing, the first is {missing[0]}")
     model.load_state_dict(state, strict=True, assign=True)
     return model
+
+
+def _read_state(
+    folder: Path, name_of: Callable[[str], str | None], *, expected: dict[str, tuple[int, ...]], device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """The stored tensors that `name_of` gives a name in the model, checked."""
+    state: dict[str, Tensor] = {}
+    for shard in shards(folder):
+        for stored, tensor in read_tensors(folder / shard, device=device):
+            name = name_of(stored)
+            if name is None:
+                continue
+            _check_tensor(folder / shard, stored, tensor, expected.get(name), seen=name in state)
+            state[name] = tensor.to(dtype=dtype, copy=True)
+    return state
 
 
 def _check_tensor(path: Path, stored: str, tensor: Tensor, shape: tuple[int, ...] | None, *, seen: bool) -> None:

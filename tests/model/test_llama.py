@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import edit_json, scatter_weights
+from safetensors.torch import load_file, save_file
 
 from ref import Embedder
 from ref.config import ModelConfig
@@ -50,6 +51,24 @@ def test_hidden_states_equal_transformers(tmp_path, seed, case):
         hidden_TD = ours.norm(ours(pack_sequences(texts, device=CPU), every_token=True))
         truth_TD = torch.cat([theirs(torch.tensor([text])).last_hidden_state[0] for text in texts])
     assert (hidden_TD - truth_TD).abs().max() <= 1e-5 * truth_TD.abs().max()
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_tied_embeddings_that_are_stored_as_the_head_alone(tmp_path, is_tied):
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=61, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
+        tie_word_embeddings=is_tied))
+    theirs.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state["lm_head.weight"] = state.pop("model.embed_tokens.weight")
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).get_input_embeddings().weight
+    assert torch.equal(again, theirs.model.embed_tokens.weight) == is_tied
+    if is_tied:
+        assert torch.equal(load_model(tmp_path, device=CPU).embed_tokens.weight, again)
+    else:
+        with pytest.raises(ValueError, match=r"1 of 11 tensors are missing, the first is embed_tokens\.weight"):
+            load_model(tmp_path, device=CPU)
 
 
 @pytest.mark.parametrize(("changes", "message"), [
