@@ -7,7 +7,6 @@ together, we truncate the text alone: the limits agree for passages without an i
 """
 
 import json
-import re
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
@@ -18,11 +17,19 @@ import numpy as np
 from ref.config import TrainConfig
 from ref.model.adapter import save_adapter
 from ref.model.card import CARD_FILE, SCORES_FILE, is_unedited_card
-from ref.model.checkpoint import resolve_checkpoint, save_model
+from ref.model.checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    INDEX,
+    SINGLE,
+    resolve_checkpoint,
+    save_model,
+    shards,
+)
 from ref.model.lora import frozen_base, merge_lora
 from ref.model.transformer import Mistral
 from ref.task_types import TASK_TYPES
-from ref.text.prompts import TEMPLATES, PromptEncoder, save_prompt_encoder
+from ref.text.prompts import PROMPT_FILE, TEMPLATES, PromptEncoder, save_prompt_encoder
 from ref.training.data import SoftLabelDataset, Task
 from ref.training.model_source import ModelSource
 from ref.utils.files import atomic_write
@@ -30,9 +37,9 @@ from ref.utils.files import atomic_write
 # Of sentence-transformers' Pooling module. text-embeddings-inference does not load a folder that leaves some out.
 POOLING_MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
 RETRIEVAL_TYPES = ("normal", "only_1neg")
-# Names of the files that save_result and save_merged write, as a regular expression.
-WRITTEN = (r"(config|tokenizer|tokenizer_config|embedder|modules|sentence_bert_config|config_sentence_transformers"
-           r"|adapter_config)\.json|(model|adapter_model)[\w-]*\.safetensors(\.index\.json)?")
+# What _save_for_libraries writes.
+FOR_LIBRARIES = ("tokenizer.json", "tokenizer_config.json", PROMPT_FILE, "modules.json", "sentence_bert_config.json",
+                 "1_Pooling/config.json", "config_sentence_transformers.json")
 
 
 def save_result(
@@ -70,11 +77,21 @@ def earlier_results(folder: Path) -> list[Path]:
     Raises ValueError if there is another file, or a card that somebody edited: the folders will be replaced.
     """
     results = [folder / name for name in ("model", "adapter", "base", "merged")]
-    for path in (path for result in results for path in sorted(result.rglob("*"))):
-        if not path.is_dir() and not re.fullmatch(WRITTEN, path.name) and not is_unedited_card(path):
-            reason = "was edited" if path.name == CARD_FILE else "was not written by this command"
-            raise ValueError(f"{path} {reason}, and its folder is replaced; move it first")
+    for result in results:
+        ours, card = {result / name for name in _written(result)}, result / CARD_FILE
+        for path in sorted(result.rglob("*")):
+            if not path.is_dir() and path not in ours and not (path == card and is_unedited_card(path)):
+                reason = "was edited" if path == card else "was not written by this command"
+                raise ValueError(f"{path} {reason}, and its folder is replaced; move it first")
     return [*results, folder / SCORES_FILE]
+
+
+def _written(result: Path) -> list[str]:
+    """Names of the files of model/, adapter/, base/ or merged/, without the card."""
+    if result.name == "adapter":
+        return [ADAPTER_CONFIG, ADAPTER_WEIGHTS, *FOR_LIBRARIES]
+    weights = shards(result, must_exist=False)
+    return ["config.json", *weights, *(() if weights == [SINGLE] else (INDEX,)), *FOR_LIBRARIES]
 
 
 def main_task(data: SoftLabelDataset) -> Task:

@@ -38,7 +38,7 @@ from ref.text.prompts import InContextExample
 from ref.training import metrics, model_source, run_dir
 from ref.training.arguments import parse_args, train_config
 from ref.training.data import Task
-from ref.training.export import exported_prompts, named_prompts, usage
+from ref.training.export import earlier_results, exported_prompts, named_prompts, usage
 from ref.training.trainer import Trainer, learning_rate
 from ref.utils.compile import compile_once
 
@@ -283,6 +283,29 @@ def test_a_resume_keeps_files_of_the_user(place, capsys):
     kept.pop().rename(folder / "notes.txt")
     assert run_train.main(["--resume", "--output", str(folder)]) == 0
     assert [path.read_text() for path in [*kept, folder / "notes.txt"]] == ["mine"] * 3
+
+
+def test_only_the_files_that_were_written_are_replaced(whole, fresh_adapter, tmp_path):
+    """Not others with such names, or with those of another result; weights in several files are ours by the index."""
+    for run in (whole, fresh_adapter):
+        shutil.copytree(run, tmp_path / run.name)
+        assert tmp_path / run.name / "merged" in earlier_results(tmp_path / run.name)
+    model, adapter = tmp_path / "whole/model", tmp_path / "fresh/adapter"
+    for path in (
+        model / "model-mine.safetensors", model / "model-00001-of-00002.safetensors", model / "mine/config.json",
+        model / "adapter_config.json", adapter / "config.json", adapter / "adapter_model-2.safetensors",
+    ):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}")
+        with pytest.raises(ValueError, match=rf"^{path} was not written by this command"):
+            earlier_results(path.parents[1 + ("mine/" in str(path))])
+        path.unlink()
+    (model / "mine").rmdir()
+    parts = [f"model-{n:05}-of-00002.safetensors" for n in (1, 2)]
+    (model / "model.safetensors").rename(model / parts[0])
+    (model / parts[1]).touch()
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict(zip("ab", parts, strict=True))}))
+    assert earlier_results(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("where", ["run_train.describe_data", "run_train.plot_loss"])
