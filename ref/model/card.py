@@ -85,7 +85,8 @@ def model_card(run: Path, folder: Path) -> str:
     is_adapter = (folder / ADAPTER_CONFIG).exists()
     snippets = usage(folder, facts, on_adapter=is_adapter and facts.get("base_is_adapter", False))
     data = ModelCardData(
-        base_model=base.get("id"), license=base.get("license"), pipeline_tag="sentence-similarity", model_name=name,
+        base_model=base.get("id"), license=base.get("license"), license_name=base.get("license_name"),
+        license_link=base.get("license_link"), pipeline_tag="sentence-similarity", model_name=name,
         library_name="peft" if is_adapter else "sentence-transformers",
         tags=["sentence-transformers", "feature-extraction", "text-embeddings", "mteb", "arxiv:2506.07438"],
         eval_results=[EvalResult(
@@ -102,13 +103,20 @@ def model_card(run: Path, folder: Path) -> str:
 
 
 def base_of(name: str, folder: Path) -> dict[str, Any]:
-    """The base model's hub id and licence, where known, from its own card; `name`: a hub id or the folder."""
+    """The base model's hub id and licence, where known, from its own card; `name`: a hub id or the folder.
+
+    A licence outside the hub's list is `other`, with a name and a link, which in a card may be a file beside it.
+    """
     card = folder / "README.md"
     try:
         data = ModelCard.load(card, ignore_metadata_errors=True).data if card.exists() else ModelCardData()
     except Exception:  # any error in somebody else's card: nothing is known
         data = ModelCardData()
-    return {"id": data.base_model if os.path.isdir(name) else name, "license": data.license}
+    found = {"id": data.base_model if os.path.isdir(name) else name, "license": data.license}
+    other = {field: value for field in ("license_name", "license_link") if (value := getattr(data, field, None))}
+    if not os.path.isdir(name) and "://" not in (link := str(other.get("license_link", "://"))):
+        other["license_link"] = f"https://huggingface.co/{name}/blob/main/{link}"
+    return found | other
 
 
 def usage(folder: Path, facts: Mapping[str, Any], *, on_adapter: bool) -> str:

@@ -161,6 +161,20 @@ def test_a_base_whose_card_says_nothing(tmp_path, content):
     assert base_of("owner/name", tmp_path) == {"id": "owner/name", "license": None}
 
 
+def test_a_licence_of_its_own_keeps_name_and_link(adapter_run, tmp_path):
+    """The hub wants both with `license: other`; a file of a repository on the hub is linked there."""
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n\nA base.")
+    local, there = base_of(str(tmp_path), tmp_path), base_of("owner/name", tmp_path)
+    assert (local["license_name"], local["license_link"]) == ("own", "LICENSE")
+    assert there["license_link"] == "https://huggingface.co/owner/name/blob/main/LICENSE"
+    run = shutil.copytree(adapter_run, tmp_path / "run")
+    edit_json(run / "run.json", {"base": there})
+    data = ModelCard(model_card(run, run / "merged")).data
+    assert (data.license, data.license_name, data.license_link) == ("other", "own", there["license_link"])
+    edit_json(run / "run.json", {"base": {"id": "owner/name", "license": "mit"}})
+    assert "license_" not in model_card(run, run / "merged")
+
+
 def test_an_edited_card_is_left_alone(adapter_run, tmp_path):
     run = shutil.copytree(adapter_run, tmp_path / "run")
     path = run / "merged/README.md"
