@@ -234,19 +234,20 @@ def train(
     trainer.model.train()
 
     for prepared in prefetch(lambda item: trainer.prepare(item[2], epoch=item[1], step=item[0]),
-                             batch_schedule(trainer.data, first_step)):
+                             batch_schedule(trainer.data, first_step)):  # save or score the state so far, then a step
         position = Position(step=(step := prepared.step), elapsed_s=stopwatch.elapsed_s)
         done = share_done(config, total, position, start)
         # all ranks stop at the same step: the first whose all-reduced metric `stop` is above 0
         ended = done >= 1 or (stop.requested if distributed.world_size == 1 else log.stop_requested)
-        is_due = step > 0 and config.eval_steps and (done >= 1 or (step % config.eval_steps == 0 and not ended))
+        due_to_score = config.eval_steps and step > 0 and (done >= 1 or (step % config.eval_steps == 0 and not ended))
         # with --keep-best before every scoring too: a resumed run never goes back behind the best state
-        if ended or (step > first_step and (step % config.save_steps == 0 or (is_due and config.keep_best))):
+        due_to_save = step > first_step and (step % config.save_steps == 0 or (due_to_score and config.keep_best))
+        if ended or due_to_save:
             log.flush()  # a loss that is not finite is noticed here and not saved
             if is_first:
                 save_state(folder, trainer.model, trainer.optimiser, position, limit=config.save_total_limit)
             distributed.barrier(while_alive=True)  # writing a large state takes long
-        if evaluate and is_due and step not in scored:
+        if due_to_score and evaluate and step not in scored:
             score_held_out(trainer, folder, step, log, evaluate)
         if ended:
             log.close()
