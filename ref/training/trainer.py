@@ -232,7 +232,6 @@ def train(
     progress = TrainingProgress(config, total, first_step, enabled=is_first)
     log = MetricsLogger(folder if is_first else None, progress, stopwatch, trainer.device)
     trainer.model.train()
-
     for prepared in prefetch(lambda item: trainer.prepare(item[2], epoch=item[1], step=item[0]),
                              batch_schedule(trainer.data, first_step)):  # save or score the state so far, then a step
         position = Position(step=(step := prepared.step), elapsed_s=stopwatch.elapsed_s)
