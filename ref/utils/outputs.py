@@ -8,7 +8,7 @@ import fcntl
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def claim_output(
         check_outside(target, inputs, f"--output {output}")
     is_file = companions is not None
     try:
-        folder, is_new = _make_folder(output.parent if is_file else output, numbered=numbered)
+        folder, created = _make_folder(output.parent if is_file else output, numbered=numbered)
         _check_writable(folder)
     except OSError as error:
         raise ValueError(f"--output {output}: cannot be written ({error.strerror})") from None
@@ -46,8 +46,9 @@ def claim_output(
         if is_file:
             lock_path.unlink(missing_ok=True)
         os.close(lock)
-        if is_new and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        for path in created:
+            with suppress(OSError):  # it is not empty, or gone
+                path.rmdir()
 
 
 def check_outside(path: Path, inputs: Sequence[Path], what: str) -> None:
@@ -68,19 +69,19 @@ def check_cache(variable: str, default: str) -> None:
                          "can be") from None
 
 
-def _make_folder(path: Path, *, numbered: bool) -> tuple[Path, bool]:
-    """Create a folder, or the first free numbered one; returns it and whether it is new."""
+def _make_folder(path: Path, *, numbered: bool) -> tuple[Path, list[Path]]:
+    """Create a folder, or the first free numbered one; returns it and what is new: itself, then its parents."""
     names = (path.with_name(f"{path.name}-{number}") for number in count(2))
-    folder = path
+    folder, missing = path, [parent for parent in path.parents if not parent.exists()]
     while True:
         try:
             folder.mkdir(parents=True)
-            return folder, True
+            return folder, [folder, *missing]
         except FileExistsError:
             if not numbered:
                 if not folder.is_dir():
                     raise
-                return folder, False
+                return folder, []
             folder = next(names)
 
 

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -26,7 +27,17 @@ def test_a_new_folder_is_created_and_removed_again_if_it_stays_empty(tmp_path):
     output = tmp_path / "a" / "run"
     with claim_output(output, inputs=[], is_ours=never) as folder:
         assert folder == output and list(folder.iterdir()) == []
-    assert not output.exists()
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "b").mkdir()
+    for companions in (None, []):
+        deep = tmp_path / "b/c/d/e"
+        with pytest.raises(KeyError), claim_output(deep, inputs=[], is_ours=never, companions=companions):
+            raise KeyError
+        assert list(snapshot(tmp_path)) == ["b"]  # which was there
+    with claim_output(deep, inputs=[], is_ours=never):
+        (tmp_path / "b/c/mine").touch()
+    assert list(snapshot(tmp_path)) == ["b", "b/c", "b/c/mine"]
+    shutil.rmtree(tmp_path / "b")
     with claim_output(output, inputs=[], is_ours=never):
         (output / "x").touch()
     assert [path.name for path in output.iterdir()] == ["x"]
