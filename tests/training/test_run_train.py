@@ -795,6 +795,18 @@ def test_a_resumed_run_has_the_base_and_the_held_out_sets_of_its_start(place, tm
     assert "'model_files' of" in capsys.readouterr().err
 
 
+def test_held_out_sets_that_only_score_the_result_may_change(place, tmp_path):
+    """Without --eval-steps they choose no state and draw no curve."""
+    sets = held_out(tmp_path / "sets")
+    with ctrl_c_at(2):
+        assert place.train("scored-once", "--eval-data", sets) == 130
+    before = facts(place.folder / "scored-once")["held_out"]
+    with (sets / "Set/corpus.jsonl").open("a") as corpus:
+        corpus.write(json.dumps({"_id": "more", "text": "more"}) + "\n")
+    assert run_train.main(["--resume", "--output", str(place.folder / "scored-once")]) == 0
+    assert facts(place.folder / "scored-once")["held_out"] != before
+
+
 def test_an_adapter_on_a_base_that_has_changed_is_refused(place, tmp_path, capsys):
     """Also one further up, and with a fingerprint of version 1; another place is none, and --base is a choice."""
     assert place.train("changing") == 0
@@ -1106,13 +1118,20 @@ def test_lists_of_an_option_that_is_repeated_are_joined():
     assert given.data == ["a.jsonl", "b.jsonl", "c.jsonl"]
 
 
-def test_a_batch_size_that_no_task_uses_is_named(place, capsys):
-    for options, note in (
-            (["--batch-size-symmetric", 3], "--batch-size-symmetric is not used: every task has in-batch negatives"),
-            (["--in-batch-negatives", "none"], "--batch-size is not used: no task has in-batch negatives")):
+def test_an_option_that_the_data_does_not_use_is_named(place, tmp_path, capsys):
+    plain = tmp_path / "plain.jsonl"
+    lines = map(json.loads, place.data.read_text().splitlines())
+    plain.write_text("".join(json.dumps({key: line[key] for key in ("query", "pos", "neg", "prompt")}) + "\n"
+                             for line in lines))
+    for options, name, reason in (
+            (["--batch-size-symmetric", 3], "batch-size-symmetric", "every task has in-batch negatives"),
+            (["--in-batch-negatives", "none"], "batch-size", "no task has in-batch negatives"),
+            (["--in-batch-negatives", "none", "--false-negative-margin", 0.2], "false-negative-margin",
+             "no task has in-batch negatives"),
+            (["--data", plain, "--teacher-temperature", 0.1], "teacher-temperature", "no line has teacher scores")):
         with ctrl_c_at(1):
-            assert place.train(f"unused-{len(note)}", *options) == 130
-        assert f"note: {note}" in capsys.readouterr().out
+            assert place.train(f"unused-{name}", *options) == 130
+        assert f"note: --{name} is not used: {reason}" in capsys.readouterr().out
     with ctrl_c_at(1):
         assert place.train("used") == 130
     assert "is not used" not in capsys.readouterr().out
