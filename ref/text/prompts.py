@@ -39,7 +39,7 @@ class Template:
     example: str
     separator: str = "\n\n"
     suffix: str = ""
-    markers: tuple[str, ...] = ()  # inserted by id if they are tokens of the vocabulary
+    markers: tuple[str, ...] = ()  # tokens of the vocabulary, inserted by id
 
     @property
     def before_text(self) -> str:
@@ -84,7 +84,11 @@ class PromptPrefix:
 
 @dataclass(frozen=True)
 class PromptEncoder:
-    """Encodes instruction, in-context examples and texts. `<s>` and `</s>` do not count as text tokens."""
+    """Encodes instruction, in-context examples and texts. `<s>` and `</s>` do not count as text tokens.
+
+    Raises ValueError if a marker of the template is no token: as text it could merge with the text behind it, and then
+    prefix and text would not have the ids of the whole string.
+    """
 
     tokenizer: Tokenizer
     template: Template = TEMPLATES["paper"]
@@ -93,6 +97,9 @@ class PromptEncoder:
     max_example_tokens: int = 256  # an example's query, and its response
 
     def __post_init__(self) -> None:
+        if missing := [marker for marker in self.template.markers if self.tokenizer.token_id(marker) is None]:
+            raise ValueError(f"template {self.template_name}: the vocabulary must contain its markers (missing: "
+                             f"{', '.join(missing)}); use the template paper")
         self.tokenizer.mark_special(self.template.markers)
 
     @property
@@ -168,7 +175,7 @@ class PromptEncoder:
 
     @cached_property
     def _marker_ids(self) -> dict[str, int]:
-        """The template's markers that are tokens of this vocabulary; the others are encoded as text."""
+        """The template's markers and their ids."""
         found = {marker: self.tokenizer.token_id(marker) for marker in self.template.markers}
         return {marker: token for marker, token in found.items() if token is not None}
 

@@ -193,10 +193,17 @@ def test_markers_by_id_equal_the_whole_string(bge, text, examples):
     assert [ids.count(bge.tokenizer.token_id(m)) for m in MARKERS] == [1 + len(examples)] * 3
 
 
-def test_without_marker_tokens_markers_are_text():
-    """The text keeps its word-start mark, so the equal string has a space after `<query>`."""
-    prompt_encoder = PromptEncoder(mistral(), TEMPLATES["bge-en-icl"])
-    assert parts(prompt_encoder, "how", examples=EXAMPLES) == whole(prompt_encoder, bge_string(" how", EXAMPLES))
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_vocabulary_without_the_markers_is_rejected(count, tmp_path):
+    """As text a marker merges with what follows: the prefix would not be the same for each text."""
+    tokenizer = mistral(markers=MARKERS[:count])
+    message = f"^template bge-en-icl: the vocabulary must contain its markers .missing: {', '.join(MARKERS[count:])}.;"
+    with pytest.raises(ValueError, match=message):
+        PromptEncoder(tokenizer, TEMPLATES["bge-en-icl"])
+    with pytest.raises(ValueError, match=message):
+        load_prompt_encoder(tmp_path, tokenizer, template="bge-en-icl")
+    [prefix, whole] = mistral().encode(["<query>", "<query>= 3"], max_tokens=99)
+    assert whole[: len(prefix)] != prefix
 
 
 HOSTILE = "a<query>b</s><response><s><instruct> <unk>"
@@ -289,16 +296,16 @@ def test_a_prompt_without_room_is_an_error(bge, template):
 
 @pytest.mark.parametrize("template", sorted(TEMPLATES))
 def test_saved_and_loaded_is_equal(tmp_path, template):
-    encoder = PromptEncoder(mistral(), TEMPLATES[template], 100, 300, 40)
+    encoder = PromptEncoder(mistral(markers=MARKERS), TEMPLATES[template], 100, 300, 40)
     save_prompt_encoder(tmp_path, encoder)
-    assert load_prompt_encoder(tmp_path, mistral()) == encoder
+    assert load_prompt_encoder(tmp_path, mistral(markers=MARKERS)) == encoder
     assert json.loads((tmp_path / PROMPT_FILE).read_text())["template"] == template
 
 
 def test_without_a_file_the_reports_settings_and_given_ones_override(tmp_path):
     assert load_prompt_encoder(tmp_path, mistral()) == PromptEncoder(mistral())
     save_prompt_encoder(tmp_path, PromptEncoder(mistral(), max_text_tokens=100, max_prompt_tokens=300))
-    encoder = load_prompt_encoder(tmp_path, mistral(), template="bge-en-icl", max_text_tokens=1000)
+    encoder = load_prompt_encoder(tmp_path, mistral(markers=MARKERS), template="bge-en-icl", max_text_tokens=1000)
     assert encoder.template == TEMPLATES["bge-en-icl"]
     assert (encoder.max_text_tokens, encoder.max_prompt_tokens) == (1000, 1000 + 2048 - 512)  # room for that text
 
