@@ -132,10 +132,13 @@ def describe_data(data: SoftLabelDataset, log: Callable[[str], None]) -> None:
             batch_size=min(vars(data.config)[name] for name, is_used in sizes.items() if is_used)):
         log(line)
     preset = {**vars(TrainConfig()), **PRESETS[data.config.preset or "paper"]}
-    for name, is_used in sizes.items():
-        if not is_used and vars(data.config)[name] != preset[name]:
-            log(f"note: --{name.replace('_', '-')} is not used: {'no' if name == 'batch_size' else 'every'} task has "
-                "in-batch negatives")
+    for names, is_unused, reason in (
+            (("batch_size", "false_negative_margin"), not any(in_batch), "no task has in-batch negatives"),
+            (("batch_size_symmetric",), all(in_batch), "every task has in-batch negatives"),
+            (("teacher_temperature",), not data.num_with_labels, "no line has teacher scores")):
+        for name in names:
+            if is_unused and vars(data.config)[name] != preset[name]:
+                log(f"note: --{name.replace('_', '-')} is not used: {reason}")
 
 
 def resolve_train_dtype(config: TrainConfig, device: torch.device) -> tuple[Dtype, str]:

@@ -1119,15 +1119,15 @@ def test_lists_of_an_option_that_is_repeated_are_joined():
 
 
 def test_an_option_that_the_data_does_not_use_is_named(place, tmp_path, capsys):
-    plain = tmp_path / "plain.jsonl"
-    lines = map(json.loads, place.data.read_text().splitlines())
-    plain.write_text("".join(json.dumps({key: line[key] for key in ("query", "pos", "neg", "prompt")}) + "\n"
-                             for line in lines))
+    fields = ("query", "pos", "neg", "prompt")
+    rows = [{name: row[name] for name in fields} for row in map(json.loads, place.data.read_text().splitlines())]
+    plain = write_data(tmp_path / "plain.jsonl", rows)
+    classes = write_data(tmp_path / "classes.jsonl", [{**row, "type": "symmetric_class"} for row in rows])
     for options, name, reason in (
             (["--batch-size-symmetric", 3], "batch-size-symmetric", "every task has in-batch negatives"),
             (["--in-batch-negatives", "none"], "batch-size", "no task has in-batch negatives"),
-            (["--in-batch-negatives", "none", "--false-negative-margin", 0.2], "false-negative-margin",
-             "no task has in-batch negatives"),
+            (["--data", classes, "--in-batch-negatives", "by-type", "--false-negative-margin", 0.2],
+             "false-negative-margin", "no task has in-batch negatives"),
             (["--data", plain, "--teacher-temperature", 0.1], "teacher-temperature", "no line has teacher scores")):
         with ctrl_c_at(1):
             assert place.train(f"unused-{name}", *options) == 130
