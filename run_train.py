@@ -188,8 +188,9 @@ def run(trainer: Trainer, folder: Path, source: ModelSource) -> int:
                 add_merged(trainer, folder, saved)
             return 0
         start, position = begin, load_state(folder, trainer.model, trainer.optimiser, begin)
-        metadata |= {"started": saved["started"], "eval_before": saved.get("eval_before"), "schedule_start": start,
-                     "extended": [*saved.get("extended", ()), *ended(saved)]}
+        same_sets = saved.get("held_out", metadata["held_out"]) == metadata["held_out"]
+        metadata |= {"started": saved["started"], "eval_before": saved.get("eval_before") if same_sets else None,
+                     "schedule_start": start, "extended": [*saved.get("extended", ()), *ended(saved)]}
     elif is_first:
         metadata["eval_before"] = evaluate(trainer, sets, "before training") if sets else None
     if is_first:

@@ -33,7 +33,8 @@ class DistributedEmbedder:
     ) -> np.ndarray:
         """`Embedder.encode` on all ranks; call it on rank 0 only.
 
-        Raises RuntimeError that names failed ranks, torch.cuda.OutOfMemoryError if the memory of one ran out.
+        Raises RuntimeError that names ranks with an error, torch.cuda.OutOfMemoryError if the memory of one ran out,
+        RankFailure if one has died.
         """
         world_size = self.distributed.world_size
         if world_size == 1:
@@ -52,7 +53,7 @@ class DistributedEmbedder:
                 vectors[shard] = own
             else:
                 received = torch.empty(len(shard), self.embedder.embedding_dim)
-                dist.recv(received, rank)
+                self.distributed.collective(dist.recv, received, rank)
                 vectors[shard] = received.numpy()
         failures = [f"rank {rank}: {error}" for rank, error in enumerate(errors) if error is not None]
         if failures:
@@ -66,7 +67,7 @@ class DistributedEmbedder:
         while (result := self._encode_shard(None, False)) is not None:
             vectors, _ = result
             if vectors is not None and len(vectors):
-                dist.send(torch.from_numpy(vectors), 0)
+                self.distributed.collective(dist.send, torch.from_numpy(vectors), 0)
 
     def shutdown(self) -> None:
         """End `worker_loop` on the other ranks."""
@@ -80,7 +81,7 @@ class DistributedEmbedder:
         before vectors are sent, so that an error on one rank fails this call only.
         """
         call: list[Any] = [None]
-        dist.scatter_object_list(call, calls, 0)
+        self.distributed.collective(dist.scatter_object_list, call, calls, 0)
         if call[0] is None:
             return None
         texts, instruction, examples = call[0]
@@ -90,5 +91,5 @@ class DistributedEmbedder:
         except Exception as caught:  # any error: rank 0 reports it
             error = f"{type(caught).__name__}: {caught}"
         errors: list[Any] = [None] * self.distributed.world_size
-        dist.gather_object(error, errors if calls is not None else None, 0)
+        self.distributed.collective(dist.gather_object, error, errors if calls is not None else None, 0)
         return vectors, errors

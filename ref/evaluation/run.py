@@ -46,7 +46,7 @@ from ref.model.known_models import defaults_for
 from ref.text.prompts import PROMPT_FILE
 from ref.utils.block_cache import BlockCache
 from ref.utils.device import keep_freed_memory, resolve_device, resolve_dtype
-from ref.utils.distributed import Distributed
+from ref.utils.distributed import Distributed, RankFailure
 from ref.utils.environment import environment_info, utc_now
 from ref.utils.files import hash_file, hash_files
 from ref.utils.outputs import check_outside, claim_output
@@ -312,7 +312,7 @@ def score_tasks(
         tokens = plans[name].tokens if name in plans else 0
         try:
             score = score_task(encoder, task, output)
-        except torch.cuda.OutOfMemoryError:
+        except (torch.cuda.OutOfMemoryError, RankFailure):
             raise  # an exit code of its own; finished results stay
         except Exception as error:  # any error: the other tasks do not depend on it
             task.unload_data()  # as mteb does after a success

@@ -97,3 +97,18 @@ def test_an_error_on_one_rank_fails_one_call(rank: int, kind: str, tiny_run: Pat
     (tmp_path / "texts.json").write_text(json.dumps([sentence(n) for n in range(10)]))
     run_ranks(2, ["-c", BROKEN, tiny_run, tmp_path / "texts.json", tmp_path / "x", tmp_path / "one.npy", rank, kind])
     assert np.load(tmp_path / "one.npy").shape == (1, 32)
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_dead_rank_ends_the_others(dead: int, world: Path, tiny_run: Path, tmp_path: Path) -> None:
+    """With the exit code of run_train.py, not as a task that failed."""
+    code = ("import os, sys, run_eval; from ref.embedder import Embedder as E; encode = E.encode\n"
+            "def die(self, *given, **options):\n"
+            f"    if os.environ['RANK'] == '{dead}': os._exit(9)\n"
+            "    return encode(self, *given, **options)\n"
+            "E.encode = die; sys.exit(run_eval.main(sys.argv[1:]))")
+    ranks = start_ranks(2, ["-c", code, "--model", tiny_run, "--data-dir", world, "--tasks", "BIOSSES,MyRetrieval",
+                            "--output", tmp_path / "out"])
+    assert exit_codes(ranks) == ([9, 4] if dead == 0 else [4, 9])
+    other = ranks[1 - dead]
+    assert f"noticed by rank {1 - dead}" in other.stderr and "Traceback" not in other.stderr

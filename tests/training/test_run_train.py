@@ -804,7 +804,8 @@ def test_held_out_sets_that_only_score_the_result_may_change(place, tmp_path):
     with (sets / "Set/corpus.jsonl").open("a") as corpus:
         corpus.write(json.dumps({"_id": "more", "text": "more"}) + "\n")
     assert run_train.main(["--resume", "--output", str(place.folder / "scored-once")]) == 0
-    assert facts(place.folder / "scored-once")["held_out"] != before
+    after = facts(place.folder / "scored-once")
+    assert after["held_out"] != before and after["eval_before"] is None is not after["eval_after"]
 
 
 def test_an_adapter_on_a_base_that_has_changed_is_refused(place, tmp_path, capsys):
