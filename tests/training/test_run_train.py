@@ -799,12 +799,12 @@ def test_held_out_sets_that_only_score_the_result_may_change(place, tmp_path):
     """Without --eval-steps they choose no state and draw no curve."""
     sets = held_out(tmp_path / "sets")
     with ctrl_c_at(2):
-        assert place.train("scored-once", "--eval-data", sets) == 130
-    before = facts(place.folder / "scored-once")["held_out"]
+        assert place.train("scored-at-the-end", "--eval-data", sets) == 130
+    before = facts(place.folder / "scored-at-the-end")["held_out"]
     with (sets / "Set/corpus.jsonl").open("a") as corpus:
         corpus.write(json.dumps({"_id": "more", "text": "more"}) + "\n")
-    assert run_train.main(["--resume", "--output", str(place.folder / "scored-once")]) == 0
-    after = facts(place.folder / "scored-once")
+    assert run_train.main(["--resume", "--output", str(place.folder / "scored-at-the-end")]) == 0
+    after = facts(place.folder / "scored-at-the-end")
     assert after["held_out"] != before and after["eval_before"] is None is not after["eval_after"]
 
 
