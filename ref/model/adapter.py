@@ -88,7 +88,7 @@ def model_fingerprint(chain: Sequence[Path], *, like: str = VERSION_2) -> str:
     is_new = like.startswith(VERSION_2)
     names = MODEL_FILES + (TOKENIZER_FILES if is_new else ())
     digest = fingerprint((path for folder in chain for path in model_files(folder, names)), blocks=64 if is_new else 2)
-    return VERSION_2 * is_new + digest
+    return VERSION_2 + digest if is_new else digest
 
 
 def model_files(folder: Path, names: Sequence[str]) -> list[Path]:
