@@ -69,7 +69,7 @@ def on_device(read: Callable[[Item], np.ndarray], blocks: Iterable[Item], device
         return
 
     def copy(block: Item) -> Tensor:
-        with torch.cuda.stream(copy_stream(device)):
+        with torch.cuda.device(device), torch.cuda.stream(copy_stream(device)):  # else a context on GPU 0 too
             vectors = torch.from_numpy(read(block)).to(device)
         copy_stream(device).synchronize()
         return vectors

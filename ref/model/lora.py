@@ -27,9 +27,10 @@ class LoRALinear(nn.Linear):
         self.weight = base.weight.requires_grad_(False)
         self.register_parameter("bias", None)
         device = base.weight.device
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device, dtype=torch.float32))
+        # drawn on the CPU: draws on a GPU depend on its model, and all ranks must begin with the same weights
+        drawn = nn.init.kaiming_uniform_(torch.empty(rank, self.in_features, dtype=torch.float32), a=math.sqrt(5))
+        self.lora_A = nn.Parameter(drawn.to(device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device, dtype=torch.float32))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
         """W x + (alpha / R) B A x, (T, in_features) -> (T, out_features)."""

@@ -52,13 +52,16 @@ class GradientCache:
     ) -> None:
         self.model, self.groups, self.backend = model, [g for g in groups if g.texts], backend
         self.device = model.norm.weight.device
-        memory_tokens = 0
+        counts = []
         for group in self.groups:
             copied = self._copied_tokens(group.prefix)
-            counts = [len(text) + copied for text in group.texts]
-            memory_tokens += len(group.prefix) + sum(counts)
-            group.mini_batches = batch_by_tokens(counts, tokens_per_batch=mini_batch_tokens)
+            counts.append([len(text) + copied for text in group.texts])
+        memory_tokens = sum(len(group.prefix) + sum(each) for group, each in zip(self.groups, counts, strict=True))
         self.fits = memory_tokens <= mini_batch_tokens  # as a whole, so that each text is embedded once
+        for group, each in zip(self.groups, counts, strict=True):
+            # the prefix's graph stays beside each mini-batch; of a very long one a quarter is left for the texts
+            room = max(mini_batch_tokens - len(group.prefix), mini_batch_tokens // 4)
+            group.mini_batches = batch_by_tokens(each, tokens_per_batch=room)
         self.random_states: list[Callable[[], None]] = []  # restore the random state before each call of the model
         self.parts: list[Tensor] = []  # embeddings by mini-batch, with a graph if the batch fits as a whole
 

@@ -83,6 +83,7 @@ def _peak(model: Mistral, batch: PackedBatch, backend: Backend) -> int:
 def free_bytes(device: torch.device) -> int:
     """Free memory of the device; of a CPU what the machine and this process's container have, per local process."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps for later is free too
         return torch.cuda.mem_get_info(device)[0]
     sizes = [_machine_bytes(), *_container_bytes()]
     # without torchrun's LOCAL_WORLD_SIZE as if all processes ran here

@@ -168,15 +168,16 @@ class TrainingProgress:
 
 
 class GracefulStop:
-    """The first Ctrl-C or SIGTERM stops after the current step and writes the result, a second Ctrl-C ends at once.
+    """The first Ctrl-C, SIGTERM or SIGUSR1 stops after the current step and writes the result, a second Ctrl-C ends at
+    once.
 
-    A second SIGTERM does nothing: a scheduler may send it to the launcher and to each process.
+    A second signal of the others does nothing: a scheduler may send it to the launcher and to each process.
     """
 
     requested = False
 
     def __enter__(self) -> "GracefulStop":
-        self.handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         for kind in self.handlers:
             signal.signal(kind, self._request)
         return self

@@ -44,6 +44,10 @@ class Distributed:
         """
         self.world_size, self.rank = (int(os.environ.get(name, default)) for name, default in (
             ("WORLD_SIZE", "1"), ("RANK", "0")))
+        started = max(int(os.environ.get(name, "1")) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+        if started > 1 and "WORLD_SIZE" not in os.environ:
+            raise ValueError(f"the launcher has started {started} processes: set RANK, WORLD_SIZE, MASTER_ADDR and "
+                             "MASTER_PORT for one run, or WORLD_SIZE=1 for separate ones")
         self.timeout = timeout
         cuda, rank = torch.cuda.is_available() and not (device or "").startswith("cpu"), local_rank()
         if cuda and rank is not None and rank < torch.cuda.device_count():  # else resolve_device says so
@@ -66,8 +70,9 @@ class Distributed:
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=self.timeout)
         except (RuntimeError, ValueError) as error:
             address = ":".join(os.environ.get(name, f"({name} is not set)") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            hint = "; GLOO_SOCKET_IFNAME names the network interface" if "connectFullMesh" in str(error) else ""
             raise RankFailure(f"rank {self.rank} of {self.world_size} cannot join the others at {address} "
-                              f"({str(error).splitlines()[0]:.200})") from None
+                              f"({str(error).splitlines()[0]:.200}){hint}") from None
 
     def shard(self, items: Iterable[Item]) -> Iterator[Item]:
         """This rank's items: every world_size-th."""

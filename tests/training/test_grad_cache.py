@@ -204,3 +204,11 @@ def test_an_empty_group_is_left_out(small_model):
     loss(cache.embeddings()).backward()
     cache.backward()
     assert gradients(model)
+
+
+@pytest.mark.parametrize(("prefix", "most"), [(0, 100), (60, 40), (300, 25)])
+def test_the_graph_of_the_prefix_counts_beside_each_mini_batch(small_model, prefix, most):
+    model, group = small_model(), PromptedTexts([5] * prefix, [[7] * 5 for _ in range(80)])
+    model.gradient_checkpointing = True  # otherwise a text on a CPU counts more
+    assert not GradientCache(model, [group], mini_batch_tokens=100).fits
+    assert max(5 * len(batch) for batch in group.mini_batches) == most

@@ -891,6 +891,12 @@ def test_a_second_sigterm_changes_nothing(place):
     assert (place.folder / "twice/model").is_dir() or (place.folder / "twice/adapter").is_dir()
 
 
+def test_slurms_signal_before_the_end_stops_and_saves(place):
+    with ctrl_c_at(2, (signal.SIGUSR1,)):
+        assert place.train("preempted") == 130
+    assert list((place.folder / "preempted/state").iterdir())
+
+
 def test_a_second_ctrl_c_ends_at_once(place):
     with ctrl_c_at(2, (signal.SIGINT, signal.SIGINT)):
         assert place.train("at-once") == 130

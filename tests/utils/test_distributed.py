@@ -454,3 +454,13 @@ def test_the_number_on_the_machine_is_the_launchers(monkeypatch, name):
     monkeypatch.setenv(name, "3")
     Distributed()
     assert taken == [3]
+
+
+def test_processes_of_a_launcher_that_sets_no_world_size_are_refused(monkeypatch):
+    """Slurm's srun would start separate runs."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    with pytest.raises(ValueError, match=r"^the launcher has started 8 processes: set RANK, .*WORLD_SIZE=1"):
+        Distributed()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert Distributed().world_size == 1
