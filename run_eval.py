@@ -119,9 +119,9 @@ def evaluate(args: argparse.Namespace) -> int:
     from ref.evaluation.model_identity import newest_run
     from ref.utils.files import read_json
     from ref.utils.outputs import check_cache
-    from ref.utils.progress import print_any_text
+    from ref.utils.progress import escape_unprintable
 
-    print_any_text()
+    escape_unprintable()
     runs = args.runs or Path("runs")
     model, data_dir = args.model or str(newest_run(runs)), args.data_dir
     log = print if os.environ.get("RANK", "0") == "0" else lambda *_: None

@@ -34,7 +34,7 @@ from ref.utils.block_cache import BlockCache
 from ref.utils.device import Dtype
 from ref.utils.distributed import Distributed, RankFailure
 from ref.utils.outputs import check_outside, claim_output
-from ref.utils.progress import print_any_text
+from ref.utils.progress import escape_unprintable
 
 RANK_TIMEOUT = timedelta(minutes=10)  # how long the ranks wait for one without heartbeat
 
@@ -165,7 +165,7 @@ def label(pipeline: LabellingPipeline, config: LabelConfig, output: Path) -> Non
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0; with a message 2 for bad input, 3 if GPU memory ran out, 4 if a rank failed, 130 after a signal."""
     distributed = None
-    print_any_text()
+    escape_unprintable()
     try:
         given = parse_args(arguments)
         config = label_config(given)

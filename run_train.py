@@ -48,7 +48,7 @@ from ref.utils.device import Dtype, keep_freed_memory, resolve_backend, resolve_
 from ref.utils.distributed import Distributed, RankFailure
 from ref.utils.environment import utc_now
 from ref.utils.files import hash_files, remove_path, write_json
-from ref.utils.progress import print_any_text, print_line
+from ref.utils.progress import escape_unprintable, print_line
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns 0; 130 after Ctrl-C; with a message 2 for bad input, 3 if the GPU runs out of memory, 4 if another rank
     fails.
     """
-    print_any_text()
+    escape_unprintable()
     try:
         with ExitStack() as claims:
             trainer, folder, source = set_up(arguments, claims)

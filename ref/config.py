@@ -264,8 +264,8 @@ class TrainConfig:
     save_total_limit: int = _option(2, "saved states to keep", least=1)
     distributed_timeout: float = _option(600.0, "seconds that a rank waits for another", above=0, below=1e9)
     device: str | None = _option(None, "cpu or cuda (default: cuda if available)")
-    dtype: Dtype = _option("auto", "precision of the forward pass; auto: bfloat16 on cuda and on a CPU that is faster "
-                           "in it, but float32 there for --train all and for several processes")
+    dtype: Dtype = _option("auto", "precision of the forward pass; auto: bfloat16 on a GPU that has it and on a CPU "
+                           "that is faster in it, but float32 there for --train all and for several processes")
     backend: Backend | None = _option(
         None, "implementation of pooling and loss (default: triton on cuda, chunked on cpu)")
 

@@ -63,15 +63,14 @@ class Embedder:
     ) -> "Embedder":
         """Load a run folder of run_train.py, a checkpoint or adapter folder, or a hub id.
 
-        `template` and `max_text_tokens` are by default the first that exists:
+        By default the first that exists counts:
 
-            of a known hub id (known_models.py); of the model's embedder.json;
-            template: the one whose markers the vocabulary has; the paper's
-            limit: that of sentence-transformers' files; 512
+            template          of a known hub id, of embedder.json, the one whose markers the vocabulary has, the paper's
+            max_text_tokens   of a known hub id, of embedder.json, of sentence-transformers' files, 512
 
-        `dtype`: auto, bfloat16 or float32
-        (device.py). `tokens_per_batch`: of a forward pass. Adapters are merged; `base` replaces the model that an
-        adapter names, for one that has moved. Raises ValueError that names file and tensor for anything malformed.
+        `dtype`: auto, bfloat16 or float32 (device.py). `tokens_per_batch`: of a forward pass. Adapters are merged;
+        `base` replaces the model that an adapter names, for one that has moved. Known hub ids: known_models.py. Raises
+        ValueError that names file and tensor for anything malformed.
         """
         where = resolve_device(device)
         precision = DTYPES[resolve_dtype(dtype, where)[0]]

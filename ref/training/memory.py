@@ -4,7 +4,7 @@
 
 rounded down to three significant bits. The bytes per token are measured on the model itself, so that they account for
 its width, depth, adapters, dtype and gradient checkpointing. The number changes rounding, and how often the model runs,
-but not the gradient (grad_cache.py).
+but without LoRA dropout not the gradient (grad_cache.py).
 """
 
 import os

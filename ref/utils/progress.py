@@ -31,7 +31,7 @@ class LineProgress(tqdm):
             self._decr_instances(self)
 
 
-def print_any_text() -> None:
+def escape_unprintable() -> None:
     """Let stdout escape what its encoding lacks (†, the bytes of a file name): an error would end hours of work."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -119,3 +119,15 @@ def test_dropout_in_training_only(small_model: Callable[..., Mistral]) -> None:
     mean = torch.stack([layer(x_TD) for _ in range(4000)]).mean(0)
     delta = layer.eval()(x_TD) - x_TD @ layer.weight.T
     assert (mean - layer(x_TD)).norm() < 0.3 * delta.norm()
+
+
+def test_adapters_are_drawn_on_the_cpu_for_any_device(small_model: Callable[..., Mistral]) -> None:
+    """Draws on a GPU depend on its model, and ranks would begin with different weights."""
+    states = []
+    for device in ("cpu", "meta"):
+        model = small_model().to(device)
+        torch.manual_seed(0)
+        apply_lora(model, rank=4, alpha=6.0, dropout=0.0, target_modules=ALL_LINEAR)
+        assert {layer.lora_A.device.type for layer in lora_layers(model).values()} == {device}
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)

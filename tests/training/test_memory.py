@@ -114,3 +114,10 @@ def test_copies_of_a_shared_prefix_count_as_tokens(prefix, room, model):
 
 def test_free_memory_of_this_machine():
     assert 1e8 < free_bytes(CPU) < 1e14
+
+
+def test_memory_that_torch_keeps_for_later_is_free(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty_cache"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (calls.append("mem_get_info"), (5, 9))[1])
+    assert free_bytes(torch.device("cuda")) == 5 and calls == ["empty_cache", "mem_get_info"]

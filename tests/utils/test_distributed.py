@@ -464,3 +464,12 @@ def test_processes_of_a_launcher_that_sets_no_world_size_are_refused(monkeypatch
         Distributed()
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert Distributed().world_size == 1
+
+
+def test_a_mesh_that_cannot_connect_names_the_variable_of_the_interface(monkeypatch):
+    def rendezvous(*_: object, **__: object):
+        raise RuntimeError("Gloo connectFullMesh failed with …")
+    monkeypatch.setattr("torch.distributed.rendezvous", rendezvous)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RankFailure, match=r"connectFullMesh failed with …\); GLOO_SOCKET_IFNAME names the network"):
+        Distributed()
